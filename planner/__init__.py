@@ -1,0 +1,1 @@
+"""Decides: what a model costs, what machines offer, who holds what. Pure Python and numpy."""

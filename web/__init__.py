@@ -1,0 +1,1 @@
+"""Talks: the REST API and the page."""

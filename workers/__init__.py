@@ -1,0 +1,1 @@
+"""Does: the four steps, the queue and the command line."""
