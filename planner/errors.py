@@ -8,6 +8,7 @@
       AccessDenied          gated or private; a token is missing or not enough
       Conflict              the request contradicts the state of things
       Infeasible            no plan exists; says by how much
+      LimitExceeded         a limit of this service is reached; trying again later may help
       NodeFailure           this machine cannot: disk full, read-only folder, no memory
       IntegrityError        bytes are not what their digest says
       Unavailable           a server cannot be reached now; trying again may help
@@ -75,6 +76,13 @@ class Infeasible(FairshardError):
     """No plan exists for this model on these nodes."""
 
     code = "infeasible"
+
+
+class LimitExceeded(FairshardError):
+    """A limit of this service is reached."""
+
+    code = "limit_exceeded"
+    retryable = True
 
 
 class NodeFailure(FairshardError):
