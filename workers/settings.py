@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 from planner.errors import InvalidInput
 from planner.names import check_node_id
@@ -70,6 +71,82 @@ class Settings:
             flop_per_s=_number(env, "FAIRSHARD_FLOP_PER_S"),
             memory_bytes=_integer(env, "FAIRSHARD_MEMORY_BYTES"),
             memory_bytes_per_s=_number(env, "FAIRSHARD_MEMORY_BYTES_PER_S"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebSettings:
+    """What the API's environment says; `create_app(**overrides)` replaces single values."""
+
+    #: FAIRSHARD_BIND: the address the server listens on; decides whether tokens are asked for.
+    bind: str = "127.0.0.1:8080"
+    #: FAIRSHARD_TOKENS_FILE: hashed API tokens with their scopes.
+    tokens_file: Path | None = None
+    #: FAIRSHARD_REQUIRE_TOKEN: always, never, or auto (unless `bind` is loopback).
+    require_token: Literal["always", "never", "auto"] = "auto"
+    #: FAIRSHARD_RATE_LIMIT: such as "600/minute", or "off"; None: off on loopback, "600/minute" elsewhere.
+    rate_limit: str | None = None
+    #: FAIRSHARD_CORS_ORIGINS: origins, comma separated, whose pages may call the API; "*" for all.
+    cors_origins: tuple[str, ...] = ()
+    #: FAIRSHARD_TRUSTED_PROXIES: how many proxies in front set X-Forwarded-For and -Proto.
+    trusted_proxies: int = 0
+    #: FAIRSHARD_MAX_BODY_BYTES: largest request body.
+    max_body_bytes: int = 2**20
+    #: FAIRSHARD_MAX_METADATA_BYTES: largest body where metadata may be posted (a plan's preview).
+    max_metadata_bytes: int = 32 * 2**20
+    #: FAIRSHARD_MAX_BATCH: most models in one batch.
+    max_batch: int = 200
+    #: FAIRSHARD_MAX_QUEUE: most unfinished jobs; beyond it a new one is refused with 503.
+    max_queue: int = 10_000
+    #: FAIRSHARD_MAX_JOBS_PER_TOKEN: most unfinished jobs of one caller; beyond it 429.
+    max_jobs_per_token: int = 1_000
+    #: FAIRSHARD_MAX_WAIT_S: longest that `Prefer: wait` is followed, in seconds.
+    max_wait_s: float = 120.0
+    #: FAIRSHARD_WAITERS: requests of one process that may wait for a plan at the same time; others get 202 at once.
+    waiters: int = 4
+    #: FAIRSHARD_LISTENERS: event streams of one process; more are asked to come back.
+    listeners: int = 4
+    #: FAIRSHARD_MAX_STREAM_S: after this an event stream ends and its client reconnects where it was.
+    max_stream_s: float = 300.0
+    #: FAIRSHARD_AUDIT_LOG: file for the audit lines; None: they go to the log.
+    audit_log: Path | None = None
+    #: FAIRSHARD_FLOWER_URL: where Flower is, for the page's link.
+    flower_url: str | None = None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> WebSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidInput: If a variable does not parse; the message names it.
+        """
+        env = os.environ if env is None else env
+        require = (env.get("FAIRSHARD_REQUIRE_TOKEN") or "auto").lower()
+        if require not in {"always", "never", "auto"}:
+            raise InvalidInput(
+                f"FAIRSHARD_REQUIRE_TOKEN must be always, never or auto, got {require!r}",
+                details={"setting": "FAIRSHARD_REQUIRE_TOKEN"},
+            )
+        origins = (origin.strip() for origin in (env.get("FAIRSHARD_CORS_ORIGINS") or "").split(","))
+        tokens, audit = env.get("FAIRSHARD_TOKENS_FILE"), env.get("FAIRSHARD_AUDIT_LOG")
+        return cls(
+            bind=env.get("FAIRSHARD_BIND") or cls.bind,
+            tokens_file=Path(tokens).absolute() if tokens else None,
+            require_token=cast("Literal['always', 'never', 'auto']", require),
+            rate_limit=env.get("FAIRSHARD_RATE_LIMIT") or None,
+            cors_origins=tuple(origin for origin in origins if origin),
+            trusted_proxies=_integer(env, "FAIRSHARD_TRUSTED_PROXIES") or 0,
+            max_body_bytes=_integer(env, "FAIRSHARD_MAX_BODY_BYTES") or 2**20,
+            max_metadata_bytes=_integer(env, "FAIRSHARD_MAX_METADATA_BYTES") or 32 * 2**20,
+            max_batch=_integer(env, "FAIRSHARD_MAX_BATCH") or 200,
+            max_queue=_integer(env, "FAIRSHARD_MAX_QUEUE") or 10_000,
+            max_jobs_per_token=_integer(env, "FAIRSHARD_MAX_JOBS_PER_TOKEN") or 1_000,
+            max_wait_s=_number(env, "FAIRSHARD_MAX_WAIT_S") or 120.0,
+            waiters=_integer(env, "FAIRSHARD_WAITERS") or 4,
+            listeners=_integer(env, "FAIRSHARD_LISTENERS") or 4,
+            max_stream_s=_number(env, "FAIRSHARD_MAX_STREAM_S") or 300.0,
+            audit_log=Path(audit).absolute() if audit else None,
+            flower_url=env.get("FAIRSHARD_FLOWER_URL") or None,
         )
 
 
