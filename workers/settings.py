@@ -83,7 +83,7 @@ class WebSettings:
     #: FAIRSHARD_TOKENS_FILE: hashed API tokens with their scopes.
     tokens_file: Path | None = None
     #: FAIRSHARD_REQUIRE_TOKEN: always, never, or auto (unless `bind` is loopback).
-    require_token: Literal["always", "never", "auto"] = "auto"
+    require_token: Literal["always", "never", "auto"] = "auto"  # noqa: S105  (no password)
     #: FAIRSHARD_RATE_LIMIT: such as "600/minute", or "off"; None: off on loopback, "600/minute" elsewhere.
     rate_limit: str | None = None
     #: FAIRSHARD_CORS_ORIGINS: origins, comma separated, whose pages may call the API; "*" for all.
@@ -130,7 +130,7 @@ class WebSettings:
         origins = (origin.strip() for origin in (env.get("FAIRSHARD_CORS_ORIGINS") or "").split(","))
         tokens, audit = env.get("FAIRSHARD_TOKENS_FILE"), env.get("FAIRSHARD_AUDIT_LOG")
         return cls(
-            bind=env.get("FAIRSHARD_BIND") or cls.bind,
+            bind=env.get("FAIRSHARD_BIND") or "127.0.0.1:8080",
             tokens_file=Path(tokens).absolute() if tokens else None,
             require_token=cast("Literal['always', 'never', 'auto']", require),
             rate_limit=env.get("FAIRSHARD_RATE_LIMIT") or None,
