@@ -35,6 +35,8 @@ class Settings:
     flop_per_s: float | None
     memory_bytes: int | None
     memory_bytes_per_s: float | None
+    #: FAIRSHARD_DISK_QUOTA: bytes that this node's shards may take together; None: what the disk has.
+    disk_quota_bytes: int | None = None
 
     @property
     def store_dir(self) -> Path:
@@ -71,6 +73,47 @@ class Settings:
             flop_per_s=_number(env, "FAIRSHARD_FLOP_PER_S"),
             memory_bytes=_integer(env, "FAIRSHARD_MEMORY_BYTES"),
             memory_bytes_per_s=_number(env, "FAIRSHARD_MEMORY_BYTES_PER_S"),
+            disk_quota_bytes=_integer(env, "FAIRSHARD_DISK_QUOTA"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """How to reach the Hub, by the ecosystem's own variables."""
+
+    #: HF_ENDPOINT, without a trailing slash; nothing else decides where requests go.
+    endpoint: str
+    #: HF_TOKEN, else what `hf auth login` stored below HF_HOME.
+    token: str | None
+    #: HF_HUB_OFFLINE: ask no server, use the cache alone.
+    offline: bool
+    #: HF_HUB_CACHE, else HF_HOME/hub.
+    cache_dir: Path
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> HubSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidInput: If HF_ENDPOINT is not an http(s) address.
+        """
+        env = os.environ if env is None else env
+        endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        if not endpoint.startswith(("http://", "https://")):
+            raise InvalidInput(
+                f"HF_ENDPOINT must start with http:// or https://, got {endpoint!r}", details={"setting": "HF_ENDPOINT"}
+            )
+        default_home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+        home = Path(env.get("HF_HOME") or default_home).expanduser()
+        token_file = Path(env.get("HF_TOKEN_PATH") or home / "token")
+        token = env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")
+        if not token and token_file.is_file():
+            token = token_file.read_text(encoding="utf-8")
+        return cls(
+            endpoint=endpoint,
+            token=(token or "").strip() or None,
+            offline=(env.get("HF_HUB_OFFLINE") or "").upper() in {"1", "ON", "YES", "TRUE"},
+            cache_dir=Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser(),
         )
 
 
