@@ -1,0 +1,51 @@
+# Everything starts from Python 3.11 or later alone; see README.md. Each target installs what it needs into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+#: For demo: a Hub id ("owner/name") or a folder; empty for the default model.
+MODEL ?=
+#: Where the service keeps its data, and its port (demo: any free one).
+DATA ?= .fairshard
+PORT ?= 8080
+#: Parallel test processes.
+JOBS ?= 2
+
+.PHONY: help install install-dev demo up test chaos lint bench format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+install:
+	@scripts/install.sh queue web workers
+
+install-dev:
+	@scripts/install.sh queue web workers dev
+
+demo: install ## Run the main job once, start to end, on this machine (MODEL=owner/name or a folder)
+	@$(BIN)/python -m workers.demo --data '$(DATA)' $(if $(MODEL),--model '$(MODEL)')
+
+up: install ## Start the whole service and leave it running, until Ctrl-C
+	@$(BIN)/fairshard up --port $(PORT) --data '$(DATA)'
+
+test: install-dev ## Run all tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
+
+chaos: install-dev ## Kill everything for minutes, in a seeded order, and count what was lost (SEED=, JOBS_COUNT=)
+	$(BIN)/python -m pytest tests/integration -q -m chaos --timeout 1800
+
+lint: install-dev ## Format, lint, types, imports, security
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r planner workers web
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install-dev ## Measure: planner, profile, split, queue
+	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python "$$b" || exit 1; done
+
+clean: ## Remove the virtual environment and the data folder
+	rm -rf .venv '$(DATA)'
