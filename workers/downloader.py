@@ -1,0 +1,77 @@
+"""From a name to a checkpoint: a folder, the Hub's cache, or the Hub; and a whole checkpoint to a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from planner.errors import Conflict, InvalidInput
+from planner.names import check_model_name, check_revision
+from workers.checkpoint import Checkpoint
+from workers.folder import open_folder
+from workers.settings import HubSettings
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def resolve(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    models_dir: Path | None = None,
+    hub: HubSettings | None = None,
+) -> Checkpoint:
+    """Find the checkpoint that `source` names, pinned to one revision.
+
+    A `Path` is a folder. A text that can be a model's name is one: the folder `models_dir/owner/name` if it
+    exists, else the Hub's repository (or its cached copy, where HF_HUB_OFFLINE is set or the Hub is down).
+    Any other text is a folder's path; shells that take names from the network check them first.
+
+    Args:
+        source: `owner/name`, or a folder.
+        revision: Branch, tag or commit; default the Hub's main branch, or the folder as it is.
+        token: A user's Hub token; default this process's own.
+        models_dir: Where `owner/name` folders are looked for before the Hub.
+        hub: How to reach the Hub; default what the environment says.
+
+    Raises:
+        NotFound: If there is no such folder, repository or revision.
+        AccessDenied: If the repository is gated or private and the token does not open it.
+        Conflict: If the folder is not of the revision asked for.
+        InvalidInput: If `source` or `revision` cannot name anything.
+        Unavailable: If the Hub cannot be reached within the retries and has no cached copy.
+    """
+    if revision is not None:
+        check_revision(revision)
+    name = _model_name(source)
+    if name is None:
+        return _folder(Path(source).expanduser(), None, revision)
+    if models_dir is not None and (models_dir / name).is_dir():
+        return _folder(models_dir / name, name, revision)
+    from workers.hub import open_hub
+
+    return open_hub(name, revision=revision, token=token, hub=hub or HubSettings.from_env())
+
+
+def _model_name(source: str | Path) -> str | None:
+    if isinstance(source, Path):
+        return None
+    try:
+        return check_model_name(source)
+    except InvalidInput:
+        if source and (source[0] in "/.~" or Path(source).is_dir()):
+            return None
+        raise
+
+
+def _folder(folder: Path, name: str | None, revision: str | None) -> Checkpoint:
+    checkpoint = open_folder(folder, model_name=name)
+    if revision in {None, "main", checkpoint.revision}:
+        return checkpoint
+    if name is None and not _COMMIT.fullmatch(revision or ""):
+        raise Conflict(f"a folder has no branches; leave the revision out, or name {checkpoint.revision}")
+    raise Conflict(
+        f"{folder} is of revision {checkpoint.revision}, not {revision}: it changed, or the wrong folder lies there",
+        details={"found": checkpoint.revision, "wanted": revision},
+    )
