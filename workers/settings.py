@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -101,7 +101,8 @@ class HubSettings:
         endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         if not endpoint.startswith(("http://", "https://")):
             raise InvalidInput(
-                f"HF_ENDPOINT must start with http:// or https://, got {endpoint!r}", details={"setting": "HF_ENDPOINT"}
+                f"HF_ENDPOINT must start with http:// or https://, got {endpoint!r}",
+                details={"setting": "HF_ENDPOINT"},
             )
         default_home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
         home = Path(env.get("HF_HOME") or default_home).expanduser()
@@ -191,6 +192,11 @@ class WebSettings:
             audit_log=Path(audit).absolute() if audit else None,
             flower_url=env.get("FAIRSHARD_FLOWER_URL") or None,
         )
+
+
+def child_env(changes: Mapping[str, str], *, without: Collection[str] = ()) -> dict[str, str]:
+    """The environment for a process that this one starts: its own, less `without`, with `changes`."""
+    return {name: value for name, value in os.environ.items() if name not in without} | dict(changes)
 
 
 def _number(env: Mapping[str, str], name: str) -> float | None:
