@@ -1,0 +1,79 @@
+"""What every test stands on: a clean environment, no network but the loopback, and a Hub of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub.server import TestHub
+
+_SCRUBBED = ("HF_", "HUGGING", "FAIRSHARD_", "TRANSFORMERS_")
+_SCRUBBED_NAMES = ("REDIS_URL", "NODE_ID", "METADATA_REPO", "MODEL")
+
+
+class _Session:
+    """The one Hub of this test process and the folder for its clients' caches."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="fairshard-tests-"))
+        self.hub = TestHub()
+
+
+_SESSION = pytest.StashKey[_Session]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module imports a library that reads it."""
+    for name in list(os.environ):
+        if name.startswith(_SCRUBBED) or name in _SCRUBBED_NAMES:
+            del os.environ[name]
+    session = config.stash[_SESSION] = _Session()
+    session.hub.__enter__()
+    os.environ |= {
+        "HF_ENDPOINT": session.hub.url,
+        "HF_HOME": str(session.home / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Xet has a storage service of its own that no test Hub can stand in for; plain HTTP is what we speak.
+        "HF_HUB_DISABLE_XET": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # A proxy in the environment must not see what is meant for the loopback.
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the Hub and remove its clients' caches."""
+    session = config.stash.get(_SESSION, None)
+    if session is not None:
+        session.hub.__exit__(None, None, None)
+        shutil.rmtree(session.home, ignore_errors=True)
+
+
+@pytest.fixture
+def hub(pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestHub]:
+    """A Hub without repositories, and an empty client cache; `HF_ENDPOINT` points at it in every process.
+
+    No token is in the environment: a test that needs one sets HF_TOKEN or passes `hub.token`.
+    """
+    hub = pytestconfig.stash[_SESSION].hub
+    hub.reset()
+    home = tmp_path / "hf-home"
+    monkeypatch.setenv("HF_HOME", str(home))
+    # The library read its settings when it was imported, once for all tests.
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    else:
+        monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
+    yield hub
+    assert not hub.errors, f"the test Hub failed itself: {hub.errors!r}"
