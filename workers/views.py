@@ -1,0 +1,84 @@
+"""The ledger's hashes as the JSON that users see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+
+def instant(milliseconds: str | None) -> str | None:
+    """A time of the ledger as RFC 3339 in UTC."""
+    if not milliseconds:
+        return None
+    moment = datetime.fromtimestamp(float(milliseconds) / 1000.0, tz=UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parsed(text: str | None) -> Any:
+    """The JSON value of a field; None where it is absent or empty."""
+    return json.loads(text) if text else None
+
+
+def step_view(name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """A step's hash as JSON."""
+    return {
+        "name": name,
+        "state": fields.get("state", "waiting"),
+        "attempts": int(fields.get("attempts") or 0),
+        "progress": parsed(fields.get("progress")),
+        "error": parsed(fields.get("error")),
+        "node_id": fields.get("node_id") or None,
+        "started_at": instant(fields.get("started_at")),
+        "ended_at": instant(fields.get("ended_at")),
+    }
+
+
+def job_view(job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """A job's hash as JSON, without its steps."""
+    return {
+        "job_id": job_id,
+        "kind": fields["kind"],
+        "state": fields["state"],
+        "step": fields.get("step") or None,
+        "model_name": fields["model_name"],
+        "params": parsed(fields.get("params")) or {},
+        "error": parsed(fields.get("error")),
+        "result": parsed(fields.get("result")),
+        "submitter": fields.get("submitter") or None,
+        "batch_id": fields.get("batch_id") or None,
+        "waits_for": fields.get("waits_for") or None,
+        "created_at": instant(fields.get("created_at")),
+        "started_at": instant(fields.get("started_at")),
+        "ended_at": instant(fields.get("ended_at")),
+    }
+
+
+def event_view(fields: Mapping[str, str]) -> dict[str, Any]:
+    """A stream entry as JSON."""
+    view: dict[str, Any] = {"at": instant(fields.get("at"))}
+    for name, value in fields.items():
+        if name in {"error", "progress"}:
+            view[name] = parsed(value)
+        elif name == "attempts":
+            view[name] = int(value)
+        elif name != "at":
+            view[name] = value or None
+    return view
+
+
+def queued_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An accepted job that Redis has yet to hear of, from the journal's entry."""
+    names = [step["name"] for step in entry["steps"]]
+    fields = {
+        "kind": entry["kind"],
+        "state": "queued",
+        "step": names[0],
+        "model_name": entry["model_name"],
+        "params": json.dumps(entry["params"]),
+        "batch_id": entry.get("batch_id") or "",
+        "submitter": entry.get("submitter") or "",
+        "created_at": str(entry["created_at"]),
+    }
+    return {**job_view(job_id, fields), "steps": [step_view(name, {"state": "waiting"}) for name in names]}
