@@ -108,7 +108,7 @@ def read_local(path: Path, file: CheckpointFile, begin: int, end: int | None) ->
         raise NodeFailure(f"{path} cannot be read: {error.strerror}", details={"path": str(path)}) from error
     if len(data) != stop - begin:
         raise InvalidCheckpoint(
-            f"{file.name}: {len(data)} bytes at {begin}, expected {stop - begin}; the file shrank after it was listed",
+            f"{file.name}: {len(data)} bytes at {begin}, expected {stop - begin}; it shrank after it was listed",
             details={"file": file.name},
         )
     return data

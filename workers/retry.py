@@ -1,0 +1,107 @@
+"""When to try again, and for how long: the policy, apart from what is tried."""
+
+from __future__ import annotations
+
+import email.utils
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from planner.errors import Unavailable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """Limits of patience with one server; the defaults give up after some 8 s without a single byte."""
+
+    #: Failures in a row without progress before giving up.
+    attempts: int = 5
+    #: The first pause; each further one is twice as long, up to `longest_s`.
+    first_s: float = 0.5
+    longest_s: float = 20.0
+    #: A server that asks (Retry-After) for more than this is not waited for.
+    longest_retry_after_s: float = 120.0
+    #: A connection must be made, and answer, within this.
+    connect_s: float = 10.0
+    #: A connection that brings fewer than `stall_bytes` in `stall_s` is given up for a new one.
+    stall_s: float = 20.0
+    stall_bytes: int = 64 * 1024
+
+    def pause_s(self, failures: int, *, retry_after_s: float | None = None, jitter: float | None = None) -> float:
+        """Seconds to wait after `failures` (from 1) in a row.
+
+        Between half of the exponential pause and all of it, so that nodes that failed together do not return
+        together; never less than the server asked for.
+
+        Args:
+            failures: Failures so far without progress.
+            retry_after_s: What the server asked for.
+            jitter: From 0 to 1; default drawn at random.
+        """
+        share: float = random.random() if jitter is None else jitter  # noqa: S311 - spreads load, guards nothing
+        backoff = min(self.longest_s, self.first_s * 2.0 ** (failures - 1)) * (0.5 + share / 2)
+        return backoff if retry_after_s is None else retry_after_s + min(backoff, 1.0)
+
+
+class Transient(Exception):
+    """An attempt failed in a way that may pass."""
+
+    def __init__(self, reason: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+def retrying(
+    attempt: Callable[[], T],
+    *,
+    what: str,
+    policy: RetryPolicy,
+    progress: Callable[[], int] = lambda: 0,
+    pause: Callable[[float], object] = time.sleep,
+) -> T:
+    """Call `attempt` until it returns, raises anything but `Transient`, or the policy gives up.
+
+    Args:
+        attempt: What to do; goes on from where it failed if it can.
+        what: For the message, such as an address.
+        policy: The limits.
+        progress: Grows as bytes arrive; failures are counted anew once it has grown by `policy.stall_bytes`.
+        pause: Sleeps; may raise to stop.
+
+    Raises:
+        Unavailable: After `policy.attempts` failures in a row; the message says the last one.
+    """
+    failures, reached = 0, progress()
+    while True:
+        try:
+            return attempt()
+        except Transient as error:
+            if progress() - reached >= policy.stall_bytes:
+                failures, reached = 0, progress()
+            failures += 1
+            wait = policy.pause_s(failures, retry_after_s=error.retry_after_s)
+            details = {"what": what, "attempts": failures, "retry_after_s": error.retry_after_s}
+            if (error.retry_after_s or 0) > policy.longest_retry_after_s:
+                raise Unavailable(f"{what}: {error}; it asks to wait {wait:.0f} s", details=details) from error
+            if failures >= policy.attempts:
+                raise Unavailable(f"{what}: {error} (tried {failures} times)", details=details) from error
+            pause(wait)
+
+
+def parse_retry_after(value: str | None, *, now_s: float | None = None) -> float | None:
+    """Seconds that a Retry-After header asks for: a number, or an HTTP date; None where it says neither."""
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            when = email.utils.parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = when.timestamp() - (time.time() if now_s is None else now_s)
+    return max(0.0, seconds) if seconds == seconds else None  # noqa: PLR0124 - "nan" parses as a float
