@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,16 +63,13 @@ def hub(pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """
     hub = pytestconfig.stash[_SESSION].hub
     hub.reset()
+    # The library reads its settings when it is imported, once for all tests: before they change for this one.
+    from huggingface_hub import constants
+
     home = tmp_path / "hf-home"
     monkeypatch.setenv("HF_HOME", str(home))
-    # The library read its settings when it was imported, once for all tests.
-    if "huggingface_hub" in sys.modules:
-        from huggingface_hub import constants
-
-        monkeypatch.setattr(constants, "HF_HOME", str(home))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    else:
-        monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     yield hub
     assert not hub.errors, f"the test Hub failed itself: {hub.errors!r}"
