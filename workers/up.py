@@ -1,0 +1,294 @@
+"""`fairshard up`: the whole service on this machine. A private Redis, planner, compute nodes, API and Flower.
+
+The nodes are processes of unequal *stated* size: what they state is what the planner believes, as on real machines
+whose figures are overridden by setting. Everything lies below one data folder:
+
+    <data>/redis            the append-only file            <data>/logs     one file a role
+    <data>/nodes/<node_id>  each node's shards              <data>/up.lock  held while the service runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from planner.cluster import Node
+from planner.errors import Conflict, InvalidInput, Unavailable
+from planner.wire import cluster_from_json, load_file
+from workers import redis_server
+from workers.data_lock import DataLock
+from workers.roles import HOST, Roles
+from workers.supervisor import Supervisor
+
+#: FLOP/s that the smallest of `--nodes N` states; the others state multiples.
+_UNIT_FLOP_PER_S = 100e9
+#: Share of the machine's memory that the nodes state together.
+_MEMORY_SHARE = 0.8
+#: Seconds for one role to become ready; the first start on a cold disk reads the whole of torch.
+_READY_S = 120.0
+#: Deaths in a row after which a role that never was ready is given up.
+_HOPELESS = 3
+
+Say = Callable[[str], None]
+
+
+def say_on_stderr(line: str) -> None:
+    """The default voice: progress goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def stated_nodes(nodes: str | None, *, memory_bytes: int | None = None) -> tuple[Node, ...]:
+    """The nodes to run: `N` (default 3) of unequal size, or those of a nodes file.
+
+    Of N nodes the k-th from the end states k shares of 80 % of the machine's memory, and k × 100 GFLOP/s.
+
+    Args:
+        nodes: A number, or the path of a nodes file (YAML or JSON).
+        memory_bytes: The machine's memory; None: ask it.
+
+    Raises:
+        InvalidInput: If it is neither, or lists no nodes.
+    """
+    text = "3" if nodes is None else nodes.strip()
+    if not text.isdecimal():
+        if not Path(text).is_file():
+            raise InvalidInput(f"--nodes takes a number or a nodes file, and there is no file {text!r}")
+        cluster = cluster_from_json(load_file(Path(text)))
+        if not cluster.nodes:
+            raise InvalidInput(f"{text} lists no nodes")
+        taken = {"redis", "api", "planner", "flower"} & {node.node_id for node in cluster.nodes}
+        if taken:
+            raise InvalidInput(f"{text} calls a node {min(taken)!r}, and that's the name of another role here")
+        return cluster.nodes
+    count = int(text)
+    if not 1 <= count <= 64:
+        raise InvalidInput(f"--nodes must be 1 to 64, got {count}")
+    total = psutil.virtual_memory().total if memory_bytes is None else memory_bytes
+    share = total * _MEMORY_SHARE / (count * (count + 1) / 2)
+    return tuple(
+        Node(node_id=f"node-{i}", flop_per_s=part * _UNIT_FLOP_PER_S, memory_bytes=int(part * share) >> 20 << 20)
+        for i, part in enumerate(range(count, 0, -1), start=1)
+    )
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(port: int) -> int:
+    if port == 0:
+        return free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise Conflict(
+                f"port {port} of {HOST} can't be used ({error}): --port N takes another, --port 0 any free one",
+                details={"port": port},
+            ) from None
+    return port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where a running service is reached."""
+
+    api: str
+    flower: str
+
+    @property
+    def docs(self) -> str:
+        """The API's readable documentation."""
+        return f"{self.api}/docs"
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A running service; its owner calls `poll` a few times a second."""
+
+    data: Path
+    nodes: tuple[Node, ...]
+    at: Addresses
+    supervisor: Supervisor
+    stop_asked: threading.Event
+    hurry_asked: threading.Event
+
+    def poll(self) -> bool:
+        """Start again what died; False once someone asked to stop."""
+        self.supervisor.poll()
+        return not self.stop_asked.wait(0.1)
+
+    def get(self, path: str, *, timeout_s: float = 5.0) -> Any:
+        """JSON of the API's `path`.
+
+        Raises:
+            urllib.error.URLError: If it does not answer with success.
+        """
+        with urllib.request.urlopen(self.at.api + path, timeout=timeout_s) as answer:  # noqa: S310  (our own http)
+            return json.load(answer)
+
+
+@contextlib.contextmanager
+def running(
+    *, port: int = 8080, data: Path, nodes: str | None = None, say: Say = say_on_stderr, offline: bool = False
+) -> Iterator[Service]:
+    """The service, ready within the `with` block and gone after it. Only in the main thread: it takes the signals.
+
+    Args:
+        port: Of the API; 0: any free one.
+        data: The data folder.
+        nodes: As `stated_nodes`.
+        say: Takes the lines of progress.
+        offline: Tell the nodes not to try the Hub.
+
+    Raises:
+        Conflict: If the port or the folder is in use.
+        Unavailable: If there is no Redis, or a role does not come up; with the end of its log.
+        KeyboardInterrupt: If it was asked to stop before it was ready.
+    """
+    data = data.absolute()
+    stated = stated_nodes(nodes)
+    binary, which = redis_server.find_binary()
+    stop, hurry = threading.Event(), threading.Event()
+    with DataLock(data) as lock, _signals(stop, hurry):
+        port = _check_port(port)
+        at = Addresses(api=f"http://{HOST}:{port}", flower=f"http://{HOST}:{free_port()}")
+        lock.describe(url=at.api)
+        supervisor = Supervisor(say=say)
+        service = Service(data=data, nodes=stated, at=at, supervisor=supervisor, stop_asked=stop, hurry_asked=hurry)
+        say(f"fairshard up: data in {data}, logs in {data / 'logs'}")
+        try:
+            _start(service, binary=binary, which=which, lock=lock, say=say, offline=offline)
+            yield service
+        finally:
+            say("stopping ...")
+            # New work is refused first, then what runs is finished or handed back, and the ledger's Redis goes last.
+            supervisor.stop(
+                [["api", "flower"], [*(node.node_id for node in stated), "planner"], ["redis"]], hurry=hurry.is_set
+            )
+            say("stopped; nothing is left running.")
+
+
+def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: Say, offline: bool) -> None:
+    """Start all roles and wait until each is ready."""
+    password = secrets.token_urlsafe(24)
+    redis_port = free_port()
+    redis_url = f"redis://:{password}@{HOST}:{redis_port}/0"
+    config = redis_server.write_config(service.data / "redis", port=redis_port, password=password)
+    common = {
+        "REDIS_URL": redis_url,
+        "FAIRSHARD_DATA": str(service.data),
+        "FAIRSHARD_BIND": service.at.api.removeprefix("http://"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if offline:
+        common["HF_HUB_OFFLINE"] = "1"
+    roles = Roles(service.data / "logs", common)
+    began = time.monotonic()
+
+    def wait(name: str, ready: Callable[[], bool], what: str) -> None:
+        _await(service, name, ready)
+        say(f"  {name:<10} ready after {time.monotonic() - began:4.1f} s   {what}")
+
+    start = service.supervisor.start
+    start(roles.redis(binary, config, inherit=(lock.fd,)))
+    wait("redis", lambda: redis_server.answers(redis_url), which)
+    # Together: each spends its first second on imports.
+    start(roles.api(common["FAIRSHARD_BIND"]))
+    for node in service.nodes:
+        start(roles.node(node))
+    start(roles.planner())
+    start(roles.flower(int(service.at.flower.rpartition(":")[2])))
+    wait("api", lambda: _answers(service.at.api + "/api/health"), service.at.api)
+    for node in service.nodes:
+        wait(node.node_id, lambda n=node: n.node_id in _alive_nodes(service), _size(node))  # type: ignore[misc]
+    wait("planner", lambda: " ready." in service.supervisor.log_since_start("planner"), "")
+    wait("flower", lambda: _answers(service.at.flower), service.at.flower)
+
+
+def _size(node: Node) -> str:
+    return f"{node.flop_per_s / 1e9:,.0f} GFLOP/s, {node.memory_bytes / 2**30:.1f} GiB (stated)"
+
+
+def _await(service: Service, name: str, ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _READY_S
+    while not ready():
+        if not service.poll():
+            raise KeyboardInterrupt
+        hopeless = service.supervisor.deaths(name) >= _HOPELESS
+        if hopeless or time.monotonic() > deadline:
+            why = f"died {_HOPELESS} times" if hopeless else f"was not ready within {_READY_S:.0f} s"
+            log = service.data / "logs" / f"{name}.log"
+            tail = "\n".join(service.supervisor.log_since_start(name).splitlines()[-15:])
+            raise Unavailable(f"{name} {why}. The end of {log}:\n{tail}", details={"role": name, "log": str(log)})
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http)
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def _alive_nodes(service: Service) -> set[str]:
+    try:
+        return {node["node_id"] for node in service.get("/api/nodes", timeout_s=2)["nodes"]}
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event, hurry: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop, the second not to wait."""
+
+    def asked(_number: int, _frame: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(*, port: int = 8080, data: Path, nodes: str | None = None, say: Say = say_on_stderr) -> int:
+    """Run the service until Ctrl-C or SIGTERM.
+
+    Returns:
+        0 after a stop that was asked for.
+
+    Raises:
+        FairshardError: As `running`.
+    """
+    began = time.monotonic()
+    try:
+        with running(port=port, data=data, nodes=nodes, say=say) as service:
+            say(f"fairshard is up after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")
+            say(f"  page and API  {service.at.api}\n  API's docs    {service.at.docs}")
+            say(f"  Flower        {service.at.flower}")
+            if port != 8080:
+                say(f"  for the command line: export FAIRSHARD_URL={service.at.api}")
+            while service.poll():
+                pass
+    except KeyboardInterrupt:
+        pass
+    return 0
