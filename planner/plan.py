@@ -7,10 +7,13 @@ plan's time budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from planner.cluster import Link
 from planner.profile import Unit
 
 Objective = Literal["throughput", "latency"]
@@ -105,6 +108,8 @@ class Hop:
     payload_bytes: int = 0
     transfer_s: float = 0
     compute_s: float = 0
+    #: The link the output takes; None at the end of the chain.
+    link: Link | None = None
     #: What the receiver checks before it runs.
     check: Mapping[str, Any] = field(default_factory=dict)
 
@@ -145,3 +150,10 @@ class Plan:
     nodes: tuple[NodeReport, ...]
     megaphone: Megaphone
     generated_at: str | None = None
+
+
+def plan_id(*, model_name: str, revision: str | None, unit: Unit, allocation: Mapping[str, Sequence[str]]) -> str:
+    """The id of a plan: 16 hex digits of the SHA-256 of what decides the shards; equal shards, equal ids."""
+    parts = {node_id: list(names) for node_id, names in sorted(allocation.items()) if names}
+    text = json.dumps([model_name, revision, unit, parts], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
