@@ -45,10 +45,8 @@ class Roles:
 
     def api(self, bind: str) -> Role:
         """The web process, listening on `host:port`."""
-        gunicorn = (sys.executable, "-m", "gunicorn", "web.wsgi:app", "--bind", bind, "--no-control-socket")
-        # Two processes answer on while one is restarted; eight threads each wait for jobs and hold event streams.
-        pool = ("--worker-class", "gthread", "--workers", "2", "--threads", "8", "--graceful-timeout", "10")
-        return self._role("api", (*gunicorn, *pool), env=self.common, grace_s=20)
+        argv = (sys.executable, "-m", "gunicorn", "-c", "python:web.gunicorn_conf", "--bind", bind)
+        return self._role("api", (*argv, "--no-control-socket", "web.wsgi:app"), env=self.common, grace_s=20)
 
     def planner(self) -> Role:
         """The planner's worker, with the reconciler."""

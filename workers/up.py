@@ -196,6 +196,7 @@ def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: S
         "REDIS_URL": redis_url,
         "FAIRSHARD_DATA": str(service.data),
         "FAIRSHARD_BIND": service.at.api.removeprefix("http://"),
+        "FAIRSHARD_FLOWER_URL": service.at.flower,
         "PYTHONUNBUFFERED": "1",
     }
     if offline:
@@ -216,10 +217,10 @@ def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: S
         start(roles.node(node))
     start(roles.planner())
     start(roles.flower(int(service.at.flower.rpartition(":")[2])))
-    wait("api", lambda: _answers(service.at.api + "/api/health"), service.at.api)
+    wait("api", lambda: _answers(service.at.api + "/api/health/live"), service.at.api)
     for node in service.nodes:
         wait(node.node_id, lambda n=node: n.node_id in _alive_nodes(service), _size(node))  # type: ignore[misc]
-    wait("planner", lambda: " ready." in service.supervisor.log_since_start("planner"), "")
+    wait("planner", lambda: _answers(service.at.api + "/api/health"), "plans, and finds lost work")
     wait("flower", lambda: _answers(service.at.flower), service.at.flower)
 
 
