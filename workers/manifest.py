@@ -1,0 +1,177 @@
+"""What a shard folder holds, and the proof of it: `manifest.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planner.errors import IntegrityError, NotFound
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFile:
+    """One file of a shard."""
+
+    name: str
+    size_bytes: int
+    #: "blake3:<hex>"; None for a linked file whose bytes nobody has read yet.
+    digest: str | None = None
+    #: In hex, where it was asked for or the Hub states it.
+    sha256: str | None = None
+    #: "copy", "fetch", "link" or "reflink".
+    how: str = "copy"
+    #: Modification time when it was finished: a file that still has it was not written to since.
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTensor:
+    """One tensor of a shard, where it lies and where it came from."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    #: Place in `file`, counted from its start.
+    begin: int
+    end: int
+    #: Layer of the plan that it belongs to.
+    layer: str
+    source_file: str
+    source_begin: int
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """A checkpoint file that a shard's tensors came from."""
+
+    size_bytes: int
+    #: In hex, where the Hub states it.
+    sha256: str | None = None
+    #: Bytes before its data; its header is kept as `source/<name>.header`.
+    header_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A finished shard."""
+
+    plan_id: str
+    model_name: str
+    revision: str
+    node_id: str
+    #: Layers of the plan that this node holds, in execution order.
+    layers: tuple[str, ...]
+    #: Every node of the plan with its layers: what `fairshard verify` needs to tell whether all is there.
+    nodes: Mapping[str, tuple[str, ...]]
+    #: Weight files.
+    files: tuple[ShardFile, ...]
+    tensors: tuple[ShardTensor, ...]
+    #: Config, tokenizer, index, and the headers of the source files.
+    extras: tuple[ShardFile, ...] = ()
+    #: Name without bytes of its own -> tensor that it shares them with.
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    #: Tensors that no layer uses.
+    unused: tuple[str, ...] = ()
+    #: Tensors that another node holds too, because a layer here is tied to them.
+    duplicated: tuple[str, ...] = ()
+    source_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    max_shard_bytes: int = 0
+    created_at: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.end - tensor.begin for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `manifest.json` holds."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "total_bytes": self.total_bytes}
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any], *, where: str = MANIFEST) -> Manifest:
+        """Read the object that `to_json` gave.
+
+        Raises:
+            IntegrityError: If it is anything else.
+        """
+        try:
+            if obj["schema_version"] != SCHEMA_VERSION:
+                raise IntegrityError(f"{where} has schema_version {obj['schema_version']}, not {SCHEMA_VERSION}")
+            return cls(
+                plan_id=str(obj["plan_id"]),
+                model_name=str(obj["model_name"]),
+                revision=str(obj["revision"]),
+                node_id=str(obj["node_id"]),
+                layers=tuple(obj["layers"]),
+                nodes={node: tuple(layers) for node, layers in obj["nodes"].items()},
+                files=tuple(ShardFile(**file) for file in obj["files"]),
+                tensors=tuple(ShardTensor(**{**t, "shape": tuple(t["shape"])}) for t in obj["tensors"]),
+                extras=tuple(ShardFile(**file) for file in obj["extras"]),
+                aliases=dict(obj["aliases"]),
+                unused=tuple(obj["unused"]),
+                duplicated=tuple(obj["duplicated"]),
+                source_files={name: SourceFile(**file) for name, file in obj["source_files"].items()},
+                max_shard_bytes=int(obj["max_shard_bytes"]),
+                created_at=str(obj["created_at"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the shard in `directory`.
+
+    Raises:
+        NotFound: If there is none: no shard, or one that was never finished.
+        IntegrityError: If it cannot be read, or names a file outside the folder.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest.from_json(json.loads(path.read_bytes()), where=str(path))
+    except FileNotFoundError as error:
+        raise NotFound(f"{directory} holds no finished shard: it has no {MANIFEST}") from error
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not JSON: {error}") from error
+    for file in (*manifest.files, *manifest.extras):
+        if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
+            raise IntegrityError(f"{path} names {file.name!r}, which is outside the shard")
+    return manifest
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write `manifest.json` to `directory`: under another name, fsynced, renamed."""
+    write_whole(directory / MANIFEST, json.dumps(manifest.to_json(), separators=(",", ":")).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
