@@ -1,0 +1,288 @@
+"""Exact allocation of layers that come in runs: how many of each kind a node hosts, not which.
+
+Layers of equal cost are interchangeable, so a transformer is one large kind (the run) and a few odd layers. For a
+time budget T a node hosts floor(T / c) of the run, or what its memory holds. Odd layers on a node cost it some of
+the run: its loss. All is placed if the losses leave room for the whole run, a small assignment problem in which
+only the nodes with the least losses matter: were a group of odd layers on another node, one of the p best for it
+would be free (p odd layers occupy p nodes at most) and moving there loses no more. A dynamic programme over what
+is placed so far finds the best; its optimum and the smallest T are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.placement import Work
+from planner.problem import SLACK, Floats, Ints
+
+#: Largest number of states (products of odd counts + 1) that is solved exactly.
+MAX_STATES = 256
+_NEVER = -1e18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hosting:
+    """What each node hosts at a budget: a state of odd layers (index into states) and how many of the run."""
+
+    state: Ints
+    main: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Groups:
+    """Which groups of odd layers a node may host, U of them (the first is none), and the S states of what is placed.
+
+    The last state is "all placed"; `without[s, u]` is the state s without group u, or S where u is not part of s.
+    """
+
+    #: Odd layers in all.
+    pieces: int
+    #: (U,) bytes and FLOP, (N, U) seconds of each group.
+    memory: Ints
+    flop: Floats
+    seconds: Floats
+    #: (S, U)
+    without: Ints
+    #: (U,) how many of the run a node may host beside the group: at least, at most.
+    run_least: Ints
+    run_most: Ints
+
+
+class Counts:
+    """A run of equal layers and groups of odd ones, ready to be probed at any budget."""
+
+    def __init__(self, work: Work, main: int, groups: Groups) -> None:
+        self.work = work
+        self.groups = groups
+        self.main = main
+        self.run = int(work.count[main]) if main >= 0 else 0
+        self.main_s: Floats = work.seconds[:, main] if main >= 0 else np.zeros(len(work.base_s))
+        self._fixed_cap = self._caps_by_room()
+
+    def _caps_by_room(self) -> Floats:
+        """(N, U) how many of the run fit beside each group by memory and share, `_NEVER` where the group does not."""
+        work, groups = self.work, self.groups
+        left = (work.room_bytes[:, None] - groups.memory[None, :]).astype(np.float64)
+        caps = np.broadcast_to(groups.run_most.astype(np.float64), left.shape).copy()
+        if self.run and work.memory[self.main] > 0:
+            caps = np.minimum(caps, np.floor(left / work.memory[self.main]))
+        caps[left < 0] = _NEVER
+        if np.isfinite(work.room_flop).any():
+            flop_left = work.room_flop[:, None] - groups.flop[None, :]
+            if self.run and work.flop[self.main] > 0:
+                caps = np.minimum(caps, np.floor(flop_left / work.flop[self.main]))
+            caps[flop_left < 0] = _NEVER
+        caps[caps < groups.run_least[None, :]] = _NEVER
+        return caps
+
+    def caps(self, budget_s: float) -> Floats:
+        """(N, Q) how many of the run each node hosts beside each state within `budget_s`."""
+        if math.isinf(budget_s):
+            return self._fixed_cap
+        left = budget_s * (1 + SLACK) - self.work.base_s[:, None] - self.groups.seconds
+        caps = self._fixed_cap
+        if self.run:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                by_time = np.where(self.main_s[:, None] > 0, np.floor(left / self.main_s[:, None]), self.run)
+            caps = np.minimum(caps, by_time)
+        return np.where((left < 0) | (caps < self.groups.run_least[None, :]), _NEVER, caps)
+
+    def place(self, caps: Floats) -> Hosting | None:
+        """Host everything within `caps`, the most of the run left over; None if that cannot be."""
+        alone = caps[:, 0]
+        if (alone < 0).any():  # a pinned part alone is over the budget
+            return None
+        if len(self.groups.without) == 1:
+            state = np.zeros(len(caps), dtype=np.int64)
+            return Hosting(state=state, main=alone.astype(np.int64)) if alone.sum() >= self.run else None
+        loss = alone[:, None] - caps
+        nodes = self._candidates(loss)
+        without = self.groups.without
+        size = len(without)
+        best = np.full(size + 1, _NEVER)
+        best[0] = 0.0
+        choices = np.empty((len(nodes), size), dtype=np.int64)
+        rows = np.arange(size)
+        for at, node in enumerate(nodes.tolist()):
+            values = best[without] - loss[node][None, :]
+            choice = values.argmax(axis=1)
+            choices[at] = choice
+            best[:size] = values[rows, choice]
+        total = float(alone.sum())
+        if best[size - 1] <= _NEVER / 2 or total + best[size - 1] < self.run:
+            return None
+        state = np.zeros(len(caps), dtype=np.int64)
+        now = size - 1
+        for at in range(len(nodes) - 1, -1, -1):
+            chosen = int(choices[at, now])
+            state[nodes[at]] = chosen
+            now = int(without[now, chosen])
+        return Hosting(state=state, main=caps[np.arange(len(caps)), state].astype(np.int64))
+
+    def _candidates(self, loss: Floats) -> Ints:
+        """Nodes that may host odd layers: for each state the `pieces` nodes that lose least."""
+        count, pieces = len(loss), self.groups.pieces
+        if count <= pieces * 2:
+            return np.arange(count)
+        key = np.where(loss < -_NEVER / 2, loss, 1e9) * count + np.arange(count)[:, None]
+        picked = np.argpartition(key[:, 1:], pieces - 1, axis=0)[:pieces]
+        return np.unique(picked)
+
+    def used_s(self, hosting: Hosting) -> Floats:
+        """(N,) seconds of each node at that hosting."""
+        at = np.arange(len(hosting.state))
+        return self.work.base_s + self.groups.seconds[at, hosting.state] + hosting.main * self.main_s
+
+    def next_budget(self, budget_s: float, caps: Floats) -> float:
+        """The smallest budget above `budget_s` at which any node hosts more than `caps`."""
+        open_state = self._fixed_cap > _NEVER / 2
+        grown = np.where(caps < 0, self.groups.run_least[None, :], caps + 1) if self.run else np.zeros_like(caps)
+        grows = open_state & (caps < self._fixed_cap)
+        at = self.work.base_s[:, None] + self.groups.seconds + grown * self.main_s[:, None]
+        at = at[grows & (at > budget_s)]
+        return float(at.min()) if at.size else math.inf
+
+    def trimmed(self, hosting: Hosting) -> Hosting:
+        """Exactly the run: what is hosted too much is taken from the slowest nodes."""
+        main = hosting.main.copy()
+        least = self.groups.run_least[hosting.state]
+        if least.any():  # one node holds the whole run
+            return Hosting(state=hosting.state, main=least)
+        surplus = int(main.sum()) - self.run
+        for node in np.lexsort((-np.arange(len(main)), -self.main_s)).tolist():
+            if surplus <= 0:
+                break
+            taken = min(surplus, int(main[node]))
+            main[node] -= taken
+            surplus -= taken
+        return Hosting(state=hosting.state, main=main)
+
+
+def smallest_budget(counts: Counts, start_s: float) -> tuple[Hosting, float, float] | None:
+    """The smallest budget that hosts everything, by bisection from `start_s` (no plan is below it).
+
+    Both ends move to the next budget at which a node's part changes at all, so they meet after few probes.
+
+    Returns:
+        (hosting, its bottleneck in seconds, proven lower bound in seconds), or None if no budget is enough.
+    """
+    low, high, step = start_s, math.inf, 1.02
+    found: Hosting | None = None
+    probe = start_s
+    for _ in range(200):
+        caps = counts.caps(probe)
+        hosting = counts.place(caps)
+        if hosting is not None:
+            found, high = hosting, min(probe, max(low, float(counts.used_s(hosting).max())))
+        else:
+            if math.isinf(probe):
+                return None
+            low = max(low, counts.next_budget(probe, caps))
+        if high <= low * (1 + SLACK) or (found is not None and math.isinf(low)):
+            break
+        if math.isinf(low):
+            probe = math.inf
+        elif found is None:
+            probe = max(low, low * step)
+            step = step**2 if step < 1e6 else math.inf
+        else:
+            probe = (low + high) / 2
+    if found is None:
+        return None
+    return found, high, min(low, high)
+
+
+def fewest_nodes(counts: Counts, budget_s: float, *, limit: int = 4_000_000) -> Hosting | None:
+    """Host everything within `budget_s` on as few nodes as can be; of those the hosting with most room left.
+
+    A programme over (nodes used, what is placed); None where that would take more than `limit` steps a node set.
+    """
+    caps = counts.caps(budget_s)
+    without, pieces = counts.groups.without, counts.groups.pieces
+    nodes, size = len(caps), len(without)
+    if (caps[:, 0] < 0).any():
+        return None
+    forced = counts.work.base_s > 0
+    forced |= np.isin(np.arange(nodes), counts.work.fixed[counts.work.fixed >= 0])
+    # No more nodes than these: the largest hosts alone, one more for each odd layer, and those with pins.
+    order = np.argsort(-caps[:, 0], kind="stable")
+    enough = int(np.searchsorted(np.cumsum(caps[order, 0]), counts.run)) + 1
+    most = min(nodes, enough + 2 * pieces + int(forced.sum()))
+    if nodes * (most + 1) * without.size > limit:
+        return None
+    best = np.full((most + 1, size + 1), _NEVER)
+    best[0, 0] = 0.0
+    choices = np.full((nodes, most + 1, size), -1, dtype=np.int16)
+    for node in range(nodes):
+        after = best.copy()
+        if forced[node]:
+            after[:] = _NEVER
+        values = best[:-1][:, without] + caps[node][None, None, :]
+        choice = values.argmax(axis=2)
+        value = np.take_along_axis(values, choice[:, :, None], axis=2)[:, :, 0]
+        better = value > after[1:, :size]
+        after[1:, :size] = np.where(better, value, after[1:, :size])
+        choices[node, 1:] = np.where(better, choice, -1)
+        best = after
+    enough_at = np.flatnonzero(best[:, size - 1] >= counts.run)
+    if len(enough_at) == 0:
+        return None
+    used, now = int(enough_at[0]), size - 1
+    state = np.zeros(nodes, dtype=np.int64)
+    main = np.zeros(nodes, dtype=np.int64)
+    for node in range(nodes - 1, -1, -1):
+        chosen = int(choices[node, used, now])
+        if chosen < 0:
+            continue
+        state[node] = chosen
+        main[node] = int(caps[node, chosen])
+        now = int(without[now, chosen])
+        used -= 1
+    return Hosting(state=state, main=main)
+
+
+def states_of(work: Work) -> int:
+    """How many states the programme has for layers in any order: products of the odd kinds' counts + 1."""
+    if len(work.count) == 0:
+        return 1
+    others = np.delete(work.count, int(np.argmax(work.count)))
+    return math.prod(int(q) + 1 for q in others) if len(others) <= 16 else MAX_STATES + 1
+
+
+def in_any_order(work: Work) -> Counts:
+    """Any odd layers may go together: a group is how many of each odd kind."""
+    main = int(np.argmax(work.count))
+    odd = [kind for kind in range(len(work.count)) if kind != main]
+    quantities = [int(work.count[kind]) for kind in odd]
+    grids = np.indices([q + 1 for q in quantities]).reshape(len(quantities), -1) if odd else np.zeros((0, 1))
+    held: Ints = grids.T.astype(np.int64)
+    strides = np.array([math.prod(q + 1 for q in quantities[at + 1 :]) for at in range(len(odd))], dtype=np.int64)
+    left = held[:, None, :] - held[None, :, :]
+    size = len(held)
+    groups = Groups(
+        pieces=sum(quantities),
+        memory=held @ work.memory[odd],
+        flop=held @ work.flop[odd],
+        seconds=work.seconds[:, odd] @ held.T,
+        without=np.where((left >= 0).all(axis=2), left @ strides, size),
+        run_least=np.zeros(size, dtype=np.int64),
+        run_most=np.full(size, work.count[main], dtype=np.int64),
+    )
+    return Counts(work, main, groups)
+
+
+def assign_any_order(counts: Counts, hosting: Hosting) -> Ints:
+    """(I,) node of each item: equal items in order, node by node."""
+    work = counts.work
+    odd = [kind for kind in range(len(work.count)) if kind != counts.main]
+    quantities = [int(work.count[kind]) + 1 for kind in odd]
+    nodes = np.empty(len(work.kind), dtype=np.int64)
+    ids = np.arange(len(hosting.state))
+    held = np.array(np.unravel_index(hosting.state, quantities)) if odd else np.zeros((0, len(ids)), dtype=np.int64)
+    for row, kind in enumerate(odd):
+        nodes[work.kind == kind] = np.repeat(ids, held[row])
+    nodes[work.kind == counts.main] = np.repeat(ids, hosting.main)
+    return nodes

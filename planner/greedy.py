@@ -1,0 +1,181 @@
+"""The mission's strategy: layers by compute, most first, each to the node with most available compute.
+
+Available compute is a budget, FLOP/s times the seconds a node's part may take; the smallest budget that works is
+found by bisection, and the result is then refined by steps that only improve. Where layers come in runs of equal
+ones the same question is answered exactly by counting (`planner.counts`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.bounds import lower_bound_s
+from planner.counts import (
+    MAX_STATES,
+    Counts,
+    Hosting,
+    assign_any_order,
+    fewest_nodes,
+    in_any_order,
+    smallest_budget,
+    states_of,
+)
+from planner.packing import best_fit, by_compute, by_tightness, earliest_finish, most_available
+from planner.placement import Work
+from planner.problem import SLACK, Floats, Ints
+from planner.refine import refine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solution:
+    """An assignment of items with what is proven about it."""
+
+    assignment: Ints
+    bottleneck_s: float
+    lower_bound_s: float
+    exact: bool
+
+
+def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solution | None:
+    """Allocate all items, any item anywhere, with the smallest bottleneck.
+
+    Args:
+        work: What to place.
+        rate: (N,) FLOP/s available on each node.
+        budget_s: Use the fewest nodes that keep this budget, instead of the smallest bottleneck.
+
+    Returns:
+        The best found, or None if none was found: `exact` work then has none.
+    """
+    bound = lower_bound_s(work)
+    if len(work.kind) == 0:
+        empty = np.zeros(0, dtype=np.int64)
+        return Solution(assignment=empty, bottleneck_s=bound, lower_bound_s=bound, exact=True)
+    if is_exact(work):
+        return _solve_counts(in_any_order(work), bound, budget_s)
+    return _solve_items(work, rate, bound, budget_s)
+
+
+def is_exact(work: Work) -> bool:
+    """Whether the layers come in few enough runs to be solved exactly, so that no solution means there is none."""
+    states = states_of(work)
+    return states <= MAX_STATES and states * states * len(work.base_s) <= 8_000_000
+
+
+def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solution | None:
+    if budget_s is None:
+        found = smallest_budget(counts, bound)
+        if found is None:
+            return None
+        hosting, high, low = found
+        at_s = high
+    else:
+        placed = counts.place(counts.caps(budget_s))
+        if placed is None:
+            return None
+        hosting, at_s, low = placed, budget_s, bound
+    few = fewest_nodes(counts, at_s)
+    hosting = few if few is not None else _drop_weakest(counts, hosting)
+    assignment = assign_any_order(counts, counts.trimmed(hosting))
+    reached = float(counts.work.loads_s(assignment).max())
+    exact = budget_s is None and reached <= low * (1 + 4 * SLACK)
+    return Solution(assignment=assignment, bottleneck_s=reached, lower_bound_s=min(low, reached), exact=exact)
+
+
+def _drop_weakest(counts: Counts, hosting: Hosting) -> Hosting:
+    """Leave out the nodes that add least while all of the run still has room."""
+    main = hosting.main.copy()
+    surplus = int(main.sum()) - counts.run
+    for node in np.lexsort((np.arange(len(main)), main)).tolist():
+        if hosting.state[node] or main[node] == 0:
+            continue
+        if main[node] > surplus:
+            break
+        surplus -= int(main[node])
+        main[node] = 0
+    return Hosting(state=hosting.state, main=main)
+
+
+def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None) -> Solution | None:
+    best: Ints | None = None
+    reached = math.inf
+    large = len(work.kind) * len(work.base_s) > 200_000
+
+    def consider(assignment: Ints | None, *, steps: int = 400) -> None:
+        nonlocal best, reached
+        if assignment is None:
+            return
+        refined = refine(work, assignment, target_s=bound, steps=steps)
+        seconds = float(work.loads_s(refined).max())
+        if seconds < reached * (1 - SLACK):
+            best, reached = refined, seconds
+
+    consider(earliest_finish(work, by_compute(work)))
+    if best is None or not large:
+        consider(earliest_finish(work, by_tightness(work, bound)))
+    if best is None:
+        consider(best_fit(work, by_tightness(work, math.inf), math.inf))
+    if best is None:
+        consider(best_fit(work, np.argsort(-work.memory[work.kind], kind="stable"), math.inf))
+    if best is None:
+        return None
+    low, high = bound, reached
+    for _ in range(4 if large else 10):
+        if high <= low * 1.0005:
+            break
+        middle = (low + high) / 2
+        packed = most_available(work, rate, middle)
+        if packed is None:
+            packed = best_fit(work, by_compute(work), middle)
+        if packed is None:
+            low = middle
+        else:
+            consider(packed, steps=100)
+            high = min(middle, reached)
+    if budget_s is not None:
+        if reached > budget_s * (1 + SLACK):
+            return None
+        fewer = _fewest_items(work, rate, budget_s)
+        if fewer is not None:
+            best = fewer
+            reached = float(work.loads_s(best).max())
+    return Solution(
+        assignment=best, bottleneck_s=reached, lower_bound_s=min(bound, reached), exact=reached <= bound * (1 + SLACK)
+    )
+
+
+def _fewest_items(work: Work, rate: Floats, budget_s: float) -> Ints | None:
+    """All items within the budget on the strongest nodes, as few as a bisection over their number finds."""
+    order = np.lexsort((np.arange(len(rate)), -work.room_bytes, -rate))
+    pinned = set(work.fixed[work.fixed >= 0].tolist())
+    low, high = 1, len(order)
+    found: Ints | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        chosen = set(order[:middle].tolist()) | pinned
+        closed = np.array([node not in chosen for node in range(len(rate))])
+        room = np.where(closed, np.int64(-1), work.room_bytes)
+        part = Work(
+            layer=work.layer,
+            kind=work.kind,
+            followers=work.followers,
+            count=work.count,
+            memory=work.memory,
+            flop=work.flop,
+            seconds=work.seconds,
+            base_s=work.base_s,
+            room_bytes=room,
+            room_flop=work.room_flop,
+            fixed=work.fixed,
+        )
+        packed = most_available(part, rate, budget_s)
+        if packed is None:
+            packed = best_fit(part, by_compute(part), budget_s)
+        if packed is None:
+            low = middle + 1
+        else:
+            found, high = packed, middle - 1
+    return found

@@ -1,0 +1,214 @@
+"""Contiguous stages in execution order, node order free, smallest bottleneck.
+
+Where the sequence is [few odd layers][one run of equal layers][few odd layers] the counting programme answers
+exactly: odd layers form contiguous groups, the groups next to the run may hold some of it, all other nodes hold only
+the run, in any order. Other sequences are searched by `planner.sequence`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.bounds import lower_bound_s
+from planner.counts import Counts, Groups, Hosting, fewest_nodes, smallest_budget
+from planner.placement import Answer, Work, build_work
+from planner.problem import SLACK, Ints, Problem
+from planner.sequence import Sequence
+
+#: Odd layers around the run up to which counting is used.
+MAX_ODD = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ends:
+    """Positions of the items around the run, and what each group of the programme holds of them."""
+
+    run_start: int
+    run_end: int
+    #: (start, end) of each group in items; the first is empty.
+    groups: list[tuple[int, int]]
+
+
+def longest_run(kind: Ints) -> tuple[int, int]:
+    """[start, end) of the longest stretch of equal kinds, the first of equal length."""
+    edges = np.flatnonzero(np.diff(kind)) + 1
+    starts, ends = np.append(0, edges), np.append(edges, len(kind))
+    at = int(np.argmax(ends - starts))
+    return int(starts[at]), int(ends[at])
+
+
+def in_order(work: Work) -> tuple[Counts, _Ends] | None:
+    """The counting programme for contiguous stages, or None if the layers do not come as one run with few around."""
+    if len(work.kind) == 0 or (work.fixed >= 0).any() or work.followers:
+        return None
+    start, end = longest_run(work.kind)
+    total = len(work.kind)
+    odd = [*range(start), *range(end, total)]
+    if len(odd) > MAX_ODD:
+        return None
+    run, bit = end - start, {item: 1 << at for at, item in enumerate(odd)}
+    spans: list[tuple[int, int]] = [(start, start)]
+    least, most = [0], [run]
+    for a in range(start):
+        for b in range(a + 1, start + 1):
+            spans.append((a, b))
+            least.append(0)
+            most.append(run if b == start else 0)
+    for a in range(end, total):
+        for b in range(a + 1, total + 1):
+            spans.append((a, b))
+            least.append(0)
+            most.append(run if a == end else 0)
+    for a in range(start):
+        for b in range(end + 1, total + 1):
+            spans.append((a, b))
+            least.append(run)
+            most.append(run)
+    masks, memory, flop = [], [], []
+    seconds = np.zeros((len(work.base_s), len(spans)))
+    for at, (a, b) in enumerate(spans):
+        items = [item for item in odd if a <= item < b]
+        masks.append(sum(bit[item] for item in items))
+        kinds = work.kind[items]
+        memory.append(int(work.memory[kinds].sum()))
+        flop.append(float(work.flop[kinds].sum()))
+        seconds[:, at] = work.seconds[:, kinds].sum(axis=1)
+    states = 1 << len(odd)
+    all_states, mask = np.arange(states)[:, None], np.array(masks, dtype=np.int64)[None, :]
+    groups = Groups(
+        pieces=len(odd),
+        memory=np.array(memory, dtype=np.int64),
+        flop=np.array(flop),
+        seconds=seconds,
+        without=np.where((all_states & mask) == mask, all_states - mask, states),
+        run_least=np.array(least, dtype=np.int64),
+        run_most=np.array(most, dtype=np.int64),
+    )
+    return Counts(work, int(work.kind[start]), groups), _Ends(run_start=start, run_end=end, groups=spans)
+
+
+def _stage_nodes(counts: Counts, ends: _Ends, hosting: Hosting) -> Ints:
+    """(I,) node of each item: groups before the run, nodes with only the run by id, groups after it."""
+    hosting = counts.trimmed(hosting)
+    nodes = np.full(len(counts.work.kind), -1, dtype=np.int64)
+    first: int | None = None
+    last: int | None = None
+    for node in np.flatnonzero(hosting.state).tolist():
+        a, b = ends.groups[int(hosting.state[node])]
+        nodes[a:b] = node
+        if b > ends.run_end and a < ends.run_start:
+            return nodes  # one node holds the whole run between its ends
+        if b == ends.run_start:
+            first = node
+        elif a == ends.run_end:
+            last = node
+    order = [node for node in np.flatnonzero(hosting.main).tolist() if node not in (first, last)]
+    at = ends.run_start
+    for node in [*([first] if first is not None else []), *order, *([last] if last is not None else [])]:
+        nodes[at : at + int(hosting.main[node])] = node
+        at += int(hosting.main[node])
+    return nodes
+
+
+def _solve_run(counts: Counts, ends: _Ends, bound: float, budget_s: float | None) -> Answer | None:
+    work = counts.work
+    if budget_s is None:
+        found = smallest_budget(counts, bound)
+        if found is None:
+            return None
+        hosting, at_s, low = found
+    else:
+        placed = counts.place(counts.caps(budget_s))
+        if placed is None:
+            return None
+        hosting, at_s, low = placed, budget_s, bound
+    few = fewest_nodes(counts, at_s)
+    items = _stage_nodes(counts, ends, few if few is not None else _drop_idle(counts, hosting))
+    reached = float(work.loads_s(items).max())
+    return Answer(
+        nodes=work.layers(items),
+        lower_bound_s=min(low, reached),
+    )
+
+
+def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
+    """Leave out the nodes that hold only a little of the run while the others have room for it."""
+    main = hosting.main.copy()
+    if counts.groups.run_least[hosting.state].any():
+        return hosting
+    surplus = int(main.sum()) - counts.run
+    for node in np.lexsort((np.arange(len(main)), main)).tolist():
+        if hosting.state[node] or main[node] == 0:
+            continue
+        if main[node] > surplus:
+            break
+        surplus -= int(main[node])
+        main[node] = 0
+    return Hosting(state=hosting.state, main=main)
+
+
+def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: float | None = None) -> Answer | None:
+    """Contiguous stages with the smallest bottleneck, or with the fewest nodes within `budget_s`.
+
+    Args:
+        problem: What to plan.
+        work: Its items with tied weights "copied" (or "shared" for a bound).
+        memory: (L,) bytes of each layer under the same treatment.
+        budget_s: See above.
+
+    Returns:
+        The best found; None if there is none, or none was found where the search is not exact.
+    """
+    shared = build_work(problem, "shared")
+    bound = lower_bound_s(shared if shared is not None else work)
+    run = in_order(work)
+    if run is not None:
+        return _solve_run(*run, bound, budget_s)
+    return _solve_sequence(problem, memory, bound, budget_s)
+
+
+def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: float | None) -> Answer | None:
+    ways = [Sequence(problem, memory)]
+    exact = ways[0].is_exact
+    if not exact:
+        ways.append(Sequence(problem, memory, reverse=True))
+
+    def place(budget: float) -> Ints | None:
+        best: Ints | None = None
+        for at, way in enumerate(ways):
+            stages = way.place(budget)
+            if stages is not None:
+                nodes = way.assignment(stages, reverse=at == 1)
+                if best is None or problem.bottleneck_s(nodes) < problem.bottleneck_s(best):
+                    best = nodes
+        return best
+
+    if budget_s is not None:
+        nodes = place(budget_s)
+        return None if nodes is None else Answer(nodes=nodes, lower_bound_s=bound)
+    found: Ints | None = None
+    low, high, step = bound, math.inf, 1.01
+    probe = bound
+    for _ in range(60 if exact else 24):
+        nodes = place(probe)
+        if nodes is not None:
+            found, high = nodes, max(low, min(probe, problem.bottleneck_s(nodes)))
+        elif math.isinf(probe):
+            return None
+        else:
+            low = max(low, probe)
+        if high <= low * (1 + SLACK):
+            break
+        if found is None:
+            probe = max(low, 1e-300) * step if step < 1e9 else math.inf
+            step = step**2
+        else:
+            probe = (low + high) / 2
+    if found is None:
+        return None
+    reached = problem.bottleneck_s(found)
+    proven = min(low, reached) if exact else min(bound, reached)
+    return Answer(nodes=found, lower_bound_s=proven)

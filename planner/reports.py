@@ -1,0 +1,118 @@
+"""What each node holds and what stops it from holding more, used or not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.plan import NodeReport
+from planner.problem import SLACK, Ints, Problem
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes for people."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    return f"{size:,.2f} GiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.4g} {unit}"
+    raise AssertionError
+
+
+def node_reports(problem: Problem, nodes: Ints, budget_s: float) -> tuple[NodeReport, ...]:
+    """One report for each node of the cluster, by id.
+
+    Args:
+        problem: What was planned.
+        nodes: (L,) node of each layer.
+        budget_s: The plan's time budget; a node's compute is exhausted when no layer more would fit in it.
+    """
+    loads, flops, memory = problem.loads_s(nodes), problem.flops(nodes), problem.memory_used(nodes)
+    free = np.flatnonzero(~problem.weightless & (problem.pinned < 0))
+    held = np.bincount(nodes, minlength=len(problem.nodes))
+    least_s, least_bytes, least_flop = _least(problem, free)
+    pinned = np.zeros(len(problem.nodes), dtype=np.int64)
+    np.add.at(pinned, problem.pinned[problem.pinned >= 0], 1)
+    reports = []
+    for node in problem.cluster.nodes:
+        if node.node_id in problem.left_out:
+            limit, why = problem.left_out[node.node_id]
+            reports.append(
+                NodeReport(
+                    node_id=node.node_id,
+                    used=False,
+                    reason=why,
+                    limit=limit,
+                    compute_power=node.available_flop_per_s / 1e9,
+                )
+            )
+            continue
+        at = problem.index_of[node.node_id]
+        room = int(problem.capacity[at] - memory[at])
+        over_time = loads[at] + least_s[at] > budget_s * (1 + SLACK)
+        over_memory = room < least_bytes
+        over_share = flops[at] + least_flop > problem.flop_cap[at] * (1 + SLACK)
+        if len(free) == 0:
+            limit_now = "pin" if pinned[at] else None
+        else:
+            limit_now = "memory" if over_memory else "share" if over_share else "compute" if over_time else None
+        used = bool(held[at])
+        reports.append(
+            NodeReport(
+                node_id=node.node_id,
+                used=used,
+                reason=_reason(problem, at, int(held[at]), limit_now, float(loads[at]), int(memory[at]), budget_s),
+                limit=limit_now,
+                flop=float(flops[at]),
+                seconds=float(loads[at]),
+                memory_used_bytes=int(memory[at]),
+                memory_free_bytes=room,
+                compute_power=node.available_flop_per_s / 1e9,
+                compute_utilization=min(1.0, float(flops[at]) / (problem.rate[at] * budget_s))
+                if budget_s > 0
+                else 0.0,
+            )
+        )
+    return tuple(sorted(reports, key=lambda report: report.node_id))
+
+
+def _least(problem: Problem, free: Ints) -> tuple[np.ndarray, int, float]:  # type: ignore[type-arg]
+    """Least seconds by node, bytes and FLOP that one layer more would take."""
+    if len(free) == 0:
+        return np.zeros(len(problem.nodes)), 0, 0.0
+    # The most common kind is what a node would be given next; odd layers are placed once and for all.
+    kinds = problem.kind[free]
+    common = int(np.bincount(kinds).argmax())
+    layer = int(free[np.flatnonzero(kinds == common)[0]])
+    return problem.seconds[:, common], int(problem.memory[layer]), float(problem.flop[layer])
+
+
+def _reason(
+    problem: Problem, at: int, held: int, limit: str | None, load_s: float, used_bytes: int, budget_s: float
+) -> str:
+    capacity = int(problem.capacity[at])
+    common = f"{seconds_text(load_s)} of {seconds_text(budget_s)}, {gib(used_bytes)} of {gib(capacity)}"
+    if held == 0:
+        if limit == "memory":
+            return f"left out: {gib(capacity)} hold no layer"
+        if limit == "compute":
+            return "left out: one layer alone would take it longer than the slowest node of this plan"
+        if limit == "share":
+            return "left out: its share of the compute is less than one layer"
+        return "left out: the other nodes reach the same time without it, with fewer hops"
+    pinned = int((problem.pinned == at).sum())
+    tail = {
+        "memory": "no memory for one more layer",
+        "compute": "one more layer would make it the slowest node",
+        "share": "its share of the compute is reached",
+        "pin": "holds what is pinned to it",
+        None: "could take more",
+    }[limit]
+    return f"{held} layers{f' ({pinned} pinned)' if pinned else ''}: {common}; {tail}"

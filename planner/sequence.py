@@ -1,0 +1,192 @@
+"""Contiguous stages over layers of any kind: how far each node gets from each layer, and in which order to use nodes.
+
+For a budget a node's reach from a layer is the furthest layer it can end at. Getting further with the same nodes is
+never worse, so the state of a search is only which nodes are used. Nodes that are alike form classes; while the
+counts of classes used make few states the programme over them is exact, beyond that a beam keeps the best.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from planner.problem import SLACK, Ints, Problem
+
+#: States up to which the programme over class counts is solved exactly.
+EXACT_STATES = 20_000
+#: Node sets kept a step beyond that.
+BEAM = 12
+
+
+class Sequence:
+    """All layers of a problem in execution order, and classes of nodes that are alike."""
+
+    def __init__(self, problem: Problem, memory: Ints, *, reverse: bool = False) -> None:
+        self.problem = problem
+        order = np.arange(len(problem.kind))[:: -1 if reverse else 1]
+        self.layers = len(order)
+        keys: dict[tuple[object, ...], list[int]] = {}
+        bandwidth = [node.memory_bytes_per_s for node in problem.nodes]
+        pinned_nodes = set(problem.pinned[problem.pinned >= 0].tolist())
+        for node in range(len(problem.nodes)):
+            key = (
+                problem.rate[node],
+                bandwidth[node],
+                int(problem.capacity[node]),
+                problem.flop_cap[node],
+                node if node in pinned_nodes else -1,
+            )
+            keys.setdefault(key, []).append(node)
+        #: Nodes of each class, by id.
+        self.classes = list(keys.values())
+        heads = [nodes[0] for nodes in self.classes]
+        kinds = problem.kind[order]
+        zero = np.zeros((len(heads), 1))
+        #: (C, L + 1) seconds, (L + 1,) bytes and FLOP before each position.
+        self.before_s = np.concatenate((zero, np.cumsum(problem.seconds[heads][:, kinds], axis=1)), axis=1)
+        self._before_bytes = np.concatenate(([0], np.cumsum(memory[order])))
+        self._before_flop = np.concatenate(([0.0], np.cumsum(problem.flop[order])))
+        self.limit = self._limits(heads, problem.pinned[order])
+        self.counts = [len(nodes) for nodes in self.classes]
+        self.states = math.prod(count + 1 for count in self.counts) if len(self.counts) <= 16 else EXACT_STATES + 1
+        self._levels: list[tuple[Ints, list[tuple[int, Ints, Ints]]]] | None = None
+
+    def _limits(self, heads: list[int], pinned: Ints) -> Ints:
+        """(C, L + 1) furthest end that memory, shares and pins allow from each position."""
+        problem, length = self.problem, self.layers
+        limit = np.full((len(heads), length + 1), length, dtype=np.int64)
+        for row, node in enumerate(heads):
+            end = np.searchsorted(self._before_bytes, self._before_bytes + problem.capacity[node], side="right") - 1
+            limit[row] = np.minimum(limit[row], end)
+            if math.isfinite(problem.flop_cap[node]):
+                most = self._before_flop + problem.flop_cap[node] * (1 + SLACK)
+                limit[row] = np.minimum(limit[row], np.searchsorted(self._before_flop, most, side="right") - 1)
+            foreign = np.flatnonzero((pinned >= 0) & (pinned != node))
+            if len(foreign):
+                stops = np.append(foreign, length)
+                limit[row] = np.minimum(limit[row], stops[np.searchsorted(foreign, np.arange(length + 1))])
+        return np.maximum(limit, np.arange(length + 1)[None, :])
+
+    def reach(self, budget_s: float) -> Ints:
+        """(C, L + 1) furthest end from each position within `budget_s`."""
+        if math.isinf(budget_s):
+            return self.limit
+        ends = np.empty_like(self.limit)
+        for row in range(len(self.classes)):
+            before = self.before_s[row]
+            ends[row] = np.searchsorted(before, before + budget_s + SLACK * (budget_s + before), side="right") - 1
+        return np.minimum(ends, self.limit)
+
+    def place(self, budget_s: float) -> list[tuple[int, int, int]] | None:
+        """Stages [(class, start, end)] that cover all layers within `budget_s`, or None if none were found."""
+        reach = self.reach(budget_s)
+        return self._place_exact(reach) if self.is_exact else self._place_beam(reach)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `place` finds stages whenever there are any."""
+        return self.states <= EXACT_STATES
+
+    def _prepare(self) -> list[tuple[Ints, list[tuple[int, Ints, Ints]]]]:
+        """States by how many nodes they use; for each class those that can have used one of it last."""
+        if self._levels is None:
+            shape = tuple(count + 1 for count in self.counts)
+            grids = np.array(np.unravel_index(np.arange(self.states), shape))
+            strides = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+            level = grids.sum(axis=0)
+            order = np.argsort(level, kind="stable")
+            edges = np.searchsorted(level[order], np.arange(int(level.max()) + 2))
+            self._levels = []
+            for depth in range(1, int(level.max()) + 1):
+                members = order[edges[depth] : edges[depth + 1]]
+                steps = []
+                for at in range(len(shape)):
+                    rows = np.flatnonzero(grids[at][members] > 0)
+                    if len(rows):
+                        steps.append((at, rows, members[rows] - strides[at]))
+                self._levels.append((members, steps))
+        return self._levels
+
+    def _place_exact(self, reach: Ints) -> list[tuple[int, int, int]] | None:
+        position = np.zeros(self.states, dtype=np.int64)
+        came = np.full(self.states, -1, dtype=np.int64)
+        strides = [math.prod(c + 1 for c in self.counts[at + 1 :]) for at in range(len(self.counts))]
+        for members, steps in self._prepare():
+            ends = np.full(len(members), -1, dtype=np.int64)
+            via = np.full(len(members), -1, dtype=np.int64)
+            for at, rows, previous in steps:
+                end = reach[at][position[previous]]
+                better = end > ends[rows]
+                ends[rows[better]] = end[better]
+                via[rows[better]] = at
+            position[members] = ends
+            came[members] = via
+            done = np.flatnonzero(ends >= self.layers)
+            if len(done):
+                state = int(members[done[0]])
+                stages = []
+                while state:
+                    at = int(came[state])
+                    previous_state = state - strides[at]
+                    stages.append((at, int(position[previous_state]), int(position[state])))
+                    state = previous_state
+                return stages[::-1]
+        return None
+
+    def _place_beam(self, reach: Ints) -> list[tuple[int, int, int]] | None:
+        """Best few node sets a step, by what the nodes left could still do minus what is left to do."""
+        classes = len(self.classes)
+        left = np.array([self.counts], dtype=np.int64)
+        position = np.zeros(1, dtype=np.int64)
+        trail: list[tuple[Ints, Ints, Ints]] = []
+        # What a node is worth: the FLOP it would cover from the average position.
+        starts = np.linspace(0, self.layers - 1, min(self.layers, 64)).astype(np.int64)
+        worth = (self._before_flop[reach[:, starts]] - self._before_flop[starts][None, :]).mean(axis=1)
+        worth = np.maximum(worth, (reach[:, starts] - starts[None, :]).mean(axis=1) * 1e-6)
+        spent = np.zeros(1)
+        for _ in range(sum(self.counts)):
+            ends = reach[:, position].T  # (B, C)
+            usable = (left > 0) & (ends > position[:, None])
+            if not usable.any():
+                return None
+            gained = self._before_flop[ends]
+            score = np.where(usable, gained - (spent[:, None] + worth[None, :]), -np.inf)
+            finished = usable & (ends >= self.layers)
+            if finished.any():
+                row, at = divmod(int(np.argmax(finished)), classes)
+                trail.append((np.array([row]), np.array([at]), np.array([self.layers])))
+                return self._unwind(trail)
+            flat = np.argsort(-score, axis=None, kind="stable")[: BEAM * 4]
+            flat = flat[np.isfinite(score.ravel()[flat])]
+            rows, ats = flat // classes, flat % classes
+            left_next = left[rows].copy()
+            left_next[np.arange(len(rows)), ats] -= 1
+            _, first = np.unique(left_next, axis=0, return_index=True)
+            keep = np.sort(first)[:BEAM]
+            rows, ats, left = rows[keep], ats[keep], left_next[keep]
+            position = ends[rows, ats]
+            spent = spent[rows] + worth[ats]
+            trail.append((rows, ats, position))
+        return None
+
+    @staticmethod
+    def _unwind(trail: list[tuple[Ints, Ints, Ints]]) -> list[tuple[int, int, int]]:
+        stages: list[tuple[int, int, int]] = []
+        row = 0
+        for depth in range(len(trail) - 1, -1, -1):
+            rows, ats, positions = trail[depth]
+            previous = int(rows[row])
+            start = int(trail[depth - 1][2][previous]) if depth else 0
+            stages.append((int(ats[row]), start, int(positions[row])))
+            row = previous
+        return stages[::-1]
+
+    def assignment(self, stages: list[tuple[int, int, int]], *, reverse: bool = False) -> Ints:
+        """(L,) node of each layer; nodes of a class in order of their ids."""
+        nodes = np.empty(self.layers, dtype=np.int64)
+        taken = [0] * len(self.classes)
+        for at, start, end in stages:
+            nodes[start:end] = self.classes[at][taken[at]]
+            taken[at] += 1
+        return nodes[::-1].copy() if reverse else nodes
