@@ -208,7 +208,7 @@ def show_shards(data: Path, plan: Mapping[str, Any]) -> list[Path]:
     folders = []
     rows = [("NODE", "FILES", "BYTES", "DIGEST")]
     for node_id in plan["split_plan"]:
-        folder = data / "nodes" / node_id / "shards" / plan["plan_id"]
+        folder = data / "nodes" / node_id / "shards" / plan["plan_id"] / node_id
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"]
         rows.append((node_id, str(len(files)), f"{sum(_bytes(f) for f in files):,}", manifest["digest"]))

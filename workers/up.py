@@ -23,20 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from planner.cluster import Node
-from planner.errors import Conflict, InvalidInput, Unavailable
-from planner.wire import cluster_from_json, load_file
+from planner.errors import Conflict, Unavailable
 from workers import redis_server
 from workers.data_lock import DataLock
 from workers.roles import HOST, Roles
+from workers.stated_nodes import stated_nodes
 from workers.supervisor import Supervisor
 
-#: FLOP/s that the smallest of `--nodes N` states; the others state multiples.
-_UNIT_FLOP_PER_S = 100e9
-#: Share of the machine's memory that the nodes state together.
-_MEMORY_SHARE = 0.8
 #: Seconds for one role to become ready; the first start on a cold disk reads the whole of torch.
 _READY_S = 120.0
 #: Deaths in a row after which a role that never was ready is given up.
@@ -48,40 +42,6 @@ Say = Callable[[str], None]
 def say_on_stderr(line: str) -> None:
     """The default voice: progress goes to stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def stated_nodes(nodes: str | None, *, memory_bytes: int | None = None) -> tuple[Node, ...]:
-    """The nodes to run: `N` (default 3) of unequal size, or those of a nodes file.
-
-    Of N nodes the k-th from the end states k shares of 80 % of the machine's memory, and k × 100 GFLOP/s.
-
-    Args:
-        nodes: A number, or the path of a nodes file (YAML or JSON).
-        memory_bytes: The machine's memory; None: ask it.
-
-    Raises:
-        InvalidInput: If it is neither, or lists no nodes.
-    """
-    text = "3" if nodes is None else nodes.strip()
-    if not text.isdecimal():
-        if not Path(text).is_file():
-            raise InvalidInput(f"--nodes takes a number or a nodes file, and there is no file {text!r}")
-        cluster = cluster_from_json(load_file(Path(text)))
-        if not cluster.nodes:
-            raise InvalidInput(f"{text} lists no nodes")
-        taken = {"redis", "api", "planner", "flower"} & {node.node_id for node in cluster.nodes}
-        if taken:
-            raise InvalidInput(f"{text} calls a node {min(taken)!r}, and that's the name of another role here")
-        return cluster.nodes
-    count = int(text)
-    if not 1 <= count <= 64:
-        raise InvalidInput(f"--nodes must be 1 to 64, got {count}")
-    total = psutil.virtual_memory().total if memory_bytes is None else memory_bytes
-    share = total * _MEMORY_SHARE / (count * (count + 1) / 2)
-    return tuple(
-        Node(node_id=f"node-{i}", flop_per_s=part * _UNIT_FLOP_PER_S, memory_bytes=int(part * share) >> 20 << 20)
-        for i, part in enumerate(range(count, 0, -1), start=1)
-    )
 
 
 def free_port() -> int:
@@ -220,7 +180,7 @@ def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: S
     wait("api", lambda: _answers(service.at.api + "/api/health/live"), service.at.api)
     for node in service.nodes:
         wait(node.node_id, lambda n=node: n.node_id in _alive_nodes(service), _size(node))  # type: ignore[misc]
-    wait("planner", lambda: _answers(service.at.api + "/api/health"), "plans, and finds lost work")
+    wait("planner", lambda: _planner_answers(service), "plans, and finds lost work")
     wait("flower", lambda: _answers(service.at.flower), service.at.flower)
 
 
@@ -246,6 +206,13 @@ def _answers(url: str) -> bool:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http)
             return bool(answer.status == 200)
     except (OSError, ValueError):
+        return False
+
+
+def _planner_answers(service: Service) -> bool:
+    try:
+        return bool(service.get("/api/health", timeout_s=2)["checks"]["planner"])
+    except (OSError, ValueError, KeyError):
         return False
 
 
