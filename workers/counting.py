@@ -1,0 +1,396 @@
+"""One counted pass of a weightless model: FLOP by module path, peaks, and what flows from layer to layer.
+
+FLOP are those of `torch.utils.flop_counter.FlopCounterMode` (its registry; the tests prove a difference of 0), with
+two additions: a meta tensor asked for its truth value says yes, and repeated children of a `ModuleList` run once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_SCALARS = (bool, int, float, str, type(None))
+#: Attributes that differ between layers that cost the same.
+_POSITIONS = {"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "block_idx", "index"}
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a pass cost."""
+
+    #: Module path -> FLOP of the operators that ran directly in it.
+    flop: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    #: Layer -> largest bytes alive beside its weights while it ran.
+    peak_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    #: Layers in the order in which they first ran.
+    order: list[int] = field(default_factory=list)
+    #: Storages that weights had a part in: (layer that made it, last layer that read it, bytes read).
+    flows: list[list[int]] = field(default_factory=list)
+    #: Expert parameter's module path -> (rows gathered, rows there are).
+    gathered: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: Child that was not run -> child of equal cost that was.
+    twins: dict[str, str] = field(default_factory=dict)
+    #: Bytes of the pass's output tensors.
+    output_bytes: int = 0
+    operators: int = 0
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """A child's pass, to be repeated for its twins."""
+
+    path: str
+    output: Any
+    flop: dict[str, int]
+    peak_bytes: int
+    operators: int
+    gathered: dict[str, tuple[int, int]]
+
+
+class _Truth(TorchFunctionMode):
+    """Answers what only data could tell: whether a meta tensor is true."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators of one pass; see `count`."""
+
+    def __init__(self, model: nn.Module, layer_of: Callable[[str], int | None]) -> None:
+        super().__init__()
+        self.counts = Counts()
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._parameters = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self._layer_of = layer_of
+        self._stack: list[tuple[str, int]] = []
+        self._layer = -1
+        self._live = 0
+        self._base = 0
+        self._high = 0
+        self._storages: dict[int, list[int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        counts = self.counts
+        counts.operators += 1
+        packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
+        rule = flop_registry.get(packet)
+        if rule is not None:
+            counts.flop[self._stack[-1][0] if self._stack else ""] += rule(*args, **kwargs, out_val=out)
+        weighted = False
+        for value in args:
+            if isinstance(value, Tensor):
+                weighted |= self._reads(value)
+            elif isinstance(value, (list, tuple)):
+                for each in value:
+                    if isinstance(each, Tensor):
+                        weighted |= self._reads(each)
+        if packet is torch.ops.aten.index and self._gathers(args, out):
+            return out
+        if isinstance(out, Tensor):
+            self._makes(out, weighted)
+        elif isinstance(out, (list, tuple)):
+            for each in out:
+                if isinstance(each, Tensor):
+                    self._makes(each, weighted)
+        return out
+
+    def _reads(self, tensor: Tensor) -> bool:
+        """Note that the present layer reads `tensor`; whether weights had a part in it."""
+        if id(tensor) in self._parameters:
+            return True
+        known = self._storages.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's only identity)
+        if known is None or not known[3]:
+            return False
+        if known[1] < self._layer:
+            known[1], known[2] = self._layer, 0
+        known[2] = max(known[2], min(tensor.numel() * tensor.element_size(), known[4]))
+        return True
+
+    def _makes(self, tensor: Tensor, weighted: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001
+        known = self._storages.get(key)
+        if known is not None:
+            known[3] |= weighted
+            return
+        if id(tensor) in self._parameters:
+            return
+        size = storage.nbytes()
+        # [made by, last read by, bytes read, weighted, size]
+        self._storages[key] = [self._layer, self._layer, 0, weighted, size]
+        self._live += size
+        self._high = max(self._high, self._live)
+        weakref.finalize(storage, self._frees, key)
+
+    def _frees(self, key: int) -> None:
+        known = self._storages.pop(key, None)
+        if known is not None:
+            self._live -= known[4]
+            if known[3] and known[1] > known[0]:
+                self.counts.flows.append(known[:3])
+
+    def _gathers(self, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether this copied expert weights for each token, which only `batched_mm` does: note it, charge nothing."""
+        name = self._parameters.get(id(args[0]))
+        if name is None or args[0].ndim < 2 or "expert" not in name:
+            return False
+        self.counts.gathered[name] = (out.shape[0], args[0].shape[0])
+        return True
+
+    def enters(self, module: nn.Module, _: Any) -> None:
+        """Forward pre-hook."""
+        path = self._paths.get(id(module))
+        if path is None:
+            path = self._stack[-1][0] if self._stack else ""
+        layer = self._layer_of(path)
+        if layer is not None and layer != self._layer:
+            self._settle()
+            if layer not in self.counts.order:
+                self.counts.order.append(layer)
+            # Layers are numbered by the order in which they first run, so that "later" is a comparison.
+            self._layer = self.counts.order.index(layer)
+            self._base = 0
+            self._high = self._live
+        self._stack.append((path, self._layer))
+
+    def leaves(self, *_: Any) -> None:
+        """Forward hook."""
+        self._stack.pop()
+
+    def _settle(self) -> None:
+        """Close the account of the layer that was running."""
+        if self._layer >= 0:
+            layer = self.counts.order[self._layer]
+            self.counts.peak_bytes[layer] = max(self.counts.peak_bytes[layer], self._high)
+
+    def finish(self, output: Any) -> Counts:
+        """Close all accounts after the pass."""
+        self._settle()
+        for known in self._storages.values():
+            if known[3] and known[1] > known[0]:
+                self.counts.flows.append(known[:3])
+        self._storages = {}
+        self.counts.output_bytes = sum(t.numel() * t.element_size() for t in tensors_in(output))
+        return self.counts
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and model outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
+
+
+def count(
+    model: nn.Module, inputs: Mapping[str, Any], *, layer_of: Callable[[str], int | None], memoise: bool = True
+) -> tuple[Counts, Any]:
+    """Run `model` on `inputs` (meta tensors) and count.
+
+    Args:
+        model: On the meta device.
+        inputs: Keyword arguments of its forward.
+        layer_of: Module path -> layer, or None for containers of several.
+        memoise: Run children of equal cost once.
+
+    Returns:
+        The counts, and the model's output.
+    """
+    counter = Counter(model, layer_of)
+    memo = _Memo(counter) if memoise else None
+    hooks = [register_module_forward_pre_hook(counter.enters), register_module_forward_hook(counter.leaves)]
+    try:
+        if memo is not None:
+            memo.attach(model)
+        with torch.no_grad(), _Truth(), counter:
+            output = model(**inputs)
+        return counter.finish(output), output
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if memo is not None:
+            memo.detach()
+
+
+class _Memo:
+    """Replaces the forward of a `ModuleList`'s children by one that repeats what a twin did."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._recorded: dict[Any, _Recorded] = {}
+        self._shapes: dict[int, Any] = {}
+        self._wrapped: list[nn.Module] = []
+
+    def attach(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        for path, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) > 1:
+                for number, child in enumerate(module):
+                    if "forward" not in child.__dict__:
+                        self._wrap(child, f"{path}.{number}", _entries(config, number, len(module)))
+
+    def detach(self) -> None:
+        for child in self._wrapped:
+            del child.__dict__["forward"]
+        self._wrapped.clear()
+
+    def _wrap(self, child: nn.Module, path: str, entries: Any) -> None:
+        forward = child.forward
+        self._wrapped.append(child)
+
+        def memoised(*args: Any, **kwargs: Any) -> Any:
+            return self._call(forward, child, path, entries, args, kwargs)
+
+        child.__dict__["forward"] = memoised
+
+    def _call(
+        self, forward: Any, child: nn.Module, path: str, entries: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        counter = self._counter
+        inputs: list[Tensor] = []
+        key = (_structure(child, entries), _signature((args, kwargs), inputs))
+        recorded = self._recorded.get(key)
+        if recorded is not None:
+            return self._repeat(recorded, path, inputs)
+        flop_before = dict(counter.counts.flop)
+        operators, gathered = counter.counts.operators, dict(counter.counts.gathered)
+        live, high = counter._live, counter._high  # noqa: SLF001 (one mechanism in two classes)
+        counter._high = live  # noqa: SLF001
+        output = forward(*args, **kwargs)
+        counts = counter.counts
+        places = {id(tensor): at for at, tensor in enumerate(inputs)}
+        self._recorded[key] = _Recorded(
+            path=path,
+            output=_describe(output, places),
+            flop={
+                name[len(path) :]: flop - flop_before.get(name, 0)
+                for name, flop in counts.flop.items()
+                if flop != flop_before.get(name, 0)
+            },
+            peak_bytes=counter._high - live,  # noqa: SLF001
+            operators=counts.operators - operators,
+            gathered={n[len(path) :]: g for n, g in counts.gathered.items() if gathered.get(n) != g},
+        )
+        counter._high = max(high, counter._high)  # noqa: SLF001
+        return output
+
+    def _repeat(self, recorded: _Recorded, path: str, inputs: list[Tensor]) -> Any:
+        counter, counts = self._counter, self._counter.counts
+        for tensor in inputs:
+            counter._reads(tensor)  # noqa: SLF001
+        for name, flop in recorded.flop.items():
+            counts.flop[path + name] += flop
+        for name, rows in recorded.gathered.items():
+            counts.gathered[path + name] = rows
+        counts.twins[path] = recorded.path
+        counter._high = max(counter._high, counter._live + recorded.peak_bytes)  # noqa: SLF001
+        return _rebuild(recorded.output, inputs, counter)
+
+
+def _entries(config: Any, number: int, length: int) -> tuple[Any, ...]:
+    """What the config says of this one of `length` layers (`layer_types` and the like)."""
+    if config is None:
+        return ()
+    return tuple(
+        (name, str(value[number]))
+        for name, value in config.__dict__.items()
+        if isinstance(value, (list, tuple)) and len(value) == length
+    )
+
+
+def _structure(module: nn.Module, entries: Any) -> Any:
+    """What a module is: classes, parameter shapes and settings of all its parts, without its position."""
+    parts: list[Any] = [entries]
+    for path, part in module.named_modules():
+        parts.append((path, type(part)))
+        for name, value in part.__dict__.items():
+            if name in _POSITIONS or name.startswith("_"):
+                continue
+            if isinstance(value, _SCALARS):
+                parts.append((name, value))
+        for name, parameter in part._parameters.items():  # noqa: SLF001 (parameters() would recurse)
+            parts.append((name, None if parameter is None else (tuple(parameter.shape), parameter.dtype)))
+        for name, buffer in part._buffers.items():  # noqa: SLF001
+            parts.append((name, None if buffer is None else (tuple(buffer.shape), buffer.dtype)))
+    return tuple(parts)
+
+
+def _signature(value: Any, inputs: list[Tensor]) -> Any:
+    """A hashable description of arguments; their tensors are appended to `inputs`."""
+    if isinstance(value, Tensor):
+        inputs.append(value)
+        return (tuple(value.shape), value.dtype, value.stride())
+    if isinstance(value, dict):
+        return tuple((name, _signature(each, inputs)) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_signature(each, inputs) for each in value))
+    if isinstance(value, _SCALARS):
+        return value
+    return (type(value), id(value))
+
+
+@dataclass(slots=True)
+class _Made:
+    """A tensor that a child made: how to make its like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    weighted: bool
+
+
+@dataclass(slots=True)
+class _Given:
+    """A tensor that a child handed through."""
+
+    place: int
+
+
+def _describe(output: Any, places: Mapping[int, int]) -> Any:
+    if isinstance(output, Tensor):
+        if id(output) in places:
+            return _Given(places[id(output)])
+        return _Made(tuple(output.shape), output.stride(), output.dtype, weighted=True)
+    if isinstance(output, dict):
+        return type(output), {name: _describe(value, places) for name, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return type(output), [_describe(value, places) for value in output]
+    return output
+
+
+def _rebuild(described: Any, inputs: list[Tensor], counter: Counter) -> Any:
+    if isinstance(described, _Made):
+        tensor = torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
+        counter._makes(tensor, described.weighted)  # noqa: SLF001
+        return tensor
+    if isinstance(described, _Given):
+        return inputs[described.place]
+    if isinstance(described, tuple) and len(described) == 2 and isinstance(described[0], type):
+        kind, values = described
+        if isinstance(values, dict):
+            return kind(**{name: _rebuild(value, inputs, counter) for name, value in values.items()})
+        return kind(_rebuild(value, inputs, counter) for value in values)
+    return described

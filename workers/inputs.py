@@ -1,0 +1,87 @@
+"""Inputs for a counted pass: meta tensors of the right shapes, found by the names that a model's forward takes.
+
+The workload is B sequences of S tokens; an encoder-decoder reads S and writes S; a model of images gets one image of
+its own size for each sequence, whose tokens are among the S; a model of sound gets its full window.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workers.skeleton import NotTraceable
+
+
+def make_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int, *, images: bool = True) -> dict[str, Any]:
+    """Keyword arguments for `model`'s forward.
+
+    Args:
+        model: On the meta device.
+        batch_size: Sequences.
+        sequence_length: Tokens in each.
+        images: Give a model of text and images its images.
+
+    Raises:
+        NotTraceable: If the forward takes nothing that is known here.
+    """
+    taken = inspect.signature(model.forward).parameters
+    config = model.config
+    inputs: dict[str, Any] = {}
+    tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
+    if "input_ids" in taken:
+        inputs["input_ids"] = tokens
+        if "attention_mask" in taken:
+            inputs["attention_mask"] = torch.ones_like(tokens)
+    if "decoder_input_ids" in taken:
+        inputs["decoder_input_ids"] = tokens.clone()
+    if "input_features" in taken and "input_ids" not in inputs:
+        inputs["input_features"] = _features(config, batch_size, model.dtype)
+    if "input_values" in taken and "input_ids" not in inputs:
+        inputs["input_values"] = torch.zeros(batch_size, 16_000, dtype=model.dtype, device="meta")
+    if "pixel_values" in taken and images:
+        inputs.update(_images(model, taken, batch_size))
+    if "use_cache" in taken:
+        inputs["use_cache"] = True
+    if not {"input_ids", "decoder_input_ids", "input_features", "input_values", "pixel_values"} & inputs.keys():
+        raise NotTraceable(f"{type(model).__name__} takes no text, image or sound: {', '.join(list(taken)[:6])}")
+    return inputs
+
+
+def _features(config: Any, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """A spectrogram of the encoder's full window."""
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
+    length = 2 * (getattr(config, "max_source_positions", None) or 1500)
+    return torch.zeros(batch_size, bins, length, dtype=dtype, device="meta")
+
+
+def _images(model: PreTrainedModel, taken: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """One image of the model's own size for each sequence."""
+    config = model.config
+    vision = getattr(config, "vision_config", None) or config
+    if "image_grid_thw" in taken:
+        return _patches(vision, batch_size, model.dtype)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    channels = getattr(vision, "num_channels", None) or 3
+    pixels = torch.zeros(batch_size, channels, height, width, dtype=model.dtype, device="meta")
+    if "image_sizes" in taken and "llava" in config.model_type:
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]] * batch_size)}
+    return {"pixel_values": pixels}
+
+
+def _patches(vision: Any, batch_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """An image cut into patches, for models that take any size: 448 × 448 pixels."""
+    patch, frames = vision.patch_size, getattr(vision, "temporal_patch_size", 2)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+    merge = getattr(vision, "spatial_merge_size", 2)
+    side = 448 // patch // merge * merge
+    values = channels * frames * patch * patch
+    return {
+        "pixel_values": torch.zeros(batch_size * side * side, values, dtype=dtype, device="meta"),
+        "image_grid_thw": torch.tensor([[1, side, side]] * batch_size),
+    }
