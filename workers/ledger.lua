@@ -333,6 +333,18 @@ operations.defer = function(job, step, fence, delay_ms)
   return answer('ok')
 end
 
+-- The worker itself goes (its child may be gone already): whatever claim of `owner` runs is taken back.
+operations.hand_back = function(job, step, owner)
+  local key = step_key(job, step)
+  local found = redis.call('HMGET', key, 'state', 'owner')
+  if found[1] ~= 'running' or string.sub(found[2] or '', 1, #owner + 1) ~= owner .. '#' then return answer('other') end
+  redis.call('HINCRBY', key, 'fence', 1)
+  redis.call('HINCRBY', key, 'attempts', -1)
+  make_due(job, step, 0)
+  event(job, 'event', 'step', 'step', step, 'state', 'queued')
+  return answer('ok')
+end
+
 operations.cancel = function(job)
   if not get(job_key(job), 'state') then return answer('unknown') end
   return answer(end_job(job, 'cancelled', '') and 'cancelled' or 'ended')

@@ -390,11 +390,40 @@ class Ledger:
         """Hand the step back, no attempt counted: this worker is going, or something is not ready."""
         return self._run("defer", claim.job_id, claim.step, claim.fence, round(delay_s * 1000))[0]  # type: ignore[return-value]
 
+    def hand_back(self, job_id: str, step: str, *, owner: str) -> bool:
+        """Take a running step from the worker `owner` that is stopping, no attempt counted; whether it had it."""
+        return self._run("hand_back", job_id, step, owner)[0] == "ok"
+
     def result(self, job_id: str, step: str) -> dict[str, Any] | None:
         """What a step of the job was committed with; None if it was not."""
         with reachable():
             text = self.redis.hget(f"{self.prefix}step:{job_id}:{step}", "result")
         return json.loads(text) if text else None
+
+    def job_result(self, job_id: str) -> dict[str, Any]:
+        """The job's result so far; {} if there is none."""
+        with reachable():
+            text = self.redis.hget(f"{self.prefix}job:{job_id}", "result")
+        return json.loads(text) if text else {}
+
+    def running(self) -> list[tuple[str, str, str]]:
+        """(job, step, node) of the steps that run now; of at most 1,000 jobs."""
+        with reachable():
+            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, 999)
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "steps")
+            names = pipeline.execute()
+            pairs = [(job, step) for job, text in zip(ids, names, strict=True) for step in (text or "").split()]
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id, step in pairs:
+                pipeline.hmget(f"{self.prefix}step:{job_id}:{step}", "state", "owner")
+            found = pipeline.execute()
+        return [
+            (job_id, step, str(owner).partition("@")[0])
+            for (job_id, step), (state, owner) in zip(pairs, found, strict=True)
+            if state == "running" and owner
+        ]
 
     # -- what the reconciler does --------------------------------------------------------------------------------
     def wake_overdue(self, *, limit: int = 500) -> int:

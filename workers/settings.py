@@ -194,6 +194,51 @@ class WebSettings:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSettings:
+    """How jobs are run; the same in every process of a service, or the shortest lease and the largest limit win."""
+
+    #: FAIRSHARD_KEY_PREFIX: of every key in Redis, so that services can share one.
+    prefix: str = "fairshard:"
+    #: FAIRSHARD_LEASE_S: a worker that is silent for so long has lost its step.
+    lease_s: float = 15.0
+    #: FAIRSHARD_MAX_ATTEMPTS: after so many a step fails for good.
+    max_attempts: int = 3
+    #: FAIRSHARD_STEP_TIME_S: a step that takes longer fails.
+    step_time_s: float = 6 * 3600.0
+    #: FAIRSHARD_STEP_MEMORY_BYTES: memory that a step may take beyond what its worker has; None: no limit.
+    step_memory_bytes: int | None = None
+    #: FAIRSHARD_JOB_TTL_S: how long a job is kept after its end.
+    job_ttl_s: float = 7 * 86400.0
+    #: FAIRSHARD_NODE_TTL_S: a node that is silent for so long is dead; it announces itself three times as often.
+    node_ttl_s: float = 15.0
+    #: FAIRSHARD_GRACE_S: what a worker that was told to stop may still take to finish.
+    grace_s: float = 30.0
+    #: FAIRSHARD_PLAN_TTL_S: how long a plan's JSON stays in Redis (the store keeps it for good).
+    plan_ttl_s: float = 30 * 86400.0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> QueueSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidInput: If a variable does not parse; the message names it.
+        """
+        env = os.environ if env is None else env
+        default = cls()
+        return cls(
+            prefix=env.get("FAIRSHARD_KEY_PREFIX") or default.prefix,
+            lease_s=_number(env, "FAIRSHARD_LEASE_S") or default.lease_s,
+            max_attempts=_integer(env, "FAIRSHARD_MAX_ATTEMPTS") or default.max_attempts,
+            step_time_s=_number(env, "FAIRSHARD_STEP_TIME_S") or default.step_time_s,
+            step_memory_bytes=_integer(env, "FAIRSHARD_STEP_MEMORY_BYTES"),
+            job_ttl_s=_number(env, "FAIRSHARD_JOB_TTL_S") or default.job_ttl_s,
+            node_ttl_s=_number(env, "FAIRSHARD_NODE_TTL_S") or default.node_ttl_s,
+            grace_s=_number(env, "FAIRSHARD_GRACE_S") or default.grace_s,
+            plan_ttl_s=_number(env, "FAIRSHARD_PLAN_TTL_S") or default.plan_ttl_s,
+        )
+
+
 def child_env(changes: Mapping[str, str], *, without: Collection[str] = ()) -> dict[str, str]:
     """The environment for a process that this one starts: its own, less `without`, with `changes`."""
     return {name: value for name, value in os.environ.items() if name not in without} | dict(changes)
@@ -215,3 +260,28 @@ def _number(env: Mapping[str, str], name: str) -> float | None:
 def _integer(env: Mapping[str, str], name: str) -> int | None:
     value = _number(env, name)
     return None if value is None else int(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSettings:
+    """Where the command line finds the service."""
+
+    #: FAIRSHARD_URL, without a trailing slash.
+    url: str
+    #: FAIRSHARD_TOKEN: sent as `Authorization: Bearer`.
+    token: str | None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> ClientSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidInput: If FAIRSHARD_URL is not an http(s) address.
+        """
+        env = os.environ if env is None else env
+        url = (env.get("FAIRSHARD_URL") or "http://127.0.0.1:8080").rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise InvalidInput(
+                f"FAIRSHARD_URL must start with http:// or https://, got {url!r}", details={"setting": "FAIRSHARD_URL"}
+            )
+        return cls(url=url, token=env.get("FAIRSHARD_TOKEN") or None)

@@ -1,0 +1,189 @@
+"""The planner's tasks: a shell, though it lives with what it runs; it loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from planner.cluster import Cluster
+from planner.errors import Conflict, IntegrityError, Unavailable
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from planner.strategies import make_plan
+from planner.wire import cluster_from_json, options_from_json, plan_from_json, plan_to_json
+from workers.celery_app import PLANNER, node_queue
+from workers.claims import Claim
+from workers.ledger import StepSpec
+from workers.registry import to_node
+from workers.services import Services
+from workers.shell import step_task
+
+
+@step_task("planner.plan")
+def plan(services: Services, claim: Claim) -> dict[str, Any]:
+    """Read the metadata back, plan, publish the plan, and have each chosen node cut its shard.
+
+    Run again when a node dies: over the others, with the metadata of the first time.
+
+    Returns:
+        The plan's JSON, which Celery's result backend shows.
+    """
+    from workers.uploader import publish_plan
+
+    job_id = claim.claimed.job_id
+    asked = claim.params.get("process") or claim.params
+    token = services.tokens.get(job_id)
+    before = claim.result("plan")
+    where = before.get("profile") or _profile_source(claim, asked)
+    profile = services.plan_profile(where, token=token)
+    alive = {info["node_id"]: info for info in services.registry.alive()}
+    cluster = _cluster(asked, alive, claim.claimed.lost_nodes)
+    claim.check()
+    made = _plan(services, profile, cluster, asked, before if claim.claimed.lost_nodes else {})
+    chosen = sorted(made.allocation)
+    do_split = _wants_split(asked, chosen, alive)
+    revision = made.revision
+    if do_split and revision is None:
+        # Metadata that names no commit (the seed's form): all nodes must cut from the same one.
+        revision = _resolve(services, made.model_name, token)
+        made = replace(made, revision=revision)
+    published = publish_plan(made, services.store())
+    view = plan_to_json(made) | {"job_id": job_id}
+    services.plans.save(view)
+    steps = _split_steps(made, where, revision) if do_split else []
+    dropped = [f"split:{node_id}" for node_id in before.get("node_ids", []) if node_id not in chosen]
+    outcome = {
+        "plan_id": made.plan_id,
+        "plan_commit": published.commit,
+        "split": do_split,
+        "node_ids": chosen,
+    }
+    claim.then(add=steps, drop=dropped, job_result=claim.job_result() | outcome)
+    claim.answer = view
+    return {**outcome, "profile": where, "node_ids": chosen if do_split else []}
+
+
+def _plan(
+    services: Services, profile: ModelProfile, cluster: Cluster, asked: Mapping[str, Any], before: Mapping[str, Any]
+) -> Plan:
+    """The plan, or, after a node died, the one that moves the fewest bytes from what the others hold."""
+    options = options_from_json(asked.get("options") or {})
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    if before:
+        from planner.replan import replan
+
+        return replan(plan_from_json(services.plans.get(before["plan_id"])), profile, cluster, options).plan
+    return make_plan(profile, cluster, options, generated_at=now)
+
+
+def _profile_source(claim: Claim, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the metadata lies, for this step and for the nodes: the job's own profile, or what was asked for."""
+    own = claim.result("publish")
+    sizes = {"batch_size": asked.get("batch_size"), "sequence_length": asked.get("sequence_length")}
+    if own:
+        return {"model_name": claim.claimed.model_name, "path": own["path"], "commit": own["commit"], **sizes}
+    return {
+        "model_name": claim.claimed.model_name,
+        "repo": asked.get("metadata_repo"),
+        "revision": asked.get("revision"),
+        **sizes,
+    }
+
+
+def _cluster(asked: Mapping[str, Any], alive: Mapping[str, Mapping[str, Any]], lost: frozenset[str]) -> Cluster:
+    given = asked.get("available_nodes")
+    links = asked.get("links")
+    form = {"nodes": list(given or []), **({"links": links} if links else {})}
+    base = cluster_from_json(form) if given or links else Cluster(nodes=())
+    if given:
+        nodes = tuple(node for node in base.nodes if node.node_id not in lost or node.node_id in alive)
+    else:
+        nodes = tuple(to_node(info) for _, info in sorted(alive.items()))
+    if not nodes:
+        raise Unavailable(
+            "no compute node is alive: start one with 'fairshard node' (GET /api/nodes shows those that are)"
+            + (f"; lost while this job ran: {', '.join(sorted(lost))}" if lost else ""),
+        )
+    return replace(base, nodes=nodes)
+
+
+def _wants_split(asked: Mapping[str, Any], chosen: list[str], alive: Mapping[str, Any]) -> bool:
+    absent = [node_id for node_id in chosen if node_id not in alive]
+    wanted = asked.get("split")
+    if wanted and absent:
+        raise Conflict(
+            f"shards were asked for, but {', '.join(absent)} of the plan are not registered nodes; "
+            "leave available_nodes out, or set split to false",
+            details={"absent": absent},
+        )
+    return not absent if wanted is None else bool(wanted)
+
+
+def _split_steps(made: Plan, where: Mapping[str, Any], revision: str | None) -> list[StepSpec]:
+    arguments = {"plan_id": made.plan_id, "profile": dict(where), "revision": revision}
+    splits = [
+        StepSpec(
+            name=f"split:{node_id}",
+            task="workers.split",
+            queue=node_queue(node_id),
+            node_id=node_id,
+            after=("plan",),
+            args=arguments,
+        )
+        for node_id in sorted(made.allocation)
+    ]
+    names = tuple(step.name for step in splits)
+    return [*splits, StepSpec(name="finish", task="planner.finish", queue=PLANNER, after=names)]
+
+
+def _resolve(services: Services, model_name: str, token: str | None) -> str:
+    from workers.downloader import resolve
+
+    return resolve(model_name, token=token, models_dir=services.settings.models_dir).revision
+
+
+@step_task("planner.finish")
+def finish(services: Services, claim: Claim) -> dict[str, Any]:
+    """See that all shards of the plan are there and whole."""
+    planned = claim.result("plan")
+    made = services.plans.get(planned["plan_id"])
+    profile = services.plan_profile(planned["profile"], token=services.tokens.get(claim.claimed.job_id))
+    shards = [claim.result(f"split:{node_id}") for node_id in planned["node_ids"]]
+    check_shards(made, profile, shards)
+    claim.then(job_result=claim.job_result() | {"shards": shards})
+    return {"plan_id": made["plan_id"], "shards": len(shards), "size_bytes": sum(s["size_bytes"] for s in shards)}
+
+
+def check_shards(made: Mapping[str, Any], profile: ModelProfile, shards: list[dict[str, Any]]) -> None:
+    """Check the nodes' reports against the plan: each layer where it belongs, each file with its digest.
+
+    Raises:
+        IntegrityError: If a shard is missing, of another plan, or not of the layers and bytes that were planned.
+    """
+    reports = {shard.get("node_id"): shard for shard in shards}
+    weights = {layer.name: layer.weight_bytes for layer in profile.layers}
+    for node_id, part in made["split_plan"].items():
+        report = reports.get(node_id)
+        if not report:
+            raise IntegrityError(f"node {node_id} reported no shard", details={"node_id": node_id})
+        if report["plan_id"] != made["plan_id"]:
+            raise IntegrityError(f"node {node_id} holds a shard of plan {report['plan_id']}, not {made['plan_id']}")
+        if set(report["layers"]) != set(part["layer_names"]):
+            raise IntegrityError(
+                f"node {node_id} holds {len(report['layers'])} layers, {len(part['layer_names'])} planned"
+            )
+        planned = sum(weights.get(name, 0) for name in part["layer_names"])
+        if report["tensor_bytes"] < planned:
+            raise IntegrityError(f"node {node_id} holds {report['tensor_bytes']} bytes of tensors, {planned} planned")
+        undigested = [file["name"] for file in report["files"] if not file["digest"]]
+        if undigested:
+            raise IntegrityError(f"node {node_id} gave no digest for {', '.join(undigested)}")
+
+
+@step_task("planner.forget")
+def forget(services: Services, claim: Claim) -> dict[str, Any]:
+    """Forget a plan whose shards no living node holds."""
+    services.plans.delete(claim.args["plan_id"], claim.claimed.model_name)
+    return {"plan_id": claim.args["plan_id"]}

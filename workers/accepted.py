@@ -1,0 +1,76 @@
+"""Jobs that were accepted: an SQLite file, written before Redis hears of a job, so that a wiped Redis loses none.
+
+WAL and synchronous=FULL: an entry is on disk when `record` returns. Hub tokens are never in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Accepted:
+    """Accepted jobs that have not been seen to end. Safe to use from threads and from several processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, check_same_thread=False, timeout=10, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS jobs (job_id TEXT PRIMARY KEY, entry TEXT NOT NULL, "
+            "checked_at INTEGER NOT NULL) WITHOUT ROWID"
+        )
+        self._db.execute("CREATE INDEX IF NOT EXISTS jobs_checked ON jobs (checked_at)")
+
+    def record(self, job_id: str, entry: Mapping[str, Any]) -> None:
+        """Write an accepted job; on disk when this returns."""
+        now = time.time_ns() // 1_000_000
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)",
+                (job_id, json.dumps({**entry, "created_at": now}), now),
+            )
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        """Drop jobs that ended, or that were not accepted after all."""
+        if not job_ids:
+            return
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("DELETE FROM jobs WHERE job_id = ?", [(job_id,) for job_id in job_ids])
+            self._db.execute("COMMIT")
+
+    def get(self, job_id: str) -> dict[str, Any] | None:
+        """A job's entry, with `created_at` in milliseconds."""
+        with self._lock:
+            row = self._db.execute("SELECT entry FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def least_recent(self, limit: int = 1000) -> list[tuple[str, dict[str, Any]]]:
+        """The entries that were looked at longest ago; they now count as looked at."""
+        now = time.time_ns() // 1_000_000
+        with self._lock:
+            rows = self._db.execute("SELECT job_id, entry FROM jobs ORDER BY checked_at LIMIT ?", (limit,)).fetchall()
+            if rows:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("UPDATE jobs SET checked_at = ? WHERE job_id = ?", [(now, r[0]) for r in rows])
+                self._db.execute("COMMIT")
+        return [(job_id, json.loads(text)) for job_id, text in rows]
+
+    def __len__(self) -> int:
+        """How many jobs it holds."""
+        with self._lock:
+            return int(self._db.execute("SELECT count(*) FROM jobs").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,179 @@
+"""What a process of the service works with, made from the settings; connects at the first call, not here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import NotFound
+from workers.connection import connect
+from workers.ledger import Ledger, Wakeup, reachable
+from workers.registry import Registry
+from workers.settings import QueueSettings, Settings
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from planner.profile import ModelProfile
+    from workers.metadata_store import MetadataStore
+    from workers.plans import Plans
+    from workers.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Ledger, registry, plans, tokens and metadata store of one service."""
+
+    settings: Settings
+    queue: QueueSettings
+    wake: Callable[[Sequence[Wakeup]], None] | None = None
+
+    @cached_property
+    def redis(self) -> Redis:
+        """The service's Redis."""
+        return connect(self.settings.redis_url)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Jobs and steps."""
+        return Ledger(
+            self.redis,
+            prefix=self.queue.prefix,
+            wake=self.wake,
+            lease_s=self.queue.lease_s,
+            max_attempts=self.queue.max_attempts,
+            job_ttl_s=self.queue.job_ttl_s,
+        )
+
+    @cached_property
+    def registry(self) -> Registry:
+        """Nodes alive."""
+        return Registry(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.node_ttl_s)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Users' Hub tokens."""
+        from workers.tokens import Tokens, secret_key
+
+        return Tokens(self.redis, key=secret_key(self.settings), prefix=self.queue.prefix)
+
+    @cached_property
+    def plans(self) -> Plans:
+        """Plans by id and model."""
+        from workers.plans import Plans
+
+        return Plans(self.redis, self.store, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
+
+    def store(self, repo: str | None = None, *, token: str | None = None) -> MetadataStore:
+        """The service's metadata store, or the Hub repository `repo`."""
+        from workers.metadata_store import open_store
+
+        chosen = repo or self.settings.metadata_repo
+        return open_store(chosen or self.settings.store_dir, token=token)
+
+    # -- payloads: too large for messages, gone when they were published ------------------------------------------
+    def put_payload(self, job_id: str, name: str, value: Any) -> None:
+        """Keep JSON between two steps of a job, for at most a day."""
+        packed = base64.b85encode(zlib.compress(json.dumps(value).encode(), 1)).decode()
+        with reachable():
+            self.redis.set(f"{self.queue.prefix}payload:{job_id}:{name}", packed, ex=86400)
+
+    def get_payload(self, job_id: str, name: str) -> Any:
+        """What `put_payload` kept.
+
+        Raises:
+            NotFound: If there is nothing.
+        """
+        with reachable():
+            packed: Any = self.redis.get(f"{self.queue.prefix}payload:{job_id}:{name}")
+        if packed is None:
+            raise NotFound(f"job {job_id} has no {name}: it was lost with Redis, or dropped after a day")
+        return json.loads(zlib.decompress(base64.b85decode(packed)))
+
+    def drop_payload(self, job_id: str, name: str) -> None:
+        """Forget what `put_payload` kept."""
+        with reachable():
+            self.redis.delete(f"{self.queue.prefix}payload:{job_id}:{name}")
+
+    # -- profiles --------------------------------------------------------------------------------------------------
+    def profile_published(self, model_name: str, record: dict[str, Any]) -> None:
+        """Remember where the model's newest profile lies: `{path, commit, revision, batch_size, sequence_length}`."""
+        with reachable():
+            self.redis.hset(f"{self.queue.prefix}profiles", model_name, json.dumps(record))
+
+    def profiled(self, model_name: str) -> bool:
+        """Whether this service has metadata of the model."""
+        with reachable():
+            if self.redis.hexists(f"{self.queue.prefix}profiles", model_name):
+                return True
+        try:
+            self.newest_profile(model_name)
+        except NotFound:
+            return False
+        return True
+
+    def newest_profile(
+        self, model_name: str, *, repo: str | None = None, revision: str | None = None, token: str | None = None
+    ) -> ModelProfile:
+        """The model's newest metadata.
+
+        Args:
+            model_name: "owner/name".
+            repo: Hub repository to look in; None: this service's own store.
+            revision: Of the model; None: any.
+            token: Hub token for `repo`.
+
+        Raises:
+            NotFound: If there is none.
+        """
+        from workers.uploader import latest_profile, load_profile
+
+        if repo is None and revision is None:
+            with reachable():
+                known: Any = self.redis.hget(f"{self.queue.prefix}profiles", model_name)
+            if known:
+                record = json.loads(known)
+                return load_profile(self.store(), record["path"], revision=record["commit"])
+        return latest_profile(self.store(repo, token=token), model_name, revision=revision)
+
+    def plan_profile(self, where: Mapping[str, Any], *, token: str | None = None) -> ModelProfile:
+        """The profile that a plan is made from.
+
+        Args:
+            where: `{model_name, path, commit}` in the service's own store, or `{model_name, repo, revision}`; with
+                `batch_size` and `sequence_length` to plan at (None: as profiled).
+            token: Hub token for `repo`.
+
+        Raises:
+            NotFound: If there is none.
+        """
+        from workers.uploader import load_profile
+
+        if where.get("path"):
+            profile = load_profile(self.store(), where["path"], revision=where.get("commit"))
+        else:
+            profile = self.newest_profile(
+                where["model_name"], repo=where.get("repo"), revision=where.get("revision"), token=token
+            )
+        return profile.at(
+            batch_size=where.get("batch_size") or profile.batch_size,
+            sequence_length=where.get("sequence_length") or profile.sequence_length,
+        )
+
+
+@lru_cache(maxsize=4)
+def _for_process(pid: int) -> Services:  # noqa: ARG001  (the key: a forked child makes its own)
+    from workers.celery_app import app, sender
+
+    return Services(settings=Settings.from_env(), queue=QueueSettings.from_env(), wake=sender(app))
+
+
+def current() -> Services:
+    """The services of this worker process, from its environment."""
+    return _for_process(os.getpid())

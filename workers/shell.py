@@ -1,0 +1,84 @@
+"""Celery tasks as thin shells: `(job_id, step)` in, the ledger's claim around a function that knows no queue."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+
+from planner.errors import FairshardError, NodeFailure
+from workers.celery_app import MESSAGE_VERSION
+from workers.claims import Claim, run_step
+from workers.services import Services, current
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Services, Claim], Mapping[str, Any]]
+
+
+class NewerMessage(FairshardError):
+    """The message is of a newer version than this worker speaks."""
+
+    code = "newer_message"
+
+
+def step_task(name: str) -> Callable[[Work], Any]:
+    """Make `work(services, claim)` the Celery task `name` of `(job_id, step)`."""
+
+    def decorate(work: Work) -> Any:
+        def body(self: Any, job_id: str, step: str, version: int = MESSAGE_VERSION) -> dict[str, Any] | None:
+            if version > MESSAGE_VERSION:
+                # Acknowledged and left: the ledger has the step, and a newer worker will be sent it.
+                raise NewerMessage(
+                    f"{self.request.hostname} speaks message version {MESSAGE_VERSION} and was sent {version} "
+                    f"({name}, job {job_id}): update this worker"
+                )
+            services = current()
+
+            def limited(claim: Claim) -> Mapping[str, Any]:
+                try:
+                    with memory_limit(services.queue.step_memory_bytes):
+                        return work(services, claim)
+                except SoftTimeLimitExceeded:
+                    raise NodeFailure(
+                        f"step {step} took longer than {services.queue.step_time_s:.0f} s (FAIRSHARD_STEP_TIME_S)",
+                        details={"limit_s": services.queue.step_time_s},
+                    ) from None
+
+            def tell_flower(progress: Mapping[str, Any]) -> None:
+                # Events are a courtesy: nobody but Flower reads them.
+                with contextlib.suppress(Exception):
+                    self.send_event("task-progress", job_id=job_id, step=step, **progress)
+
+            hostname = str(self.request.hostname)
+            return run_step(services.ledger, job_id, step, limited, owner=hostname, on_progress=tell_flower)
+
+        body.__name__ = work.__name__
+        body.__doc__ = work.__doc__
+        body.__module__ = work.__module__
+        return shared_task(name=name, bind=True)(body)
+
+    return decorate
+
+
+@contextlib.contextmanager
+def memory_limit(size_bytes: int | None) -> Iterator[None]:
+    """Let this process take at most `size_bytes` more than it has; beyond it an allocation raises MemoryError."""
+    if size_bytes is None:
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = pages * resource.getpagesize() + size_bytes
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

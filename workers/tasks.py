@@ -1,0 +1,135 @@
+"""The compute nodes' tasks: thin shells over the libraries. Torch is loaded where a step needs it, not here."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from workers.claims import Claim
+from workers.services import Services
+from workers.shell import step_task
+
+
+@step_task("workers.download")
+def download(services: Services, claim: Claim) -> dict[str, Any]:
+    """Resolve the revision and see that the files are there; with `"download": "full"` fetch them all."""
+    from workers.downloader import download as fetch
+
+    params = claim.params
+    checkpoint = _checkpoint(services, claim, params["revision"])
+    size_bytes = sum(file.size_bytes for file in checkpoint.files.values())
+    claim.progress(0, size_bytes, what=f"found {len(checkpoint.files)} files")
+    if params.get("download") == "full":
+        folder = services.settings.node_dir / "downloads" / claim.claimed.model_name / checkpoint.revision
+        fetch(checkpoint, folder, progress=claim.progress)
+    return {"revision": checkpoint.revision, "files": len(checkpoint.files), "size_bytes": size_bytes}
+
+
+@step_task("workers.generate_metadata")
+def generate_metadata(services: Services, claim: Claim) -> dict[str, Any]:
+    """Profile the checkpoint at the revision that was resolved."""
+    from planner.wire import profile_to_json
+    from workers.generator import generate
+
+    params = claim.params
+    checkpoint = _checkpoint(services, claim, claim.result("download")["revision"])
+    profile = generate(
+        checkpoint,
+        batch_size=params["batch_size"],
+        sequence_length=params["sequence_length"],
+        kv_dtype=params.get("kv_dtype"),
+        node_id=services.settings.node_id,
+        cache_dir=services.settings.data_dir / "traces",
+        progress=claim.progress,
+    )
+    services.put_payload(claim.claimed.job_id, "profile", profile_to_json(profile))
+    return {
+        "revision": profile.revision,
+        "total_layers": len(profile.layers),
+        "total_compute": profile.total_compute,
+        "total_bytes": profile.total_bytes,
+        "total_params": profile.total_params,
+        "approximate": list(profile.approximate),
+    }
+
+
+@step_task("workers.publish_metadata")
+def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
+    """Publish the profile to the metadata store."""
+    from planner.wire import profile_from_json
+    from workers.uploader import publish
+
+    job_id = claim.claimed.job_id
+    profile = profile_from_json(services.get_payload(job_id, "profile"))
+    claim.check()
+    published = publish(profile, services.store(), progress=claim.progress)
+    record = {
+        "store": published.store,
+        "path": published.path,
+        "commit": published.commit,
+        "revision": profile.revision,
+        "batch_size": profile.batch_size,
+        "sequence_length": profile.sequence_length,
+    }
+    services.profile_published(profile.model_name, record)
+    services.drop_payload(job_id, "profile")
+    summary = {name: value for name, value in claim.result("profile").items() if name != "revision"}
+    claim.then(job_result={"metadata": record | summary})
+    return record
+
+
+@step_task("workers.split")
+def split(services: Services, claim: Claim) -> dict[str, Any]:
+    """Cut out this node's shard and prove it."""
+    from planner.wire import plan_from_json
+    from workers.splitter import split as cut
+
+    settings = services.settings
+    record = services.plans.get(claim.args["plan_id"])
+    plan = plan_from_json(record)
+    token = services.tokens.get(claim.claimed.job_id)
+    profile = services.plan_profile(claim.args["profile"], token=token)
+    checkpoint = _checkpoint(services, claim, claim.args["revision"])
+    output = settings.shards_dir / plan.plan_id / settings.node_id
+    manifest = cut(
+        checkpoint,
+        profile,
+        plan,
+        node_id=settings.node_id,
+        output=output,
+        progress=claim.progress,
+    )
+    return {
+        "node_id": settings.node_id,
+        "plan_id": plan.plan_id,
+        "revision": manifest.revision,
+        "path": str(output),
+        "layers": list(manifest.layers),
+        "tensors": len(manifest.tensors),
+        "tensor_bytes": manifest.tensor_bytes,
+        "size_bytes": manifest.total_bytes,
+        "files": [{"name": f.name, "size_bytes": f.size_bytes, "digest": f.digest} for f in manifest.files],
+    }
+
+
+@step_task("workers.delete_shards")
+def delete_shards(services: Services, claim: Claim) -> dict[str, Any]:
+    """Delete this node's shard of a plan: first out of sight by a rename, so that no reader finds half of it."""
+    folder = services.settings.shards_dir / claim.args["plan_id"]
+    doomed = folder.with_name(f".deleted-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return {"node_id": services.settings.node_id, "plan_id": claim.args["plan_id"]}
+
+
+def _checkpoint(services: Services, claim: Claim, revision: str | None) -> Any:
+    from workers.downloader import resolve
+
+    return resolve(
+        claim.claimed.model_name,
+        revision=revision,
+        token=services.tokens.get(claim.claimed.job_id) or services.settings.hub_token,
+        models_dir=services.settings.models_dir,
+    )
