@@ -1,0 +1,279 @@
+"""Where metadata and plans are published: a Hub repository (`owner/name`) or a folder.
+
+Both keep history: `write` adds one commit for all its files and returns its id, and `read` takes that id as
+`revision`, so that a message can name exactly what was published. Writing what is there already adds nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from planner.errors import IntegrityError, InvalidInput, NodeFailure, NotFound
+from planner.limits import check_batch_size, check_sequence_length
+from planner.names import check_model_name, check_revision
+from workers.retry import RetryPolicy
+from workers.settings import HubSettings
+
+_PLAN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+#: What a folder's history lies in, below the store; names that begin with a dot are never published.
+_HISTORY = ".history"
+
+
+class MetadataStore(Protocol):
+    """Published files by path, with history."""
+
+    @property
+    def spec(self) -> str:
+        """What `open_store` opens this store by: `owner/name`, `datasets/owner/name` or an absolute path."""
+
+    def read(self, path: str, *, revision: str | None = None) -> bytes:
+        """The file's content, now or as of the commit `revision`.
+
+        Raises:
+            NotFound: If there is no such file, commit or repository.
+            IntegrityError: If the content is not what was written.
+            AccessDenied: If a token is missing or not enough.
+            Unavailable: If the Hub cannot be reached within the retries.
+        """
+
+    def write(self, files: Mapping[str, bytes], *, message: str) -> str:
+        """Publish `files` (path -> content) in one commit and return its id; the latest id if nothing changed.
+
+        Raises:
+            InvalidInput: If a path is not a plain relative one.
+            AccessDenied: If the token may not write there.
+            NodeFailure: If the folder cannot be written.
+            Unavailable: If the Hub cannot be reached within the retries.
+        """
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of the published files below the folder `prefix`, sorted; none if there is no such folder."""
+
+
+def open_store(
+    spec: str | Path,
+    *,
+    token: str | None = None,
+    private: bool = True,
+    hub: HubSettings | None = None,
+    policy: RetryPolicy | None = None,
+) -> MetadataStore:
+    """The store that `spec` names; nothing is read, made or asked for yet.
+
+    Args:
+        spec: `owner/name` or `datasets/owner/name` for a Hub repository, else a folder. A string of the form
+            `owner/name` is never taken for a folder: write `./owner/name`, or pass a `Path`.
+        token: The Hub token; default the process's own.
+        private: Whether a Hub repository that has to be made is private.
+        hub: How to reach the Hub; default by the environment.
+        policy: The limits of patience with the Hub.
+
+    Raises:
+        InvalidInput: If `spec` names neither.
+    """
+    if isinstance(spec, str) and not spec.strip():
+        raise InvalidInput(
+            "the metadata store must be 'owner/name' of a Hub repository, or a folder; got an empty name"
+        )
+    text = str(spec)
+    kind, name = ("dataset", text.removeprefix("datasets/")) if text.startswith("datasets/") else ("model", text)
+    try:
+        if isinstance(spec, Path):
+            raise InvalidInput
+        check_model_name(name)
+    except InvalidInput:
+        return FolderStore(Path(spec).expanduser().absolute())
+    from workers.hub_store import HubStore
+
+    hub = hub or HubSettings.from_env()
+    return HubStore(
+        repo_id=name,
+        kind=kind,
+        token=token or hub.token,
+        private=private,
+        endpoint=hub.endpoint,
+        offline=hub.offline,
+        policy=policy or RetryPolicy(),
+    )
+
+
+def profile_path(model_name: str, revision: str | None, batch_size: int, sequence_length: int) -> str:
+    """Where the metadata of a model's revision lies in a store.
+
+    Raises:
+        InvalidInput: If the name, the revision or a size is none.
+    """
+    commit = check_revision(revision or "unknown").replace("/", "-")
+    sizes = f"b{check_batch_size(batch_size)}-s{check_sequence_length(sequence_length)}"
+    return f"profiles/{check_model_name(model_name)}/{commit}/{sizes}.json"
+
+
+def seed_path(model_name: str) -> str:
+    """Where clients of the seed look for a model's metadata. `a/b_c` and `a_b/c` share it: check `model_name`."""
+    return f"{check_model_name(model_name).replace('/', '_')}_metadata.json"
+
+
+def plan_path(plan_id: str) -> str:
+    """Where a plan lies in a store.
+
+    Raises:
+        InvalidInput: If `plan_id` is none.
+    """
+    if not isinstance(plan_id, str) or not _PLAN_ID.fullmatch(plan_id):
+        raise InvalidInput(f"plan_id must be 1 to 64 letters, digits, '_' or '-', got {plan_id!r:.80}")
+    return f"plans/{plan_id}.json"
+
+
+def check_path(path: str) -> str:
+    """Return `path` if it is a plain relative one: no empty or hidden part, no "..", no control character.
+
+    Raises:
+        InvalidInput: If it is anything else.
+    """
+    parts = path.split("/")
+    if len(path) > 1024 or "\\" in path or not path.isprintable() or any(not p or p.startswith(".") for p in parts):
+        raise InvalidInput(f"a published file's path must be relative and plain, got {path!r:.80}")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStore:
+    """A folder: the newest content of each file under its own name, all earlier content below `.history`.
+
+    A commit's id is the hash of its files' digests and of its parent's id. Processes of one machine (or of one file
+    system with locks) may write at the same time. A file that was put there by other means is read like any other.
+    """
+
+    root: Path
+
+    @property
+    def spec(self) -> str:
+        """The folder's absolute path."""
+        return str(self.root)
+
+    def read(self, path: str, *, revision: str | None = None) -> bytes:
+        """See `MetadataStore.read`."""
+        try:
+            if revision is None:
+                return (self.root / check_path(path)).read_bytes()
+            digest = self._digest_at(check_path(path), revision)
+            content = self._object(digest).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            where = f"{self.root}" if revision is None else f"{self.root} at {revision}"
+            raise NotFound(f"{where} has no file {path}", details={"path": path, "revision": revision}) from None
+        except OSError as error:
+            raise NodeFailure(f"{self.root / path} cannot be read: {error}", details={"path": path}) from error
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise IntegrityError(
+                f"{self._object(digest)} is not what was written: its sha256 differs from its name",
+                details={"path": path, "revision": revision, "sha256": digest},
+            )
+        return content
+
+    def write(self, files: Mapping[str, bytes], *, message: str) -> str:
+        """See `MetadataStore.write`."""
+        digests = {check_path(path): hashlib.sha256(content).hexdigest() for path, content in sorted(files.items())}
+        try:
+            with self._locked():
+                head = self._head()
+                if head is not None and all(self._has(path, files[path]) for path in digests):
+                    return head
+                for path, digest in digests.items():
+                    if not self._object(digest).exists():
+                        _write(self._object(digest), files[path])
+                stamp = datetime.now(UTC).isoformat(timespec="seconds")
+                identity = json.dumps({"parent": head, "files": digests}, sort_keys=True)
+                commit = hashlib.sha256(identity.encode()).hexdigest()[:40]
+                record = {"parent": head, "files": digests, "message": message, "date": stamp}
+                _write(self._commit(commit), json.dumps(record, indent=1).encode())
+                for path in digests:
+                    _write(self.root / path, files[path])
+                # Last: whoever reads the head finds all of the above.
+                _write(self.root / _HISTORY / "head", commit.encode())
+                return commit
+        except OSError as error:
+            raise NodeFailure(
+                f"{self.root} cannot be written: {error}; choose another folder, or free its disk",
+                details={"path": str(self.root), "errno": error.errno},
+            ) from error
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See `MetadataStore.list`."""
+        start = self.root / check_path(prefix.rstrip("/")) if prefix.rstrip("/") else self.root
+        found = []
+        for folder, folders, names in os.walk(start):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            here = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
+            found += [str(here / name) for name in names if not name.startswith(".")]
+        return sorted(found)
+
+    def _has(self, path: str, content: bytes) -> bool:
+        try:
+            return (self.root / path).read_bytes() == content
+        except FileNotFoundError:
+            return False
+
+    def _object(self, digest: str) -> Path:
+        return self.root / _HISTORY / "objects" / digest[:2] / digest
+
+    def _commit(self, commit: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise NotFound(f"{self.root} has no commit {commit!r:.80}", details={"revision": commit})
+        return self.root / _HISTORY / "commits" / f"{commit}.json"
+
+    def _head(self) -> str | None:
+        try:
+            return (self.root / _HISTORY / "head").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def _digest_at(self, path: str, revision: str) -> str:
+        """sha256 of `path` as of `revision`, found by walking back; FileNotFoundError if it was not there."""
+        commit: str | None = revision
+        while commit is not None:
+            try:
+                record = json.loads(self._commit(commit).read_bytes())
+                if path in record["files"]:
+                    return str(record["files"][path])
+                commit = record["parent"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise IntegrityError(f"{self._commit(str(commit))} is damaged: {error}") from error
+        raise FileNotFoundError(path)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        (self.root / _HISTORY).mkdir(parents=True, exist_ok=True)
+        with (self.root / _HISTORY / "lock").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, have it on the disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".writing-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

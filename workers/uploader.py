@@ -1,0 +1,143 @@
+"""Publishes profiles and plans to a metadata store, and finds them there again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from planner.documents import loads_json
+from planner.errors import FairshardError, InvalidInput, InvalidMetadata, NotFound
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from planner.wire import dumps, plan_from_json, plan_to_json, profile_from_json, profile_to_json
+from workers.metadata_store import MetadataStore, plan_path, profile_path, seed_path
+from workers.progress import Progress, silent
+
+#: Differences that do not make metadata new: the same model profiled again, elsewhere or later.
+_WHO_AND_WHEN = ("generated_at", "node_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Where something was published, for messages: never the thing itself."""
+
+    #: `workers.metadata_store.open_store` opens it by this.
+    store: str
+    path: str
+    #: Commit of the store at which `path` has the published content.
+    commit: str
+
+
+def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress = silent) -> Published:
+    """Publish a profile under its own path and, for clients of the seed, under the root file's, in one commit.
+
+    Metadata that differs only in when and where it was made stays as it is, so that a repeat makes no new commit.
+
+    Raises:
+        InvalidInput: If the profile has no legal model name.
+        AccessDenied: If the token may not write to the store.
+        NodeFailure: If the store's folder cannot be written.
+        Unavailable: If the Hub cannot be reached within the retries.
+    """
+    path = profile_path(profile.model_name, profile.revision, profile.batch_size, profile.sequence_length)
+    metadata = profile_to_json(profile)
+    content = dumps(metadata)
+    progress(0, 2 * len(content), what=f"publishing {profile.model_name}")
+    files = {place: _kept(store, place, metadata) or content for place in (path, seed_path(profile.model_name))}
+    commit = store.write(files, message=f"Metadata of {profile.model_name} at {profile.revision}")
+    progress(2 * len(content), 2 * len(content), what=f"publishing {profile.model_name}")
+    return Published(store=store.spec, path=path, commit=commit)
+
+
+def publish_plan(plan: Plan, store: MetadataStore) -> Published:
+    """Publish a plan; one that differs only in when it was made stays as it is.
+
+    Raises:
+        AccessDenied: If the token may not write to the store.
+        NodeFailure: If the store's folder cannot be written.
+        Unavailable: If the Hub cannot be reached within the retries.
+    """
+    path, content = plan_path(plan.plan_id), plan_to_json(plan)
+    files = {path: _kept(store, path, content) or dumps(content)}
+    commit = store.write(files, message=f"Plan {plan.plan_id} for {plan.model_name}")
+    return Published(store=store.spec, path=path, commit=commit)
+
+
+def load_profile(store: MetadataStore, path: str, revision: str | None = None) -> ModelProfile:
+    """The profile published at `path`, now or as of the store's commit `revision`; the seed's form is read as well.
+
+    Raises:
+        NotFound: If there is none.
+        InvalidMetadata: If it cannot be read as metadata.
+        Unavailable: If the Hub cannot be reached within the retries.
+    """
+    source = f"{store.spec}/{path}"
+    try:
+        return profile_from_json(loads_json(store.read(path, revision=revision), source=source))
+    except InvalidMetadata:
+        raise
+    except InvalidInput as error:
+        raise InvalidMetadata(str(error), details=error.details | {"store": store.spec, "path": path}) from error
+
+
+def load_plan(store: MetadataStore, plan_id: str, revision: str | None = None) -> Plan:
+    """The plan that was published under this id.
+
+    Raises:
+        NotFound: If there is none.
+        InvalidMetadata: If it cannot be read as a plan.
+        Unavailable: If the Hub cannot be reached within the retries.
+    """
+    path = plan_path(plan_id)
+    return plan_from_json(loads_json(store.read(path, revision=revision), source=f"{store.spec}/{path}"))
+
+
+def latest_profile(store: MetadataStore, model_name: str, *, revision: str | None = None) -> ModelProfile:
+    """The newest profile of a model in a store: the root file's, ours or a seed client's, else the newest of its own.
+
+    Args:
+        store: Where to look.
+        model_name: `owner/name`.
+        revision: Only profiles of this commit of the model; default any.
+
+    Raises:
+        NotFound: If the store has none; the message says where was looked.
+        InvalidMetadata: If the root file names this model and cannot be read.
+        Unavailable: If the Hub cannot be reached within the retries.
+    """
+    root = seed_path(model_name)
+    try:
+        newest = load_profile(store, root)
+        # "a/b_c" and "a_b/c" have one root file between them.
+        if newest.model_name == model_name and revision in (None, newest.revision):
+            return newest
+    except NotFound:
+        pass
+    folder = f"profiles/{model_name}" + (f"/{revision}" if revision else "")
+    found = []
+    for path in store.list(folder):
+        try:
+            found.append(load_profile(store, path))
+        except FairshardError as error:
+            if error.retryable:
+                raise
+    matching = [p for p in found if p.model_name == model_name]
+    if not matching:
+        at = f" at {revision}" if revision else ""
+        raise NotFound(
+            f"{store.spec} has no metadata of {model_name}{at}: neither {root} nor anything below {folder}/",
+            details={"store": store.spec, "model_name": model_name, "revision": revision},
+        )
+    return max(matching, key=lambda p: (p.generated_at or "", p.revision or ""))
+
+
+def _kept(store: MetadataStore, path: str, new: dict[str, Any]) -> bytes | None:
+    """What lies at `path`, if `new` says nothing else; None if it does."""
+    try:
+        content = store.read(path)
+        old = loads_json(content)
+    except (NotFound, InvalidInput):
+        return None
+    ignored = dict.fromkeys(_WHO_AND_WHEN)
+    same = isinstance(old, dict) and old | ignored == loads_json(dumps(new)) | ignored
+    return content if same else None
