@@ -1,0 +1,150 @@
+"""Domain errors -> HTTP, in one table; one handler, one payload `{error, code, details}`, never a stack trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+from planner import errors
+from planner.errors import FairshardError
+from planner.wire_fields import explain
+
+#: The nearest class in an error's line of descent decides.
+STATUS: dict[type[FairshardError], int] = {
+    errors.FairshardError: 500,
+    errors.InvalidInput: 422,
+    errors.NotFound: 404,
+    errors.AccessDenied: 403,
+    errors.Conflict: 409,
+    # The request is well formed; what contradicts it is the state of the cluster.
+    errors.Infeasible: 409,
+    errors.LimitExceeded: 429,
+    errors.NodeFailure: 502,
+    errors.IntegrityError: 502,
+    errors.Unavailable: 503,
+    errors.Cancelled: 409,
+}
+#: Seconds after which a refused caller may come back.
+RETRY_AFTER_S = {429: 10, 503: 5}
+#: What may fit into one answer; some libraries put whole bodies into their messages.
+_LONGEST = 2_000
+
+_log = logging.getLogger("fairshard.web")
+
+
+class Refused(FairshardError):
+    """A refusal that only HTTP knows: no token, a wrong media type, too many streams."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        details: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, details=details)
+        self.status, self.name, self.headers = status, code, dict(headers or {})
+
+
+def status_of(error: FairshardError) -> int:
+    """The HTTP status of a domain error."""
+    if isinstance(error, Refused):
+        return error.status
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def status_of_code(code: str | None) -> int:
+    """The HTTP status of an error that a job recorded by its code."""
+    kinds = {kind.code: kind for kind in _descendants(FairshardError)}
+    kind = kinds.get(code or "")
+    return 500 if kind is None else next(STATUS[base] for base in kind.__mro__ if base in STATUS)
+
+
+def _descendants(kind: type[FairshardError]) -> list[type[FairshardError]]:
+    return [
+        kind,
+        *(found for child in kind.__subclasses__() if child is not Refused for found in _descendants(child)),
+    ]
+
+
+def payload(
+    message: str,
+    *,
+    status: int,
+    code: str,
+    details: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The one form in which an error is answered."""
+    text = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."
+    response = jsonify({"error": text, "code": code, "details": dict(details or {})})
+    response.status_code = status
+    if status in RETRY_AFTER_S:
+        response.headers["Retry-After"] = str(RETRY_AFTER_S[status])
+    response.headers.update(headers or {})
+    return response
+
+
+def job_failed(job: Mapping[str, Any]) -> Response:
+    """The answer to a caller who waited for a job that failed or was cancelled."""
+    error = job.get("error") or {}
+    code = str(error.get("code") or ("cancelled" if job.get("state") == "cancelled" else "error"))
+    message = str(error.get("message") or f"the job is {job.get('state')}")
+    details = {**(error.get("details") or {}), "job_id": job.get("job_id")}
+    return payload(message, status=status_of_code(code), code=code, details=details)
+
+
+def _domain(error: FairshardError) -> Response:
+    status = status_of(error)
+    if isinstance(error, Refused):
+        return payload(str(error), status=status, code=error.name, details=error.details, headers=error.headers)
+    if status >= 500:
+        _log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
+    return payload(str(error), status=status, code=error.code, details=error.details)
+
+
+def _http(error: HTTPException) -> Response:
+    status = error.code or 500
+    # webargs puts what marshmallow found into `data`.
+    found = getattr(error, "data", None) or {}
+    headers = {name: value for name, value in error.get_headers() if name in {"Allow", "Retry-After", "Location"}}
+    if error.response is not None:  # abort(Response)
+        return payload(HTTPStatus(status).phrase, status=status, code=_code(status), headers=headers)
+    if messages := found.get("messages"):
+        where, inner = next(iter(messages.items())) if isinstance(messages, dict) else ("body", messages)
+        where = {"json": "body"}.get(str(where), str(where))
+        line, fields = explain(inner, what=where)
+        return payload(line, status=status, code="invalid_input", details={"fields": fields}, headers=headers)
+    message = error.description or HTTPStatus(status).phrase
+    return payload(message, status=status, code=_code(status), headers=headers)
+
+
+def _code(status: int) -> str:
+    return {400: "bad_request", 413: "too_large", 429: "limit_exceeded"}.get(
+        status, HTTPStatus(status).phrase.lower().replace(" ", "_").replace("-", "_")
+    )
+
+
+def _unexpected(error: Exception) -> Response:
+    # The stack goes to the log under an id that the caller can quote.
+    _log.error("%s %s failed [%s]", request.method, request.path, g.get("request_id"), exc_info=error)
+    return payload(
+        "something went wrong here; the log has it under this request_id",
+        status=500,
+        code="internal_error",
+        details={"request_id": g.get("request_id")},
+    )
+
+
+def init_app(app: Flask) -> None:
+    """Answer every error of `app` in the one form."""
+    app.register_error_handler(FairshardError, _domain)
+    app.register_error_handler(HTTPException, _http)
+    app.register_error_handler(Exception, _unexpected)

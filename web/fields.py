@@ -1,0 +1,88 @@
+"""marshmallow fields that only HTTP bodies need; the rest are those of `planner.wire_fields`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from marshmallow import Schema, ValidationError, fields
+
+from planner.errors import InvalidInput
+from planner.names import check_model_name, check_revision
+from planner.wire_fields import shown
+
+_WORD = "[A-Za-z0-9_]+"
+# "." and "-" in turns: neither "--" nor ".." can be spelled.
+_MARK = "(?:\\.(?:-\\.)*-?|-(?:\\.-)*\\.?)"
+_PART = f"{_WORD}(?:{_MARK}{_WORD})*"
+
+
+class Checked(fields.Field[str]):
+    """A string that one of `planner.names`' checks accepts."""
+
+    check: Callable[[object], str]
+    #: For the documentation: an ECMA pattern, and the largest length.
+    pattern = ""
+    longest = 0
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> str:
+        try:
+            return type(self).check(value)
+        except InvalidInput as error:
+            raise ValidationError(str(error)) from None
+
+
+class RepoId(Checked):
+    """`owner/name`."""
+
+    check = staticmethod(check_model_name)
+    pattern = f"^{_PART}/{_PART}$"
+    longest = 193
+
+
+class Revision(Checked):
+    """A branch, tag or commit."""
+
+    check = staticmethod(check_revision)
+    pattern = "^[A-Za-z0-9_](?:[._/-]?[A-Za-z0-9_])*$"
+    longest = 128
+
+
+class Timestamp(fields.Field[Any]):
+    """When the caller sent it: seconds since 1970 (the seed's) or text; it decides nothing."""
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if (type(value) in (int, float) and abs(value) < 1e15) or (type(value) is str and len(value) <= 64):
+            return value
+        raise ValidationError(f"must be seconds since 1970 or text of at most 64 characters, got {shown(value)}")
+
+
+class Either(fields.Field[Any]):
+    """An object of `schema`, or one of a few plain values that stand for a whole object."""
+
+    def __init__(self, schema: type[Schema], *, plain: Mapping[Any, Any], says: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema, self.plain, self.says = schema, plain, says
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(value, dict):
+            return self.schema().load(value)
+        for key, meant in self.plain.items():
+            if type(value) is type(key) and value == key:
+                return meant
+        raise ValidationError(f"must be {self.says} or an object, got {shown(value)}")
+
+
+class Model(fields.Field[Any]):
+    """A model's name, or an object of a request's fields."""
+
+    def __init__(self, schema: type[Schema], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema = schema
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(value, dict):
+            return self.schema().load(value)
+        if isinstance(value, str):
+            return self.schema().load({"model_name": value})
+        raise ValidationError(f"must be 'owner/name' or an object, got {shown(value)}")

@@ -1,0 +1,27 @@
+"""`gunicorn -c python:web.gunicorn_conf web.wsgi:app`: a few processes of threads, since most requests wait.
+
+A request that waits for a plan and an event stream hold a thread each; `WebSettings.waiters` and `.listeners`
+together leave threads over for everyone else.
+"""
+
+from __future__ import annotations
+
+from workers.settings import WebSettings
+
+_web = WebSettings.from_env()
+
+bind = _web.bind
+worker_class = "gthread"
+workers = 2
+threads = _web.waiters + _web.listeners + 8
+#: A worker that says nothing for so long is replaced; threads that wait do not count as silence.
+timeout = 60
+graceful_timeout = 30
+keepalive = 5
+#: Heartbeats in memory: a slow disk must not look like a dead worker.
+worker_tmp_dir = "/dev/shm"  # noqa: S108
+#: Request lines are bounded before any of our code sees them.
+limit_request_line = 4094
+limit_request_fields = 64
+accesslog = None
+errorlog = "-"

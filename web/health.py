@@ -1,0 +1,59 @@
+"""GET /api/health: does it live, and can it accept work."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from flask import Response, jsonify
+
+from web import answers
+from web.guard import needs
+from web.openapi import Blueprint
+from web.requests import now
+from web.services import services
+
+blp = Blueprint("health", __name__, url_prefix="/api/health", description="Does it live, can it accept work.")
+
+
+def _health(*, live_only: bool = False) -> Response:
+    checks = {} if live_only else {name: bool(value) for name, value in services().jobs.ready().items()}
+    # Jobs are accepted and kept as soon as Redis answers; planner and nodes may come later.
+    ready = live_only or checks.get("redis", False)
+    response = jsonify(
+        status="healthy" if ready and all(checks.values()) else "degraded",
+        live=True,
+        ready=ready,
+        checks=checks,
+        version=version("fairshard"),
+        timestamp=now(),
+    )
+    if not ready:
+        response.status_code = 503
+        response.headers["Retry-After"] = "5"
+    return response
+
+
+@blp.get("")
+@blp.response(200, answers.HealthOut)
+@blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@needs(None)
+def health() -> Response:
+    """Whether it can accept work: `ready` with Redis, `healthy` with a planner and a node as well."""
+    return _health()
+
+
+@blp.get("/ready")
+@blp.response(200, answers.HealthOut)
+@blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@needs(None)
+def ready() -> Response:
+    """The same, by the name that orchestrators look for."""
+    return _health()
+
+
+@blp.get("/live")
+@blp.response(200, answers.HealthOut)
+@needs(None)
+def live() -> Response:
+    """Whether this process answers at all; asks nobody else."""
+    return _health(live_only=True)

@@ -1,0 +1,88 @@
+"""A plan for machines that need not exist: what-if without a cluster, nothing stored."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from planner.explain import explain
+
+from planner.cluster import Cluster
+from planner.errors import Conflict, InvalidInput
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from planner.strategies import compare, make_plan
+from planner.wire import cluster_from_json, options_from_json, plan_to_json, profile_from_json
+from web.schemas import plan_options
+from web.services import services
+
+#: Layers × nodes that one preview may plan; it runs in the server, not in a worker.
+_LARGEST = 10_000_000
+
+
+def preview(given: dict[str, Any]) -> dict[str, Any]:
+    """The plan's JSON with `explanation` and, if asked for, `comparison`.
+
+    Raises:
+        NotFound: If the named model's metadata is not published.
+        InvalidInput: If metadata, nodes or options contradict themselves.
+        Conflict: If no nodes are given and none is alive.
+        Infeasible: If there is no plan.
+    """
+    profile = _profile(given)
+    cluster = _cluster(given, profile)
+    if len(profile.layers) * len(cluster.nodes) > _LARGEST:
+        raise InvalidInput(
+            f"a preview plans at most {_LARGEST:,} layers × nodes, got {len(profile.layers):,} × "
+            f"{len(cluster.nodes):,}; use `fairshard plan`",
+            details={"largest": _LARGEST, "layers": len(profile.layers), "nodes": len(cluster.nodes)},
+        )
+    options = options_from_json(plan_options(given))
+    plan = make_plan(profile, cluster, options, generated_at=_now())
+    answer = {"success": True, **plan_to_json(plan), "job_id": None, "explanation": explain(plan)}
+    if given.get("compare"):
+        answer["comparison"] = {
+            name: _outcome(outcome) for name, outcome in compare(profile, cluster, options).items()
+        }
+    return answer
+
+
+def _profile(given: dict[str, Any]) -> ModelProfile:
+    if "metadata" in given:
+        profile = profile_from_json(given["metadata"])
+    else:
+        profile = profile_from_json(services().jobs.profile(given["model_name"], revision=given.get("revision")))
+    return profile.at(
+        batch_size=given.get("batch_size", profile.batch_size),
+        sequence_length=given.get("sequence_length", profile.sequence_length),
+    )
+
+
+def _cluster(given: dict[str, Any], profile: ModelProfile) -> Cluster:
+    nodes = given.get("available_nodes")
+    if nodes is None:
+        nodes = services().jobs.nodes()
+        if not nodes:
+            raise Conflict("no node is alive; start one with `fairshard node`, or name machines in available_nodes")
+    whole: dict[str, Any] = {"nodes": nodes}
+    if "links" in given:
+        whole["links"] = given["links"]
+    return cluster_from_json(whole, dtype=profile.dtype)
+
+
+def _outcome(outcome: Plan | Exception) -> dict[str, Any]:
+    if isinstance(outcome, Exception):
+        return {"feasible": False, "error": str(outcome)}
+    predicted = outcome.predicted
+    return {
+        "feasible": True,
+        "bottleneck_s": predicted.bottleneck_s,
+        "latency_s": predicted.latency_s,
+        "lower_bound_s": predicted.lower_bound_s,
+        "gap": predicted.gap,
+        "nodes_used": sum(report.used for report in outcome.nodes),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,86 @@
+// A plan: who holds what, how full each node is, the chain, the reasons, and what other strategies would give.
+
+import {bar, fill, h} from "./dom.js";
+import {bytes, flop, percent, ranges, rate, seconds} from "./format.js";
+
+const fact = (name, value, title) => h("div", {title}, h("dt", {}, name), h("dd", {}, value));
+
+function facts(plan) {
+  const {predicted} = plan;
+  return h("dl", {class: "facts"},
+    fact("strategy", plan.strategy),
+    fact(plan.unit === "tensor" ? "tensors" : "layers", plan.metadata.total_layers.toLocaleString("en")),
+    fact("one pass", flop(plan.metadata.total_compute)),
+    fact("bottleneck", seconds(predicted.bottleneck_s), "The slowest node's time for one pass; it bounds throughput."),
+    fact("latency", seconds(predicted.latency_s), "One pass through the chain, links included."),
+    fact("above the proven bound", predicted.exact ? "0 %, proven" : percent(predicted.gap), `No plan on these nodes is faster than ${seconds(predicted.lower_bound_s)}.`));
+}
+
+function strip(plan, tone) {
+  const parts = plan.stages.map((stage) => {
+    const part = h("div", {class: `part ${tone(stage.node_id)}`, title: `${stage.node_id}: ${ranges(stage.layer_names)}`},
+      (stage.end - stage.start) / plan.metadata.total_layers > 0.06 ? stage.node_id : "");
+    part.style.flexGrow = String(Math.max(1, stage.end - stage.start));
+    return part;
+  });
+  return h("div", {class: "strip", role: "img", "aria-label": `${plan.metadata.total_layers} layers in order of execution, in ${plan.stages.length} runs`}, parts);
+}
+
+const gauge = (label, fraction, text, node, kind = "") => h("div", {class: "gauge"},
+  h("span", {class: "label"}, label), bar(fraction, `${node}: ${label}`, kind), h("span", {}, text));
+
+function share(report, part, tone) {
+  const memory = report.memory_used_bytes + report.memory_free_bytes;
+  return h("div", {class: `share ${tone(report.node_id)} ${report.used ? "" : "unused"}`},
+    h("div", {},
+      h("span", {class: "name"}, h("span", {class: "dot", "aria-hidden": "true"}), report.node_id),
+      h("span", {class: "layers"}, part ? `${part.layer_names.length} · ${ranges(part.layer_names)}` : "not used")),
+    h("div", {},
+      report.used ? gauge("compute", report.compute_utilization, `${flop(report.flop)} · ${percent(report.compute_utilization)} of ${seconds(report.seconds / Math.max(report.compute_utilization, 1e-12))}`, report.node_id) : null,
+      report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, `${bytes(report.memory_used_bytes)} of ${bytes(memory)}`, report.node_id, "memory") : null),
+    h("span", {class: "reason"}, report.reason));
+}
+
+function chain(plan, tone) {
+  const shown = plan.megaphone_plan.chain.slice(0, 60);
+  return [
+    h("h3", {}, "Megaphone chain"),
+    h("p", {class: "hint"}, `${plan.megaphone_plan.start_node} announces the work to all, runs its part and passes the rest on.`),
+    h("ol", {class: "chain"}, shown.map((hop) => h("li", {}, h("div", {class: `hop ${tone(hop.node_id)}`},
+      h("b", {}, `${hop.step}. ${hop.node_id}`),
+      h("span", {}, `${ranges(hop.layer_names)}${hop.payload_bytes && hop.next_nodes.length ? ` · hands on ${bytes(hop.payload_bytes)}` : ""}`))))),
+    plan.megaphone_plan.chain.length > shown.length ? h("p", {class: "hint"}, `and ${plan.megaphone_plan.chain.length - shown.length} steps more`) : null,
+  ];
+}
+
+/** What every strategy would give; `outcomes` null: it is being computed, a string: why it is not known. */
+export function comparison(plan, outcomes) {
+  if (outcomes === null) return h("p", {class: "hint"}, "Comparing strategies …");
+  if (typeof outcomes === "string") return h("p", {class: "hint"}, `The strategies could not be compared: ${outcomes}`);
+  const feasible = Object.values(outcomes).filter((outcome) => outcome.feasible);
+  const least = (key) => Math.min(...feasible.map((outcome) => outcome[key]));
+  const cell = (outcome, key) => h("td", {class: `number ${outcome[key] <= least(key) * 1.0005 ? "best" : ""}`}, seconds(outcome[key]));
+  return h("div", {class: "scroll"}, h("table", {},
+    h("caption", {}, "The same model on the same nodes; the best of each column in green"),
+    h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Strategy"), ...["Bottleneck", "Latency", "Above bound", "Nodes"].map((name) => h("th", {scope: "col", class: "number"}, name)))),
+    h("tbody", {}, Object.entries(outcomes).map(([name, outcome]) => h("tr", {class: name === plan.strategy ? "chosen" : null},
+      h("th", {scope: "row"}, name === plan.strategy ? `${name}, as planned` : name),
+      ...(outcome.feasible
+        ? [cell(outcome, "bottleneck_s"), cell(outcome, "latency_s"), h("td", {class: "number"}, percent(outcome.gap)), h("td", {class: "number"}, outcome.nodes_used)]
+        : [h("td", {colspan: 4, class: "error"}, outcome.error)]))))));
+}
+
+export function showPlan(element, plan, outcomes) {
+  const reports = [...plan.nodes].sort((a, b) => Number(b.used) - Number(a.used) || b.flop - a.flop);
+  const order = [...new Set([...plan.stages.map((stage) => stage.node_id), ...reports.map((report) => report.node_id)])];
+  const tone = (node) => `tone${order.indexOf(node) % 8}`;
+  fill(element,
+    facts(plan),
+    strip(plan, tone),
+    h("div", {}, reports.slice(0, 200).map((report) => share(report, plan.split_plan[report.node_id], tone))),
+    reports.length > 200 ? h("p", {class: "hint"}, `and ${reports.length - 200} nodes more`) : null,
+    ...chain(plan, tone),
+    h("h3", {}, "What other strategies would give"),
+    comparison(plan, outcomes),
+    h("p", {class: "hint"}, `Plan ${plan.plan_id}${plan.revision ? ` · revision ${plan.revision.slice(0, 12)}` : ""} · batch ${plan.batch_size}, ${plan.sequence_length} tokens`));
+}
