@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, bootsteps, signals
 
 from planner.errors import Conflict, FairshardError
+from workers.celery_app import PLANNER, node_queue
 from workers.reconciler import Reconciler, ReconcilerThread
 from workers.services import Services, current
 
@@ -27,11 +29,6 @@ def _set_up_logging(loglevel: int | None = None, **_: object) -> None:
         format="%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s",
         force=True,
     )
-
-
-def serves_node(worker: Any, services: Services) -> bool:
-    """Whether this worker serves its node's own queue; the planner and others announce nothing."""
-    return f"node.{services.settings.node_id}" in worker.app.amqp.queues.consume_from
 
 
 class ReconcileStep(bootsteps.StartStopStep):
@@ -54,7 +51,7 @@ class ReconcileStep(bootsteps.StartStopStep):
 
 
 class AnnounceStep(bootsteps.StartStopStep):
-    """Writes `node:<id>` three times within its expiry, for as long as the worker lives."""
+    """Writes `node:<id>` (the planner: `planner`) three times within its expiry, for as long as the worker lives."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
         super().__init__(worker)
@@ -62,16 +59,25 @@ class AnnounceStep(bootsteps.StartStopStep):
         self._instance: str | None = None
 
     def start(self, worker: Any) -> None:
-        """Announce the node once, then again and again in a thread.
+        """Announce the worker once, then again and again in a thread.
 
         Raises:
             SystemExit: If another living worker has this node's id.
         """
-        from workers.node import describe
-
         services = current()
-        if not serves_node(worker, services):
-            return
+        beats: list[Callable[[], None]] = []
+        if PLANNER in worker.app.amqp.queues.consume_from:
+            beats.append(services.registry.announce_planner)
+        if node_queue(services.settings.node_id) in worker.app.amqp.queues.consume_from:
+            beats.append(self._node(services))
+        for beat in beats:
+            _once(beat)
+        if beats:
+            threading.Thread(target=self._again, args=(services, beats), name="fairshard-alive", daemon=True).start()
+
+    def _node(self, services: Services) -> Callable[[], None]:
+        from workers.node import describe, live
+
         info = describe(services.settings)
         self._instance = info["instance"]
         if info["shards"]:
@@ -83,29 +89,28 @@ class AnnounceStep(bootsteps.StartStopStep):
             raise SystemExit(1) from error
         except FairshardError as error:
             logger.warning("node %s was not announced yet: %s", info["node_id"], error)
-        threading.Thread(target=self._again, args=(services, info), name="fairshard-node", daemon=True).start()
+        return lambda: services.registry.announce(info | live(services.settings))
 
-    def _again(self, services: Services, info: dict[str, Any]) -> None:
-        from workers.node import live
-
+    def _again(self, services: Services, beats: list[Callable[[], None]]) -> None:
         while not self._stopped.wait(services.registry.ttl_s / 3):
-            try:
-                services.registry.announce(info | live(services.settings))
-            except FairshardError as error:
-                logger.warning("node %s was not announced: %s", info["node_id"], error)
-            except Exception:
-                logger.exception("announcing the node failed")
+            for beat in beats:
+                _once(beat)
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002  (celery's signature)
         """Say that the node goes."""
         self._stopped.set()
-        if self._instance is None:
-            return
-        services = current()
-        try:
-            services.registry.leave(services.settings.node_id, instance=self._instance)
-        except FairshardError as error:
-            logger.warning("the node's leaving was not announced: %s", error)
+        if self._instance is not None:
+            services, instance = current(), self._instance
+            _once(lambda: services.registry.leave(services.settings.node_id, instance=instance))
+
+
+def _once(beat: Callable[[], None]) -> None:
+    try:
+        beat()
+    except FairshardError as error:
+        logger.warning("not announced: %s", error)
+    except Exception:
+        logger.exception("announcing this worker failed")
 
 
 class HandBackStep(bootsteps.StartStopStep):

@@ -16,7 +16,7 @@ local function words(text)
 end
 local function get(key, field) return redis.call('HGET', key, field) or nil end
 local function number(key, field) return tonumber(redis.call('HGET', key, field) or 0) end
-local function present(value) return value and value ~= '' and value ~= cjson.null end
+local function present(value) return value and value ~= '' end
 local function count(name) redis.call('HINCRBY', P .. 'counters', name, 1) end
 local function event(job, ...)
   redis.call('XADD', P .. 'events:' .. job, 'MAXLEN', '~', EVENTS_KEPT, '*', 'at', string.format('%d', now), ...)
@@ -203,13 +203,13 @@ operations.submit = function(job, text)
     if running and redis.call('EXISTS', job_key(running)) == 1 then return answer('existing', running) end
   end
   local queued = redis.call('ZCARD', P .. 'unfinished')
-  if given.max_queued and given.max_queued ~= cjson.null and queued >= given.max_queued then
+  if given.max_queued and queued >= given.max_queued then
     count('jobs_refused_total')
     return answer('full', tostring(queued))
   end
   if present(given.submitter) then
     local own = number(P .. 'submitters', given.submitter)
-    if given.max_per_submitter and given.max_per_submitter ~= cjson.null and own >= given.max_per_submitter then
+    if given.max_per_submitter and own >= given.max_per_submitter then
       count('jobs_refused_total')
       return answer('submitter_full', tostring(own))
     end

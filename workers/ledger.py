@@ -24,12 +24,12 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from planner.errors import FairshardError, LimitExceeded, NotFound, Unavailable
@@ -113,8 +113,8 @@ def reachable() -> Iterator[None]:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
         raise Unavailable(f"Redis cannot be reached: {error}; is it running, and is REDIS_URL right?") from error
-    except RedisError as error:
-        raise Unavailable(f"Redis refused: {error}") from error
+    except (OutOfMemoryError, ReadOnlyError) as error:
+        raise Unavailable(f"Redis refuses writes: {error}") from error
 
 
 class Ledger:
@@ -141,7 +141,7 @@ class Ledger:
         self._wake = wake
         self._max_attempts = max_attempts
         self._job_ttl_ms = round(job_ttl_s * 1000)
-        self._script = redis.register_script(files("workers").joinpath("ledger.lua").read_text("utf-8"))
+        self._script = redis.register_script(Path(__file__).with_name("ledger.lua").read_text("utf-8"))
 
     def _run(self, operation: str, *arguments: str | int | float) -> list[str]:
         """Run a transition; send the messages that it asks for; return what it answers."""
@@ -158,7 +158,8 @@ class Ledger:
         return [str(value) for value in values]
 
     def _spec(self, spec: StepSpec) -> dict[str, Any]:
-        return {**asdict(spec), "args": json.dumps(dict(spec.args)), "max_attempts": self._max_attempts}
+        fields = {**asdict(spec), "args": json.dumps(dict(spec.args)), "max_attempts": self._max_attempts}
+        return _without_none(fields)
 
     # -- what users do -------------------------------------------------------------------------------------------
     def submit(
@@ -197,7 +198,7 @@ class Ledger:
             LimitExceeded: If a limit is reached.
         """
         job_id = job_id or secrets.token_hex(16)
-        text = json.dumps(
+        entry = _without_none(
             {
                 "kind": kind,
                 "model_name": model_name,
@@ -213,7 +214,7 @@ class Ledger:
                 "ttl_ms": self._job_ttl_ms,
             }
         )
-        outcome, value = self._run("submit", job_id, text)
+        outcome, value = self._run("submit", job_id, json.dumps(entry))
         if outcome == "full":
             raise LimitExceeded(
                 f"{value} jobs are unfinished and the limit is {max_queued}: try again when some have ended",
@@ -368,7 +369,7 @@ class Ledger:
 
         A step in `add` that exists already is started over, and its present owner fenced.
         """
-        text = json.dumps(
+        entry = _without_none(
             {
                 "result": json.dumps(dict(result)),
                 "job_result": json.dumps(dict(job_result)) if job_result is not None else None,
@@ -376,7 +377,7 @@ class Ledger:
                 "drop": list(drop),
             }
         )
-        return self._run("commit", claim.job_id, claim.step, claim.fence, text)[0]  # type: ignore[return-value]
+        return self._run("commit", claim.job_id, claim.step, claim.fence, json.dumps(entry))[0]  # type: ignore[return-value]
 
     def fail(
         self, claim: Claimed, error: FairshardError, *, delay_s: float = 0.0, final: bool = False
@@ -451,6 +452,11 @@ class Ledger:
             "details": {"node_id": node_id},
         }
         return int(self._run("lose", node_id, json.dumps(error))[0])
+
+
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    # Lua's cjson reads null as a value that is true.
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def no_job(job_id: str) -> NotFound:

@@ -54,6 +54,11 @@ class Registry:
             if known and json.loads(known).get("instance") == instance:
                 self._redis.delete(key)
 
+    def announce_planner(self) -> None:
+        """Say that a planner worker is alive."""
+        with reachable():
+            self._redis.set(f"{self._prefix}planner", "1", px=round(self.ttl_s * 1000))
+
     def alive(self) -> list[dict[str, Any]]:
         """What the living nodes said, by id."""
         with reachable():

@@ -62,7 +62,8 @@ def step_task(name: str) -> Callable[[Work], Any]:
         body.__name__ = work.__name__
         body.__doc__ = work.__doc__
         body.__module__ = work.__module__
-        return shared_task(name=name, bind=True)(body)
+        # What was explained needs no stack trace in the log.
+        return shared_task(name=name, bind=True, throws=(FairshardError,))(body)
 
     return decorate
 

@@ -13,13 +13,13 @@ from workers.shell import step_task
 @step_task("workers.download")
 def download(services: Services, claim: Claim) -> dict[str, Any]:
     """Resolve the revision and see that the files are there; with `"download": "full"` fetch them all."""
-    from workers.downloader import download as fetch
-
     params = claim.params
     checkpoint = _checkpoint(services, claim, params["revision"])
     size_bytes = sum(file.size_bytes for file in checkpoint.files.values())
     claim.progress(0, size_bytes, what=f"found {len(checkpoint.files)} files")
     if params.get("download") == "full":
+        from workers.downloader import download as fetch
+
         folder = services.settings.node_dir / "downloads" / claim.claimed.model_name / checkpoint.revision
         fetch(checkpoint, folder, progress=claim.progress)
     return {"revision": checkpoint.revision, "files": len(checkpoint.files), "size_bytes": size_bytes}

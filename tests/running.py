@@ -1,0 +1,230 @@
+"""Real Redis servers and real Celery workers for tests: started, killed, stopped and restarted as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+
+from workers.redis_server import find_binary
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], *, what: str, timeout_s: float = 60.0, every_s: float = 0.05) -> Any:
+    """Poll until `condition()` is true, and return it; AssertionError after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what() if callable(what) else what}"
+        time.sleep(every_s)
+
+
+class RedisProcess:
+    """A Redis of one's own; the port stays the same over restarts."""
+
+    def __init__(self, directory: Path, *, appendonly: bool = False) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._appendonly = appendonly
+        self._binary, _ = find_binary()
+
+    def start(self) -> Self:
+        """Start it, and wait until it answers."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        arguments += ["--appendonly", "yes" if self._appendonly else "no", "--appendfsync", "everysec"]
+        with (self.directory / "redis.log").open("ab") as log:
+            self.process = subprocess.Popen([str(self._binary), *arguments], stdout=log, stderr=log)
+        with self.client() as client:
+            until(lambda: _pings(client), what="Redis answers", timeout_s=30)
+        return self
+
+    def client(self) -> redis.Redis:
+        """A client that decodes."""
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def _pings(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+class Worker:
+    """A Celery worker process of the service; its log is one file over restarts."""
+
+    def __init__(self, name: str, queues: str, *, env: Mapping[str, str], directory: Path) -> None:
+        self.name = name
+        self.queues = queues
+        self.env = dict(os.environ) | dict(env) | {"REMAP_SIGTERM": "SIGQUIT"}
+        self.log_path = directory / f"{name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log_begin = 0
+
+    def start(self) -> Self:
+        """Start it, without waiting."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_begin = self.log_path.stat().st_size if self.log_path.exists() else 0
+        arguments = ["-A", "workers.celery_app", "worker", "-Q", self.queues, "-n", f"{self.name}@%h", "-c", "1"]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "celery", *arguments, "--loglevel", "INFO"],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def log(self) -> str:
+        """What it said since its last start."""
+        with self.log_path.open("rb") as file:
+            file.seek(self._log_begin)
+            return file.read().decode(errors="replace")
+
+    def ready(self) -> bool:
+        """Whether it consumes."""
+        assert self.alive(), f"{self.name} died:\n{self.log[-3000:]}"
+        return " ready." in self.log
+
+    def alive(self) -> bool:
+        """Whether its main process lives."""
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the main process."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def children(self) -> list[int]:
+        """Pids of its pool processes."""
+        import psutil
+
+        assert self.process is not None
+        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+    def kill(self) -> None:
+        """kill -9 to the whole group."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self, *, timeout_s: float = 60.0) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=timeout_s)
+        self.kill()
+        return code
+
+
+class Service:
+    """Redis, a planner and nodes of stated, unequal size, with one data folder."""
+
+    #: node_id -> (FLOP/s, bytes).
+    NODES: Mapping[str, tuple[float, int]] = {
+        "big": (300e9, 8 << 30),
+        "mid": (200e9, 4 << 30),
+        "small": (100e9, 2 << 30),
+    }
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        models_dir: Path | None = None,
+        nodes: Mapping[str, tuple[float, int]] | None = None,
+        env: Mapping[str, str] | None = None,
+        appendonly: bool = True,
+    ) -> None:
+        self.directory = directory
+        self.data = directory / "data"
+        self.redis = RedisProcess(directory / "redis", appendonly=appendonly)
+        self.nodes = dict(self.NODES if nodes is None else nodes)
+        self.env = {
+            "REDIS_URL": self.redis.url,
+            "FAIRSHARD_DATA": str(self.data),
+            "FAIRSHARD_MODELS_DIR": str(models_dir or self.data / "models"),
+        } | dict(env or {})
+        self.planner = Worker("planner", "planner", env=self.env, directory=directory / "logs")
+        self.workers = {node_id: self._node(node_id) for node_id in self.nodes}
+
+    def _node(self, node_id: str) -> Worker:
+        flop_per_s, memory_bytes = self.nodes[node_id]
+        env = self.env | {
+            "NODE_ID": node_id,
+            "FAIRSHARD_FLOP_PER_S": repr(flop_per_s),
+            "FAIRSHARD_MEMORY_BYTES": str(memory_bytes),
+        }
+        return Worker(node_id, f"compute,node.{node_id}", env=env, directory=self.directory / "logs")
+
+    @property
+    def all_workers(self) -> list[Worker]:
+        """Planner and nodes."""
+        return [self.planner, *self.workers.values()]
+
+    def __enter__(self) -> Self:
+        self.redis.start()
+        for worker in self.all_workers:
+            worker.start()
+        for worker in self.all_workers:
+            until(worker.ready, what=lambda w=worker: f"{w.name} is ready:\n{w.log[-2000:]}", timeout_s=120)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.all_workers:
+            worker.kill()
+        self.redis.kill()
+
+    def jobs(self, *, journal: bool = False) -> Any:
+        """The service's jobs, as the web process sees them."""
+        from workers.jobs import Jobs
+        from workers.settings import QueueSettings, Settings
+
+        return Jobs.from_settings(
+            Settings.from_env(self.env), queue=QueueSettings.from_env(self.env), journal=journal
+        )
+
+    def shards(self, node_id: str, plan_id: str) -> Path:
+        """Where a node's shard of a plan lies."""
+        return self.data / "nodes" / node_id / "shards" / plan_id / node_id
+
+    def logs(self) -> str:
+        """The end of every worker's log, for a failed test's message."""
+        return "\n".join(f"---- {w.name}\n{w.log[-2500:]}" for w in self.all_workers if w.log_path.exists())
