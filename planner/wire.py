@@ -117,11 +117,11 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
             for stage in plan.stages
         ],
         "predicted": {
-            "bottleneck_s": predicted.bottleneck_s,
-            "latency_s": predicted.latency_s,
-            "lower_bound_s": predicted.lower_bound_s,
-            "gap": predicted.gap,
-            "exact": predicted.exact,
+            "bottleneck_s": _number(predicted.bottleneck_s),
+            "latency_s": _number(predicted.latency_s),
+            "lower_bound_s": _number(predicted.lower_bound_s),
+            "gap": _number(predicted.gap),
+            "exact": bool(predicted.exact),
         },
         "nodes": [
             {
@@ -131,8 +131,8 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
                 "limit": report.limit,
                 "flop": _number(report.flop),
                 "seconds": _number(report.seconds),
-                "memory_used_bytes": report.memory_used_bytes,
-                "memory_free_bytes": report.memory_free_bytes,
+                "memory_used_bytes": int(report.memory_used_bytes),
+                "memory_free_bytes": int(report.memory_free_bytes),
                 "compute_power": _number(report.compute_power),
                 "compute_utilization": _number(report.compute_utilization),
             }
@@ -186,7 +186,7 @@ def node_to_json(node: Node) -> dict[str, Any]:
         "flop_per_s": _number(node.flop_per_s),
         "memory_bytes": node.memory_bytes,
         "memory_bytes_per_s": None if node.memory_bytes_per_s is None else _number(node.memory_bytes_per_s),
-        "load": node.load,
+        "load": _number(node.load),
         "device": node.device,
     }
 
@@ -303,8 +303,8 @@ def _megaphone_to_json(plan: Plan) -> dict[str, Any]:
                 "next_nodes": list(hop.next_nodes),
                 "payload_bytes": hop.payload_bytes,
                 "link": None if hop.link is None else _link_to_json(hop.link),
-                "transfer_s": hop.transfer_s,
-                "compute_s": hop.compute_s,
+                "transfer_s": _number(hop.transfer_s),
+                "compute_s": _number(hop.compute_s),
                 "check": _plain(hop.check),
             }
             for hop in plan.megaphone.chain
@@ -321,7 +321,8 @@ def _link_to_json(link: Link) -> dict[str, Any]:
 
 
 def _number(value: float) -> float:
-    """A whole number as an int, so that JSON shows 2473901162496 and not 2473901162496.0; exact up to 2**53."""
+    """A plain number: numpy's as Python's, and a whole one as an int, which JSON shows shorter; exact up to 2**53."""
+    value = float(value) if isinstance(value, float) else int(value)
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 

@@ -133,7 +133,7 @@ class MegaphoneSchema(Lenient):
 class ShareSchema(Lenient):
     """One node's entry in split_plan; its other fields are repeated in `nodes`."""
 
-    layer_names = _names(validate=validate.Length(1, MAX_LAYERS))
+    layer_names = _names(validate=validate.Length(max=MAX_LAYERS))
 
 
 class TotalsSchema(Lenient):
@@ -210,6 +210,22 @@ def _check_agreement(plan: Plan) -> None:
     reported = [report.node_id for report in plan.nodes]
     if len(set(reported)) != len(reported) or not set(plan.allocation) <= set(reported):
         raise ValidationError("must have one entry for each node of split_plan", "nodes")
+
+
+class EditedPlanSchema(Lenient):
+    """What somebody who edits a plan decides; all else in the file follows from it and is not read."""
+
+    model_name = ModelName(required=True)
+    revision = Text(longest=128, load_default=None, allow_none=True)
+    strategy = Text(longest=64, load_default="greedy")
+    objective = Text(choices=("throughput", "latency"), load_default="throughput")
+    phase = Text(choices=("prefill", "decode"), load_default="prefill")
+    batch_size = Integer(low=1, high=MAX_BATCH_SIZE, load_default=1)
+    sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
+    split_plan = fields.Dict(
+        keys=NodeId(), values=fields.Nested(ShareSchema), required=True, validate=validate.Length(1, MAX_NODES)
+    )
+    generated_at = Text(longest=64, load_default=None, allow_none=True)
 
 
 class OptionsSchema(Schema):

@@ -1,0 +1,51 @@
+"""The KV cache at another dtype than the profile's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from planner import dtypes
+from planner.errors import InvalidInput
+from planner.profile import KvTerms, Layer, ModelProfile
+
+_FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+
+
+def with_kv_dtype(profile: ModelProfile, kv_dtype: str) -> ModelProfile:
+    """The profile with its KV cache kept in `kv_dtype`; fixed states are kept in the model's own dtype.
+
+    Args:
+        profile: One whose KV cache is counted at the model's dtype.
+        kv_dtype: safetensors' or torch's name ("F8_E4M3", "float16").
+
+    Raises:
+        InvalidInput: If `kv_dtype` is not known, or the model's dtype does not tell what its cache is kept in.
+    """
+    new = dtypes.canonical(kv_dtype)
+    new_bits = dtypes.bits(new) if new else None
+    if new_bits is None:
+        raise InvalidInput(
+            f"kv_dtype {kv_dtype[:40]!r} is not known; BF16, F16, F8_E4M3, I8 ... are", details={"field": "kv_dtype"}
+        )
+    old = dtypes.canonical(profile.dtype or "")
+    old_bits = dtypes.bits(old) if old in _FLOATS and old else None
+    if old_bits is None:
+        raise InvalidInput(
+            f"the metadata's dtype is {profile.dtype}, which does not tell what its KV cache is kept in; "
+            "profile the model with that kv_dtype",
+            details={"field": "kv_dtype", "dtype": profile.dtype},
+        )
+
+    def scaled(layer: Layer) -> Layer:
+        terms = layer.kv_terms
+        if terms is None:
+            return replace(layer, kv_cache_bytes=-(-layer.kv_cache_bytes * new_bits // old_bits))
+        terms = KvTerms(
+            fixed_bytes=terms.fixed_bytes,
+            bytes_per_token=-(-terms.bytes_per_token * new_bits // old_bits),
+            window_tokens=terms.window_tokens,
+        )
+        at = terms.bytes_at(profile.batch_size, profile.sequence_length)
+        return replace(layer, kv_terms=terms, kv_cache_bytes=at)
+
+    return replace(profile, layers=tuple(scaled(layer) for layer in profile.layers))

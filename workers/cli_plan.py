@@ -1,0 +1,279 @@
+"""fairshard plan: who would hold what, and how fast that is."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import Infeasible, InvalidInput
+from workers import cli_plan_output as output
+from workers.cli_io import assignment, emit, fraction, positive, say, size, write_document
+from workers.cli_models import add_sizes, add_source, checkpoint_of, profile_of
+
+if TYPE_CHECKING:
+    from planner.cluster import Cluster
+    from planner.plan import Plan, PlanOptions
+    from planner.profile import ModelProfile
+
+_PLAN = """\
+nodes file (YAML or JSON):
+  nodes:
+    - {node_id: fast, flop_per_s: 165e12, memory_bytes: 24e9, memory_bytes_per_s: 1e12}
+    - {node_id: slow, device: Tesla T4}             figures from the catalogue (fairshard devices)
+  links: {latency_s: 0.001, bytes_per_s: 1.25e8}    optional; pairs: [{from, to, latency_s, bytes_per_s}]
+
+examples:
+  fairshard plan ./my-model --nodes nodes.yaml --explain
+  fairshard plan --metadata profile.json --nodes nodes.yaml --compare
+  fairshard plan owner/name --nodes nodes.yaml --strategy pipeline --objective latency --phase decode
+  fairshard plan owner/name --nodes nodes.yaml --pin 0-3=fast --pin lm_head=slow --exclude old --output plan.yaml
+  fairshard plan owner/name --nodes changed.yaml --from-plan plan.yaml      moves as few bytes as it can
+  fairshard plan owner/name --nodes nodes.yaml --import edited.yaml         checks a plan that was edited
+  fairshard plan owner/name --nodes nodes.yaml --max-context
+"""
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command of this module."""
+    command = commands.add_parser(
+        "plan",
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_PLAN,
+        help="who would hold what, and how fast that is",
+    )
+    add_source(command, required=False)
+    command.add_argument(
+        "--metadata", type=Path, metavar="FILE", help="what `profile --output` wrote, instead of SOURCE"
+    )
+    command.add_argument("--nodes", type=Path, metavar="FILE", required=True, help="the machines (YAML or JSON)")
+    command.add_argument(
+        "--no-compute", action="store_true", help="profile SOURCE by the general rule; loads no torch"
+    )
+    add_sizes(command, batch=None, sequence=None)
+    command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
+
+    how = command.add_argument_group("how")
+    how.add_argument("--strategy", choices=("greedy", "pipeline", "equal", "memory"), default="greedy")
+    how.add_argument("--objective", choices=("throughput", "latency"), default="throughput")
+    how.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    how.add_argument("--time-budget", type=positive, metavar="S", help="seconds that a node's part may take")
+    how.add_argument(
+        "--pin", type=assignment, action="append", default=[], metavar="LAYERS=NODE",
+        help="layers by name, pattern or position: lm_head=a, 'model.layers.1?=a', 0-3,7=a; may be repeated",
+    )  # fmt: skip
+    how.add_argument("--keep", type=Path, metavar="PLAN", help="leave every layer that this plan places where it is")
+    how.add_argument("--exclude", action="append", default=[], metavar="NODE", help="leave a node out")
+    how.add_argument(
+        "--max-memory", type=assignment, action="append", default=[], metavar="NODE=FRACTION",
+        help="use at most this part of a node's memory",
+    )  # fmt: skip
+    how.add_argument(
+        "--max-compute", type=assignment, action="append", default=[], metavar="NODE=FRACTION",
+        help="give a node at most this part of the whole compute",
+    )  # fmt: skip
+    how.add_argument(
+        "--reserve", type=size, default=0, metavar="SIZE", help="keep this free on every node, e.g. 2GiB"
+    )
+    how.add_argument("--count-activations", action="store_true", help="peak activations need memory too")
+    how.add_argument("--compute-min", action="store_true", help="count what kernels that skip masked work execute")
+
+    what = command.add_argument_group("what")
+    what.add_argument("--explain", action="store_true", help="why each node holds what it holds")
+    what.add_argument("--compare", action="store_true", help="what every strategy would give")
+    what.add_argument("--max-context", action="store_true", help="the longest sequence for which a plan exists")
+    what.add_argument("--from-plan", type=Path, metavar="PLAN", help="re-plan: move as few bytes as possible")
+    what.add_argument(
+        "--tolerance",
+        type=fraction,
+        default=0.05,
+        metavar="F",
+        help="a re-plan may be this much worse (default 0.05)",
+    )
+    what.add_argument("--import", dest="edited", type=Path, metavar="PLAN", help="check and complete an edited plan")
+    what.add_argument("--output", type=Path, metavar="FILE", help="write the plan there (.json, .yaml)")
+    what.add_argument("--device-map", type=Path, metavar="FILE", help="write accelerate's device_map there")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fairshard plan."""
+    from planner.wire import cluster_from_json, load_file
+
+    if (args.source is None) == (args.metadata is None):
+        raise InvalidInput("give either SOURCE or --metadata FILE")
+    if sum((args.compare, args.max_context, args.from_plan is not None, args.edited is not None)) > 1:
+        raise InvalidInput("--compare, --max-context, --from-plan and --import exclude each other")
+    nodes = load_file(args.nodes)
+    profile = _profile(args)
+    cluster = cluster_from_json(nodes, dtype=profile.dtype)
+    options = _options(args, profile)
+    if args.compare:
+        return _compare(args, profile, cluster, options)
+    if args.max_context:
+        return _max_context(args, profile, cluster, options)
+    if args.from_plan is not None:
+        return _replan(args, profile, cluster, options)
+    return _show(args, _plan(args, profile, cluster, options), profile)
+
+
+def _profile(args: argparse.Namespace) -> ModelProfile:
+    if args.metadata is None:
+        return profile_of(checkpoint_of(args), args, compute=not args.no_compute)
+    from planner.kv import with_kv_dtype
+    from planner.limits import check_batch_size, check_sequence_length
+    from planner.wire import load_file, profile_from_json
+
+    profile = profile_from_json(load_file(args.metadata))
+    if args.kv_dtype is not None:
+        profile = with_kv_dtype(profile, args.kv_dtype)
+    return profile.at(
+        batch_size=profile.batch_size if args.batch_size is None else check_batch_size(args.batch_size),
+        sequence_length=profile.sequence_length
+        if args.sequence_length is None
+        else check_sequence_length(args.sequence_length),
+    )
+
+
+def _options(args: argparse.Namespace, profile: ModelProfile) -> PlanOptions:
+    from planner.plan import PlanOptions
+
+    pins: dict[str, str] = {}
+    if args.keep is not None:
+        from planner.wire import load_file, plan_from_json
+
+        known = {layer.name for layer in profile.layers}
+        for node_id, names in plan_from_json(load_file(args.keep)).allocation.items():
+            pins.update((name, node_id) for name in names if name in known)
+    for layers, node_id in args.pin:
+        pins.update((name, node_id) for name in pinned_layers(layers, profile))
+    return PlanOptions(
+        strategy=args.strategy,
+        objective=args.objective,
+        phase=args.phase,
+        time_budget_s=args.time_budget,
+        pins=pins,
+        exclude=frozenset(args.exclude),
+        max_memory_share=_shares("--max-memory", args.max_memory),
+        max_compute_share=_shares("--max-compute", args.max_compute),
+        reserve_bytes=args.reserve,
+        count_activations=args.count_activations,
+        use_compute_min=args.compute_min,
+    )
+
+
+def pinned_layers(text: str, profile: ModelProfile) -> list[str]:
+    """The layers that "lm_head", "model.layers.*", "0-3" or several of these with commas between mean.
+
+    Raises:
+        InvalidInput: If a part of it means none.
+    """
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        if span:
+            first = int(span[1])
+            last = int(span[2] or first)
+            names = [layer.name for layer in profile.layers if first <= layer.index <= last]
+            if last >= len(profile.layers) or first > last:
+                names = []
+        else:
+            names = [layer.name for layer in profile.layers if layer.name == part or fnmatchcase(layer.name, part)]
+        if not names:
+            raise InvalidInput(
+                f"--pin {part}: {profile.model_name} has no such layer; its {len(profile.layers)} are "
+                f"{profile.layers[0].name} (0) to {profile.layers[-1].name} ({len(profile.layers) - 1})",
+                details={"field": "pins", "layer": part},
+            )
+        found += names
+    return found
+
+
+def _shares(option: str, given: list[tuple[str, str]]) -> dict[str, float]:
+    try:
+        return {node_id: fraction(text) for node_id, text in given}
+    except argparse.ArgumentTypeError as error:
+        raise InvalidInput(f"{option}: {error}") from None
+
+
+def _plan(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Plan:
+    if args.edited is not None:
+        from planner.export import import_plan
+        from planner.wire import load_file
+
+        return import_plan(load_file(args.edited), profile, cluster, options)
+    from planner.strategies import make_plan
+
+    return make_plan(profile, cluster, options, generated_at=_now())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _show(args: argparse.Namespace, plan: Plan, profile: ModelProfile, extra: dict[str, Any] | None = None) -> int:
+    from planner.wire import plan_to_json
+
+    obj = plan_to_json(plan)
+    if args.output is not None:
+        write_document(args.output, obj)
+        say(args, f"wrote {args.output}")
+    if args.device_map is not None:
+        from planner.export import device_map
+
+        write_document(args.device_map, device_map(plan, profile))
+        say(args, f"wrote {args.device_map}")
+    lines = output.plan_lines(plan)
+    if args.explain:
+        from planner.explain import explain
+
+        text = explain(plan)
+        obj = {**obj, "explanation": text}
+        lines += ["", *output.wrapped(text)]
+    emit(args, {**obj, **(extra or {})}, lines)
+    return 0
+
+
+def _compare(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
+    from planner.strategies import compare
+
+    found = compare(profile, cluster, options)
+    emit(args, {"strategies": output.compared(found)}, output.compare_lines(found))
+    refused = [error for error in found.values() if isinstance(error, Infeasible)]
+    if len(refused) == len(found):
+        raise refused[0]
+    return 0
+
+
+def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
+    from planner.strategies import max_context
+
+    longest = max_context(profile, cluster, options)
+    if longest == 0:
+        raise Infeasible(
+            f"no plan exists for {profile.model_name} on these nodes, however short the sequence",
+            details={"max_sequence_length": 0},
+        )
+    obj = {"model_name": profile.model_name, "batch_size": profile.batch_size, "max_sequence_length": longest}
+    emit(args, obj, [f"{longest:,} tokens ({profile.batch_size} sequences at a time)"])
+    return 0
+
+
+def _replan(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
+    from planner.replan import replan
+
+    from planner.export import import_plan
+    from planner.wire import load_file
+
+    before = import_plan(load_file(args.from_plan), profile)
+    after = replan(before, profile, cluster, options, tolerance=args.tolerance)
+    moves = output.moves(after.moves)
+    status = _show(args, after.plan, profile, {"moves": moves, "moved_bytes": sum(move["bytes"] for move in moves)})
+    if not args.json:
+        for line in output.move_lines(moves):
+            print(line)
+    return status
