@@ -223,7 +223,7 @@ class Service:
 
     def shards(self, node_id: str, plan_id: str) -> Path:
         """Where a node's shard of a plan lies."""
-        return self.data / "nodes" / node_id / "shards" / plan_id / node_id
+        return self.data / "nodes" / node_id / "shards" / plan_id
 
     def logs(self) -> str:
         """The end of every worker's log, for a failed test's message."""

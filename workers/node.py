@@ -60,9 +60,7 @@ def live(settings: Settings) -> dict[str, Any]:
     settings.shards_dir.mkdir(parents=True, exist_ok=True)
     return {
         "disk_free_bytes": shutil.disk_usage(settings.shards_dir).free,
-        "shards": sorted(
-            path.parent.parent.name for path in settings.shards_dir.glob(f"*/{settings.node_id}/manifest.json")
-        ),
+        "shards": sorted(path.parent.name for path in settings.shards_dir.glob("[!.]*/manifest.json")),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from workers.claims import Claim
@@ -83,6 +82,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
     from planner.wire import plan_from_json
     from workers.splitter import split as cut
+    from workers.verify import digest_file
 
     settings = services.settings
     record = services.plans.get(claim.args["plan_id"])
@@ -90,7 +90,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     token = services.tokens.get(claim.claimed.job_id)
     profile = services.plan_profile(claim.args["profile"], token=token)
     checkpoint = _checkpoint(services, claim, claim.args["revision"])
-    output = settings.shards_dir / plan.plan_id / settings.node_id
+    output = settings.shards_dir / plan.plan_id
     manifest = cut(
         checkpoint,
         profile,
@@ -98,7 +98,9 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
         node_id=settings.node_id,
         output=output,
         progress=claim.progress,
+        quota_bytes=settings.disk_quota_bytes,
     )
+    claim.check()
     return {
         "node_id": settings.node_id,
         "plan_id": plan.plan_id,
@@ -108,20 +110,22 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
         "tensors": len(manifest.tensors),
         "tensor_bytes": manifest.tensor_bytes,
         "size_bytes": manifest.total_bytes,
-        "files": [{"name": f.name, "size_bytes": f.size_bytes, "digest": f.digest} for f in manifest.files],
+        "files": [
+            # A linked file was not read yet, and what nobody read nobody can vouch for.
+            {"name": f.name, "size_bytes": f.size_bytes, "digest": f.digest or digest_file(output / f.name)}
+            for f in manifest.files
+        ],
     }
 
 
 @step_task("workers.delete_shards")
 def delete_shards(services: Services, claim: Claim) -> dict[str, Any]:
-    """Delete this node's shard of a plan: first out of sight by a rename, so that no reader finds half of it."""
-    folder = services.settings.shards_dir / claim.args["plan_id"]
-    doomed = folder.with_name(f".deleted-{folder.name}")
-    if folder.exists():
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-    return {"node_id": services.settings.node_id, "plan_id": claim.args["plan_id"]}
+    """Delete this node's shard of a plan."""
+    from workers.shards import delete_shard
+
+    plan_id = claim.args["plan_id"]
+    freed = delete_shard(services.settings.shards_dir / plan_id)
+    return {"node_id": services.settings.node_id, "plan_id": plan_id, "freed_bytes": freed}
 
 
 def _checkpoint(services: Services, claim: Claim, revision: str | None) -> Any:
