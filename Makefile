@@ -10,7 +10,7 @@ PORT ?= 8080
 #: Parallel test processes.
 JOBS ?= 2
 
-.PHONY: help install install-dev demo up test chaos lint bench format clean
+.PHONY: help install install-dev demo up test chaos lint format docs bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -51,6 +51,9 @@ lint: install-dev ## Format, lint, types, imports, security
 format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install-dev ## Write docs/modules.md anew
+	$(BIN)/python scripts/modules_doc.py
 
 bench: install-dev ## Measure: planner, profile, split, queue
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python "$$b" || exit 1; done

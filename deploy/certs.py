@@ -5,7 +5,7 @@ The authority's key is thrown away: nobody can sign a second certificate with it
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import sys
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_VALID = datetime.timedelta(days=3650)
+_VALID = dt.timedelta(days=3650)
 
 
 def make(directory: Path, hosts: list[str]) -> bool:
@@ -22,25 +22,31 @@ def make(directory: Path, hosts: list[str]) -> bool:
     wanted = [directory / name for name in ("redis.key", "redis.crt", "ca.crt")]
     if all(path.is_file() for path in wanted):
         return False
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority_name, name = _name("fairshard private authority"), _name(hosts[0])
 
     def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         made = x509.CertificateBuilder().subject_name(subject).issuer_name(authority_name).public_key(public)
         made = made.serial_number(x509.random_serial_number())
-        return made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + _VALID)
+        return made.not_valid_before(now - dt.timedelta(hours=1)).not_valid_after(now + _VALID)
 
     identifier = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
-    usage = {
-        name: name in {"key_cert_sign", "crl_sign"}
-        for name in ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                     "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
-    }  # fmt: skip
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
     authority = (
         builder(authority_name, authority_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(usage, critical=True)
         .add_extension(identifier, critical=False)
         .sign(authority_key, hashes.SHA256())
     )

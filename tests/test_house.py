@@ -1,0 +1,177 @@
+"""The house itself: floors, settings, packages and documents hold what they promise."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+FLOORS = ("planner", "workers", "web")
+HEAVY = ("torch", "transformers", "celery", "flask", "redis", "huggingface_hub", "safetensors")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+#: Modules of the workers' folder that may use every floor: they drive the service.
+SHELLS = {"workers.tasks", "workers.cli", "workers.up", "workers.demo"}
+
+
+def modules(floor: str) -> list[str]:
+    files = [path for path in (ROOT / floor).rglob("*.py") if path.name != "__init__.py"]
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def contract(name: str) -> dict[str, list[str]]:
+    (found,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["name"].startswith(name)]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_imports_point_down_only() -> None:
+    done = subprocess.run([str(BIN / "lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_every_value_module_is_under_its_contract() -> None:
+    assert set(contract("values")["source_modules"]) == set(modules("planner")) - {"planner.tasks"}
+
+
+def test_every_worker_module_is_io_or_queue_or_a_named_shell() -> None:
+    io, queue = set(contract("I/O")["source_modules"]), set(contract("the queue")["source_modules"])
+    shells = {name for name in modules("workers") if name in SHELLS or name.startswith("workers.cli_")}
+    assert io | queue == set(modules("workers")) - shells
+    assert not io & queue
+    assert shells <= set(contract("I/O")["forbidden_modules"])
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [
+        (", ".join(["planner", *(m for m in modules("planner") if m != "planner.tasks")]), HEAVY),
+        ("planner.tasks, workers.celery_app, workers.jobs", ("torch", "transformers", "flask")),
+        ("web.app, web.wsgi, web.gunicorn_conf", ("torch", "transformers", "safetensors")),
+        ("workers.cli", ("torch", "transformers", "celery", "flask", "redis")),
+        ("workers.up, workers.supervisor", ("torch", "transformers", "celery", "flask")),
+        (
+            "workers.headers, workers.folder, workers.downloader",
+            ("torch", "numpy", "huggingface_hub", "transformers"),
+        ),
+    ],
+    ids=["values", "planner", "web", "cli", "up", "headers"],
+)
+def test_importing_loads_nothing_heavy(imported: str, absent: tuple[str, ...]) -> None:
+    loaded = python(f"import sys, {imported}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))").split()
+    assert not set(absent) & set(loaded)
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    reads = {
+        path.relative_to(ROOT).as_posix()
+        for floor in FLOORS
+        for path in (ROOT / floor).rglob("*.py")
+        if re.search(r"os\.(environ|getenv)|from os import .*(environ|getenv)", path.read_text(encoding="utf-8"))
+    }
+    assert reads <= {"workers/settings.py"}
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for floor in FLOORS:
+        for path in (ROOT / floor).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                    assert isinstance(node.value, ast.Constant), path
+                    assert node.value.value is False, path
+                assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & {
+                    n.split(".")[0] for n in names
+                }, path
+
+
+def test_every_file_of_the_packages_is_shipped() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    packages = set(PROJECT["tool"]["setuptools"]["packages"])
+    for floor in FLOORS:
+        for path in (ROOT / floor).rglob("*"):
+            inner = path.relative_to(ROOT / floor)
+            if path.is_dir() or "__pycache__" in inner.parts:
+                continue
+            if path.suffix == ".py":
+                assert ".".join((floor, *inner.parent.parts)) in packages, path
+            else:
+                assert any(fnmatch(inner.as_posix(), pattern) for pattern in data[floor]), path
+
+
+def test_every_dependency_is_pinned() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", text, flags=re.MULTILINE)}
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *(item for extra in extras.values() for item in extra)]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[<>=;! ]", item)[0]).lower() for item in wanted}
+    assert names <= pinned
+
+
+def modules_doc() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("modules_doc", ROOT / "scripts" / "modules_doc.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_module_is_documented_as_it_is() -> None:
+    module = modules_doc()
+    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run 'make docs'"
+    for floor in FLOORS:
+        for path in (ROOT / floor).rglob("*.py"):
+            assert module.summary(path), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_in_documents_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not re.match(r"[a-z]+:", link):
+            assert (document.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", text))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    said = blocks + "\n" + inline
+    assert set(re.findall(r"^(?:\$ )?(?:\w+=\S+ )*make ([a-z-]+)", said, flags=re.MULTILINE)) <= targets
+    commands = python("from workers.cli import main; main(['--help'])")
+    for command in set(re.findall(r"^(?:\$ )?fairshard ([a-z]+)", said, flags=re.MULTILINE)):
+        assert re.search(rf"\b{command}\b", commands), command
+
+
+def test_every_setting_is_documented() -> None:
+    settings = (ROOT / "workers" / "settings.py").read_text(encoding="utf-8")
+    known = set(re.findall(r"\bFAIRSHARD_[A-Z_]+[A-Z]\b", settings))
+    operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"\bFAIRSHARD_[A-Z_]+[A-Z]\b", operations))
+    client = {"FAIRSHARD_URL", "FAIRSHARD_TOKEN", "FAIRSHARD_PORT"}
+    assert known - documented == set()
+    assert documented - known <= client
