@@ -14,7 +14,7 @@ def equal_parts(problem: Problem) -> Ints:
 
 
 def by_memory(problem: Problem) -> Ints:
-    """(L,) node of each layer: contiguous stages in proportion to memory, rounded by largest remainder, most first."""
+    """(L,) node of each layer: contiguous stages in proportion to memory, largest remainder, most first."""
     weight = problem.capacity.astype(np.float64)
     return _proportional(problem, weight if weight.sum() > 0 else np.ones(len(weight)))
 
@@ -22,7 +22,7 @@ def by_memory(problem: Problem) -> Ints:
 def largest_remainder(total: int, weight: Floats) -> Ints:
     """Split `total` in proportion to `weight`; what rounding leaves goes to the largest remainders, then in order."""
     exact = total * weight / weight.sum()
-    counts = np.floor(exact).astype(np.int64)
+    counts: Ints = np.floor(exact).astype(np.int64)
     for node in np.lexsort((np.arange(len(weight)), counts - exact))[: total - int(counts.sum())].tolist():
         counts[node] += 1
     return counts

@@ -54,12 +54,13 @@ class Groups:
 class Counts:
     """A run of equal layers and groups of odd ones, ready to be probed at any budget."""
 
-    def __init__(self, work: Work, main: int, groups: Groups) -> None:
+    def __init__(self, work: Work, main: int, run: int, groups: Groups) -> None:
         self.work = work
         self.groups = groups
         self.main = main
-        self.run = int(work.count[main]) if main >= 0 else 0
-        self.main_s: Floats = work.seconds[:, main] if main >= 0 else np.zeros(len(work.base_s))
+        #: Layers in the run, all of kind `main`.
+        self.run = run
+        self.main_s: Floats = work.seconds[:, main]
         self._fixed_cap = self._caps_by_room()
 
     def _caps_by_room(self) -> Floats:
@@ -271,7 +272,7 @@ def in_any_order(work: Work) -> Counts:
         run_least=np.zeros(size, dtype=np.int64),
         run_most=np.full(size, work.count[main], dtype=np.int64),
     )
-    return Counts(work, main, groups)
+    return Counts(work, main, int(work.count[main]), groups)
 
 
 def assign_any_order(counts: Counts, hosting: Hosting) -> Ints:

@@ -9,7 +9,9 @@ from planner.problem import Problem
 from planner.reports import gib, seconds_text
 
 
-def infeasible(problem: Problem, *, strategy: str, bottleneck_s: float | None = None) -> Infeasible:
+def infeasible(
+    problem: Problem, *, strategy: str, proven: bool = True, bottleneck_s: float | None = None
+) -> Infeasible:
     """The error for a problem without a plan: the binding limit with its numbers.
 
     Args:

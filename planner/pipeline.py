@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.bounds import lower_bound_s
 from planner.counts import Counts, Groups, Hosting, fewest_nodes, smallest_budget
-from planner.placement import Answer, Work, build_work
+from planner.placement import Found, Work
 from planner.problem import SLACK, Ints, Problem
 from planner.sequence import Sequence
 
@@ -23,7 +23,7 @@ MAX_ODD = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Ends:
+class RunEnds:
     """Positions of the items around the run, and what each group of the programme holds of them."""
 
     run_start: int
@@ -40,7 +40,7 @@ def longest_run(kind: Ints) -> tuple[int, int]:
     return int(starts[at]), int(ends[at])
 
 
-def in_order(work: Work) -> tuple[Counts, _Ends] | None:
+def in_order(work: Work) -> tuple[Counts, RunEnds] | None:
     """The counting programme for contiguous stages, or None if the layers do not come as one run with few around."""
     if len(work.kind) == 0 or (work.fixed >= 0).any() or work.followers:
         return None
@@ -87,10 +87,10 @@ def in_order(work: Work) -> tuple[Counts, _Ends] | None:
         run_least=np.array(least, dtype=np.int64),
         run_most=np.array(most, dtype=np.int64),
     )
-    return Counts(work, int(work.kind[start]), groups), _Ends(run_start=start, run_end=end, groups=spans)
+    return Counts(work, int(work.kind[start]), run, groups), RunEnds(run_start=start, run_end=end, groups=spans)
 
 
-def _stage_nodes(counts: Counts, ends: _Ends, hosting: Hosting) -> Ints:
+def stage_nodes(counts: Counts, ends: RunEnds, hosting: Hosting) -> Ints:
     """(I,) node of each item: groups before the run, nodes with only the run by id, groups after it."""
     hosting = counts.trimmed(hosting)
     nodes = np.full(len(counts.work.kind), -1, dtype=np.int64)
@@ -113,25 +113,21 @@ def _stage_nodes(counts: Counts, ends: _Ends, hosting: Hosting) -> Ints:
     return nodes
 
 
-def _solve_run(counts: Counts, ends: _Ends, bound: float, budget_s: float | None) -> Answer | None:
+def _solve_run(counts: Counts, ends: RunEnds, bound: float, budget_s: float | None) -> Found:
     work = counts.work
     if budget_s is None:
         found = smallest_budget(counts, bound)
         if found is None:
-            return None
+            return None, math.inf
         hosting, at_s, low = found
     else:
         placed = counts.place(counts.caps(budget_s))
         if placed is None:
-            return None
+            return None, math.inf
         hosting, at_s, low = placed, budget_s, bound
     few = fewest_nodes(counts, at_s)
-    items = _stage_nodes(counts, ends, few if few is not None else _drop_idle(counts, hosting))
-    reached = float(work.loads_s(items).max())
-    return Answer(
-        nodes=work.layers(items),
-        lower_bound_s=min(low, reached),
-    )
+    items = stage_nodes(counts, ends, few if few is not None else _drop_idle(counts, hosting))
+    return work.layers(items), min(low, float(work.loads_s(items).max()))
 
 
 def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
@@ -150,27 +146,26 @@ def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
     return Hosting(state=hosting.state, main=main)
 
 
-def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: float | None = None) -> Answer | None:
+def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: float | None = None) -> Found:
     """Contiguous stages with the smallest bottleneck, or with the fewest nodes within `budget_s`.
 
     Args:
         problem: What to plan.
-        work: Its items with tied weights "copied" (or "shared" for a bound).
+        work: Its items under one treatment of tied weights.
         memory: (L,) bytes of each layer under the same treatment.
         budget_s: See above.
 
     Returns:
-        The best found; None if there is none, or none was found where the search is not exact.
+        ((L,) nodes or None, lower bound in seconds); the bound is infinite where it is proven that there is no plan.
     """
-    shared = build_work(problem, "shared")
-    bound = lower_bound_s(shared if shared is not None else work)
+    bound = lower_bound_s(work)
     run = in_order(work)
     if run is not None:
         return _solve_run(*run, bound, budget_s)
     return _solve_sequence(problem, memory, bound, budget_s)
 
 
-def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: float | None) -> Answer | None:
+def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: float | None) -> Found:
     ways = [Sequence(problem, memory)]
     exact = ways[0].is_exact
     if not exact:
@@ -188,7 +183,7 @@ def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: floa
 
     if budget_s is not None:
         nodes = place(budget_s)
-        return None if nodes is None else Answer(nodes=nodes, lower_bound_s=bound)
+        return nodes, math.inf if nodes is None and exact else bound
     found: Ints | None = None
     low, high, step = bound, math.inf, 1.01
     probe = bound
@@ -197,7 +192,7 @@ def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: floa
         if nodes is not None:
             found, high = nodes, max(low, min(probe, problem.bottleneck_s(nodes)))
         elif math.isinf(probe):
-            return None
+            return None, math.inf if exact else bound
         else:
             low = max(low, probe)
         if high <= low * (1 + SLACK):
@@ -208,7 +203,6 @@ def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: floa
         else:
             probe = (low + high) / 2
     if found is None:
-        return None
+        return None, bound
     reached = problem.bottleneck_s(found)
-    proven = min(low, reached) if exact else min(bound, reached)
-    return Answer(nodes=found, lower_bound_s=proven)
+    return found, min(low if exact else bound, reached)

@@ -92,7 +92,7 @@ def build_work(problem: Problem, ties: Ties = "shared") -> Work | None:
         for members in groups.values():
             at = max(int(problem.pinned[m]) for m in members)
             if at >= 0:
-                fixed[members] = at
+                fixed[np.array(members)] = at
     followers_of = {members[0]: tuple(members[1:]) for members in groups.values() if fixed[members[0]] < 0}
     skipped = {layer for others in followers_of.values() for layer in others}
     free = np.array(
@@ -107,10 +107,10 @@ def build_work(problem: Problem, ties: Ties = "shared") -> Work | None:
     room_bytes = problem.capacity.copy()
     room_flop = problem.flop_cap.copy()
     if len(pinned):
-        at = fixed[pinned]
-        np.add.at(base_s, at, problem.seconds[at, problem.kind[pinned]])
-        np.subtract.at(room_bytes, at, problem.memory[pinned] + extra[pinned])
-        np.subtract.at(room_flop, at, problem.flop[pinned])
+        homes = fixed[pinned]
+        np.add.at(base_s, homes, problem.seconds[homes, problem.kind[pinned]])
+        np.subtract.at(room_bytes, homes, problem.memory[pinned] + extra[pinned])
+        np.subtract.at(room_flop, homes, problem.flop[pinned])
     return Work(
         layer=free,
         kind=kind,
@@ -152,6 +152,10 @@ def _merge_kinds(
     memory = np.array([int((problem.memory[list(m)] + extra[list(m)]).sum()) for m in sources], dtype=np.int64)
     flop = np.array([float(problem.flop[list(m)].sum()) for m in sources], dtype=np.float64)
     return kind, np.bincount(kind, minlength=len(sources)).astype(np.int64), memory, flop, seconds
+
+
+#: (L,) nodes or None where none were found, and a lower bound in seconds: infinite where there are provably none.
+Found = tuple[Ints | None, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

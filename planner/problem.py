@@ -84,11 +84,12 @@ class Problem:
 
     def loads_s(self, assignment: Ints) -> Floats:
         """(N,) seconds of each node's part of one pass."""
-        return np.bincount(assignment, weights=self.seconds[assignment, self.kind], minlength=len(self.nodes))
+        weights = self.seconds[assignment, self.kind]
+        return np.bincount(assignment, weights=weights, minlength=len(self.nodes)).astype(np.float64)
 
     def flops(self, assignment: Ints) -> Floats:
         """(N,) FLOP of each node's part."""
-        return np.bincount(assignment, weights=self.flop, minlength=len(self.nodes))
+        return np.bincount(assignment, weights=self.flop, minlength=len(self.nodes)).astype(np.float64)
 
     def memory_used(self, assignment: Ints) -> Ints:
         """(N,) bytes each node holds, tied weights that are stored again included."""
@@ -277,7 +278,10 @@ def build(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Prob
     tied_to = np.where(tied_bytes > 0, tied_to, -1)
     rate = np.array([node.available_flop_per_s for node in nodes], dtype=np.float64)
     bandwidth = np.array([node.memory_bytes_per_s or math.inf for node in nodes], dtype=np.float64)
-    first, kind = _kinds((flop, traffic, memory, tied_bytes, tied_to))
+    # A layer that others share weights with is a kind of its own: it matters which node holds it.
+    owner = np.full(len(layers), -1, dtype=np.int64)
+    owner[tied_to[tied_to >= 0]] = tied_to[tied_to >= 0]
+    first, kind = _kinds((flop, traffic, memory, tied_bytes, tied_to, owner))
     seconds = flop[first][None, :] / rate[:, None]
     for row, bytes_per_s in enumerate(bandwidth):
         if math.isfinite(bytes_per_s):

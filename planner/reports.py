@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.plan import NodeReport
-from planner.problem import SLACK, Ints, Problem
+from planner.problem import SLACK, Floats, Ints, Problem
 
 
 def gib(size_bytes: float) -> str:
@@ -68,7 +68,15 @@ def node_reports(problem: Problem, nodes: Ints, budget_s: float) -> tuple[NodeRe
             NodeReport(
                 node_id=node.node_id,
                 used=used,
-                reason=_reason(problem, at, int(held[at]), limit_now, float(loads[at]), int(memory[at]), budget_s),
+                reason=_reason(
+                    problem,
+                    at,
+                    held=int(held[at]),
+                    limit=limit_now,
+                    load_s=float(loads[at]),
+                    used_bytes=int(memory[at]),
+                    budget_s=budget_s,
+                ),
                 limit=limit_now,
                 flop=float(flops[at]),
                 seconds=float(loads[at]),
@@ -83,7 +91,7 @@ def node_reports(problem: Problem, nodes: Ints, budget_s: float) -> tuple[NodeRe
     return tuple(sorted(reports, key=lambda report: report.node_id))
 
 
-def _least(problem: Problem, free: Ints) -> tuple[np.ndarray, int, float]:  # type: ignore[type-arg]
+def _least(problem: Problem, free: Ints) -> tuple[Floats, int, float]:
     """Least seconds by node, bytes and FLOP that one layer more would take."""
     if len(free) == 0:
         return np.zeros(len(problem.nodes)), 0, 0.0
@@ -95,7 +103,7 @@ def _least(problem: Problem, free: Ints) -> tuple[np.ndarray, int, float]:  # ty
 
 
 def _reason(
-    problem: Problem, at: int, held: int, limit: str | None, load_s: float, used_bytes: int, budget_s: float
+    problem: Problem, at: int, *, held: int, limit: str | None, load_s: float, used_bytes: int, budget_s: float
 ) -> str:
     capacity = int(problem.capacity[at])
     common = f"{seconds_text(load_s)} of {seconds_text(budget_s)}, {gib(used_bytes)} of {gib(capacity)}"

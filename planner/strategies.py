@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from planner.arrange import by_links, fewest_hops
 from planner.baselines import by_memory, equal_parts
 from planner.bounds import lower_bound_s
 from planner.cluster import Cluster
 from planner.diagnose import infeasible
 from planner.errors import Infeasible, InvalidInput
-from planner.greedy import solve
+from planner.greedy import is_exact, solve
 from planner.megaphone import megaphone, runs
 from planner.pipeline import solve_pipeline
-from planner.placement import Answer, Ties, build_work
+from planner.placement import Answer, Found, Ties, Work, build_work
 from planner.plan import Plan, PlanOptions, Prediction, plan_id
 from planner.problem import SLACK, Ints, Problem, build
 from planner.profile import ModelProfile
 from planner.reports import gib, node_reports, seconds_text
+from planner.shortest import any_order_latency, in_order_latency
 
 Strategy = Callable[[Problem], Answer]
 
@@ -27,13 +30,19 @@ Strategy = Callable[[Problem], Answer]
 def greedy(problem: Problem) -> Answer:
     """Layers by compute, most first, each to the node with most available compute; any layer anywhere."""
     _need_compute(problem)
-    return _best(problem, "greedy", _greedy_once)
+    answer = _best(problem, "greedy", _greedy_once)
+    if problem.options.objective == "latency":
+        return answer
+    return dataclasses.replace(answer, nodes=by_links(problem, fewest_hops(problem, answer.nodes)))
 
 
 def pipeline(problem: Problem) -> Answer:
     """Contiguous stages, node order free."""
     _need_compute(problem)
-    return _best(problem, "pipeline", _pipeline_once)
+    answer = _best(problem, "pipeline", _pipeline_once)
+    if problem.options.objective == "latency":
+        return answer
+    return dataclasses.replace(answer, nodes=by_links(problem, answer.nodes))
 
 
 def equal(problem: Problem) -> Answer:
@@ -58,26 +67,46 @@ def _need_compute(problem: Problem) -> None:
         )
 
 
-def _greedy_once(problem: Problem, ties: Ties, budget_s: float | None) -> Answer | None:
+def _greedy_once(problem: Problem, ties: Ties) -> Found:
     work = build_work(problem, ties)
     if work is None:
-        return None
-    found = solve(work, problem.rate, budget_s=budget_s)
-    return None if found is None else Answer(nodes=work.layers(found.assignment), lower_bound_s=found.lower_bound_s)
+        return None, math.inf
+    budget = problem.options.time_budget_s
+    if problem.options.objective == "latency":
+        return _greedy_latency(problem, work, ties)
+    found = solve(work, problem.rate, budget_s=budget)
+    if found is None:
+        return None, math.inf if is_exact(work) else lower_bound_s(work)
+    return work.layers(found.assignment), found.lower_bound_s
 
 
-def _pipeline_once(problem: Problem, ties: Ties, budget_s: float | None) -> Answer | None:
+def _greedy_latency(problem: Problem, work: Work, ties: Ties) -> Found:
+    """Hops cost time, so contiguous stages are candidates as well as any layer anywhere."""
+    budget = problem.options.time_budget_s or math.inf
+    nodes, bound = any_order_latency(problem, work, budget)
+    staged, _ = _pipeline_once(problem, ties)
+    candidates = [found for found in (nodes, staged) if found is not None]
+    if not candidates:
+        return None, bound
+    arranged = [by_links(problem, fewest_hops(problem, found)) for found in candidates] + candidates
+    fitting = [found for found in arranged if problem.fits(found)] or arranged
+    return min(fitting, key=problem.latency_s), bound
+
+
+def _pipeline_once(problem: Problem, ties: Ties) -> Found:
     if ties == "together":
-        nodes = _whole(problem)
-        return None if nodes is None else Answer(nodes=nodes, lower_bound_s=0.0)
+        return _whole(problem)
     work = build_work(problem, ties)
     if work is None:
-        return None
+        return None, math.inf
     held = problem.memory + (problem.tied_bytes if ties == "copied" else 0)
-    return solve_pipeline(problem, work, held, budget_s=budget_s)
+    budget = problem.options.time_budget_s
+    if problem.options.objective == "latency":
+        return in_order_latency(problem, work, held, math.inf if budget is None else budget)
+    return solve_pipeline(problem, work, held, budget_s=budget)
 
 
-def _whole(problem: Problem) -> Ints | None:
+def _whole(problem: Problem) -> Found:
     """Everything on the one node that is fastest at it, if any can hold it."""
     best: tuple[float, int] | None = None
     for node in range(len(problem.nodes)):
@@ -86,37 +115,47 @@ def _whole(problem: Problem) -> Ints | None:
             seconds = problem.bottleneck_s(nodes)
             if best is None or seconds < best[0]:
                 best = (seconds, node)
-    return None if best is None else np.full(len(problem.kind), best[1], dtype=np.int64)
+    return (None, math.inf) if best is None else (np.full(len(problem.kind), best[1], dtype=np.int64), best[0])
 
 
-def _best(problem: Problem, strategy: str, once: Callable[[Problem, Ties, float | None], Answer | None]) -> Answer:
-    """The best over the ways to treat tied weights: a copy that costs nothing gives the bound, the others plans."""
+def _best(problem: Problem, strategy: str, once: Callable[[Problem, Ties], Found]) -> Answer:
+    """The best over the ways to treat tied weights.
+
+    A copy that costs nothing bounds all of them, so a plan of it that fits is the best. Else a layer and the owner
+    of its weights are apart, each with a copy, or together: the better of both bounds is valid too.
+    """
     budget = problem.options.time_budget_s
-    ties: tuple[Ties, ...] = ("shared", "copied", "together") if (problem.tied_to >= 0).any() else ("shared",)
-    bound = 0.0
-    found: tuple[float, Ints] | None = None
-    for way in ties:
-        answer = once(problem, way, budget)
-        if way == "shared":
-            if answer is None:
+    latency = problem.options.objective == "latency"
+    tied = np.flatnonzero(problem.tied_to >= 0)
+    bounds: dict[Ties, float] = {}
+    best: tuple[float, Ints] | None = None
+    ways: tuple[Ties, ...] = ("shared", "copied", "together") if len(tied) else ("shared",)
+    for way in ways:
+        nodes, bounds[way] = once(problem, way)
+        if nodes is not None and problem.fits(nodes):
+            seconds = problem.bottleneck_s(nodes)
+            value = problem.latency_s(nodes) if latency else seconds
+            in_time = budget is None or seconds <= budget * (1 + 2 * SLACK)
+            if in_time and (best is None or value < best[0] * (1 - SLACK)):
+                best = (value, nodes)
+            if way == "shared" and in_time:  # nothing can be better
                 break
-            bound = answer.lower_bound_s
-        if answer is None or not problem.fits(answer.nodes):
-            continue
-        seconds = problem.bottleneck_s(answer.nodes)
-        if budget is not None and seconds > budget * (1 + 2 * SLACK):
-            continue
-        if found is None or seconds < found[0] * (1 - SLACK):
-            found = (seconds, answer.nodes)
-        if way == "shared":  # nothing can be better
+        if way == "shared" and math.isinf(bounds[way]):
             break
-    if found is not None:
-        return Answer(nodes=found[1], lower_bound_s=min(bound, found[0]))
+    bound = bounds["shared"]
+    if len(tied) == 1 and len(bounds) == 3:
+        bound = max(bound, min(bounds["copied"], bounds["together"]))
+    if best is not None:
+        return Answer(nodes=best[1], lower_bound_s=min(bound, best[0]))
     if budget is None:
-        raise infeasible(problem, strategy=strategy)
-    relaxed = dataclasses.replace(problem, options=dataclasses.replace(problem.options, time_budget_s=None))
-    answer = _best(relaxed, strategy, once)
-    raise infeasible(problem, strategy=strategy, bottleneck_s=problem.bottleneck_s(answer.nodes))
+        raise infeasible(problem, strategy=strategy, proven=math.isinf(bound))
+    unlimited = dataclasses.replace(
+        problem, options=dataclasses.replace(problem.options, time_budget_s=None, objective="throughput")
+    )
+    answer = _best(unlimited, strategy, once)
+    raise infeasible(
+        problem, strategy=strategy, bottleneck_s=problem.bottleneck_s(answer.nodes), proven=math.isinf(bound)
+    )
 
 
 def _baseline(problem: Problem, strategy: str, nodes: Ints) -> Answer:
