@@ -11,6 +11,7 @@ The token goes to the endpoint alone, never to where it redirects.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import socket
@@ -133,6 +134,12 @@ class RangeReader:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
+
+    def abort(self) -> None:
+        """End a read that another thread is in: its socket is shut, and `pause` decides that it stops."""
+        for connection in list(self._connections.values()):
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _once(self, file: RemoteFile, begin: int, end: int, sink: Sink) -> None:
         known = self._server.location(file.url)

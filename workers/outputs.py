@@ -12,6 +12,8 @@ from planner.profile import Tensor
 from workers.source import Source
 
 _PAGE_BYTES = 4096
+#: Largest weight file unless the user says otherwise; transformers' own limit was 5 GB for years.
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

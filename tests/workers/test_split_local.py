@@ -1,0 +1,32 @@
+"""Shards cut from a folder: every byte, every dtype, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from shard_cases import dealt, profile_of, raw_tensors
+
+from workers.downloader import resolve
+from workers.splitter import merge, split, verify
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_files", "llama_tied", "gpt2_hub", "t5"])
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_shards_together_are_the_checkpoint_bit_for_bit(tmp_path: Path, name: str, nodes: int) -> None:
+    source = resolve(checkpoint(name))
+    profile = profile_of(source)
+    plan = dealt(profile, [f"n{i}" for i in range(nodes)])
+    folders = []
+    for node in plan.allocation:
+        manifest = split(source, profile, plan, node_id=node, output=tmp_path / node)
+        assert manifest.node_id == node
+        folders.append(tmp_path / node)
+    assert raw_tensors(*folders) == raw_tensors(checkpoint(name))
+    report = verify(folders, checkpoint=source)
+    assert report.complete, report.problems
+    assert set(report.proven) == {t.file for layer in profile.layers for t in layer.tensors}
+    merged = merge(folders, tmp_path / "merged")
+    for path in checkpoint(name).glob("*.safetensors"):
+        assert (merged / path.name).read_bytes() == path.read_bytes()

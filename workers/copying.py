@@ -1,0 +1,139 @@
+"""Bytes from file to file on this machine, by the cheapest way that the kernel and the filesystem allow."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+#: From linux/fs.h: share the extents of another file, or of a range of it.
+_FICLONE = 0x40049409
+_FICLONERANGE = 0x4020940D
+_PAGE_BYTES = 4096
+_STEP_BYTES = 8 * 1024 * 1024
+#: The kernel or the filesystem does not do this; another way will.
+_CANNOT = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+)
+
+
+def copy_range(
+    source: int, target: int, begin: int, end: int, at: int, *, each: Callable[[int], None] = lambda _: None
+) -> None:
+    """Copy bytes [begin, end) of descriptor `source` to offset `at` of `target`.
+
+    By copy_file_range, which stays in the kernel (and shares extents where it can); where that is refused by
+    sendfile, else through a buffer.
+
+    Args:
+        source: Read from here.
+        target: Written to; its own position may change.
+        begin: First byte.
+        end: One past the last.
+        at: Where the first byte goes.
+        each: Called with the bytes of each step; may raise to stop.
+
+    Raises:
+        OSError: If the source is shorter, or the target cannot take it.
+    """
+    ways: list[Callable[[int, int, int, int, int], int]] = [_in_kernel, _by_sendfile, _by_buffer]
+    while begin < end:
+        try:
+            count = ways[0](source, target, min(end - begin, _STEP_BYTES), begin, at)
+        except OSError as error:
+            if error.errno not in _CANNOT or len(ways) == 1:
+                raise
+            ways.pop(0)
+            continue
+        if count == 0:
+            raise OSError(errno.EIO, f"the source ends at byte {begin}, {end - begin} bytes early")
+        begin += count
+        at += count
+        each(count)
+
+
+def _in_kernel(source: int, target: int, count: int, begin: int, at: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "no copy_file_range here")
+    return os.copy_file_range(source, target, count, begin, at)
+
+
+def _by_sendfile(source: int, target: int, count: int, begin: int, at: int) -> int:
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, begin, count)
+
+
+def _by_buffer(source: int, target: int, count: int, begin: int, at: int) -> int:
+    data = os.pread(source, min(count, 1024 * 1024), begin)
+    return write_all(target, data, at)
+
+
+def write_all(target: int, data: bytes | memoryview, at: int) -> int:
+    """Write all of `data` at offset `at`; returns its length."""
+    view = memoryview(data)
+    written = 0
+    while written < len(view):
+        written += os.pwrite(target, view[written:], at + written)
+    return written
+
+
+def link_whole(source: Path, target: Path) -> str | None:
+    """Make `target` be `source` without copying: "reflink", "link", or None where neither can be.
+
+    A reflink is its own file, so it is tried first; a hard link shares what either name is written with.
+    """
+    real = source.resolve()
+    if clone_range(real, target, 0, real.stat().st_size, 0, whole=True):
+        return "reflink"
+    with contextlib.suppress(OSError):
+        target.unlink(missing_ok=True)
+        os.link(real, target)
+        return "link"
+    return None
+
+
+def clone_range(source: Path, target: Path, begin: int, end: int, at: int, *, whole: bool = False) -> bool:
+    """Share the extents of bytes [begin, end) of `source` with `target` at `at`; False where that cannot be.
+
+    Begin and target offset must lie on page borders, and so must the end unless it is the source's own.
+    """
+    try:
+        with source.open("rb") as from_, open(os.open(target, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as to:  # noqa: PTH123
+            if whole:
+                fcntl.ioctl(to.fileno(), _FICLONE, from_.fileno())
+            else:
+                fcntl.ioctl(to.fileno(), _FICLONERANGE, struct.pack("qQQQ", from_.fileno(), begin, end - begin, at))
+    except OSError:
+        return False
+    return True
+
+
+def clone_run(source: Path, target: Path, begin: int, end: int, at: int) -> bool:
+    """Share what can be shared of bytes [begin, end), and copy the edges that lie on no page border.
+
+    False, with nothing done, where begin and `at` lie differently within their pages, or nothing can be shared.
+    """
+    if (begin - at) % _PAGE_BYTES:
+        return False
+    first = -(-begin // _PAGE_BYTES) * _PAGE_BYTES
+    last = end // _PAGE_BYTES * _PAGE_BYTES
+    if last > first and not clone_range(source, target, first, last, at + first - begin):
+        return False
+    with source.open("rb", buffering=0) as from_, target.open("rb+", buffering=0) as to:
+        for edge, stop in ((begin, min(first, end)), (max(last, min(first, end)), end)):
+            if edge < stop:
+                write_all(to.fileno(), os.pread(from_.fileno(), stop - edge, edge), at + edge - begin)
+    return True
+
+
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether files in `folder` can share extents with `source`."""
+    probe = folder / ".clone-probe"
+    try:
+        return source.stat().st_size >= _PAGE_BYTES and clone_range(source, probe, 0, _PAGE_BYTES, 0)
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""The last steps of a shard: what stands beside the weights, the manifest, and its name."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from planner.errors import NodeFailure
+from planner.plan import Plan
+from workers.checkpoint import Checkpoint
+from workers.digester import explained
+from workers.digests import Digests, digest_of
+from workers.journal import Journal, discard_partials, state_file
+from workers.layout import Layout
+from workers.manifest import Manifest, ShardFile, ShardTensor, SourceFile, sync_folder, write_manifest
+from workers.outputs import Output
+from workers.shards import is_shard_folder
+
+
+def finish(
+    layout: Layout,
+    journal: Journal,
+    *,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    node_id: str,
+    output: Path,
+    digests: Mapping[str, Digests | None],
+    how: Mapping[str, str],
+    max_shard_bytes: int,
+) -> Manifest:
+    """Write what stands beside the weights, then the manifest, then give the folder its name.
+
+    Args:
+        layout: What the journal's folder holds.
+        journal: The folder.
+        checkpoint: Where the small files come from.
+        plan: The plan it is a part of.
+        node_id: Whose shard it is.
+        output: The folder's name.
+        digests: By weight file; None where no bytes passed.
+        how: By weight file: "copy", "fetch", "link" or "reflink".
+        max_shard_bytes: What it was cut with.
+
+    Raises:
+        NodeFailure: If the disk is full or cannot be written.
+    """
+    folder = journal.folder
+    with explained(folder):
+        extras = {name: checkpoint.read(name) for name in layout.extras}
+        extras["model.safetensors.index.json"] = _index(layout)
+        for name, source in layout.sources.items():
+            if source.header:
+                extras[f"source/{name}.header"] = source.header
+        files = [_extra(folder / name, name, data) for name, data in extras.items()]
+        for unexpected in set(folder.rglob("*")) - {folder / name for name in (*extras, *how)}:
+            if unexpected.is_file() and unexpected != state_file(folder):
+                unexpected.unlink()
+        manifest = Manifest(
+            plan_id=plan.plan_id,
+            model_name=checkpoint.model_name,
+            revision=checkpoint.revision,
+            node_id=node_id,
+            layers=layout.layers,
+            nodes=plan.allocation,
+            files=tuple(
+                _file(folder, item, layout, digests.get(item.name), how[item.name]) for item in layout.outputs
+            ),
+            tensors=tuple(t for item in layout.outputs for t in _tensors(item, digests.get(item.name))),
+            extras=tuple(files),
+            aliases=layout.aliases,
+            unused=layout.unused,
+            duplicated=layout.duplicated,
+            source_files={
+                name: SourceFile(size_bytes=s.size_bytes, sha256=s.sha256, header_bytes=len(s.header))
+                for name, s in layout.sources.items()
+            },
+            max_shard_bytes=max_shard_bytes,
+            created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        )
+        write_manifest(manifest, folder)
+        _install(folder, output)
+    return manifest
+
+
+def _install(folder: Path, output: Path) -> None:
+    """Give the finished folder its name; a shard that stood there goes only now."""
+    state_file(folder).unlink()
+    try:
+        folder.rename(output)
+    except OSError:
+        if not is_shard_folder(output):
+            raise
+        old = output.with_name(f".{output.name}.partial-replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(output.parent)
+    discard_partials(output)
+
+
+def _index(layout: Layout) -> bytes:
+    weight_map = {placed.tensor.name: item.name for item in layout.outputs for placed in item.placed}
+    total = sum(placed.tensor.size_bytes for item in layout.outputs for placed in item.placed)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2).encode()
+
+
+def _extra(path: Path, name: str, data: bytes) -> ShardFile:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardFile(name=name, size_bytes=len(data), digest=digest_of(data), mtime_ns=path.stat().st_mtime_ns)
+
+
+def _file(folder: Path, item: Output, layout: Layout, found: Digests | None, how: str) -> ShardFile:
+    stat = (folder / item.name).stat()
+    if stat.st_size != item.size_bytes:
+        raise NodeFailure(f"{folder / item.name} has {stat.st_size} bytes, not {item.size_bytes}: was it changed?")
+    stated = layout.sources[item.whole].sha256 if item.whole else None
+    return ShardFile(
+        name=item.name,
+        size_bytes=item.size_bytes,
+        digest=found.file if found else None,
+        sha256=(found.sha256 if found else None) or stated,
+        how=how,
+        mtime_ns=stat.st_mtime_ns,
+    )
+
+
+def _tensors(item: Output, found: Digests | None) -> list[ShardTensor]:
+    return [
+        ShardTensor(
+            name=placed.tensor.name,
+            file=item.name,
+            dtype=placed.tensor.dtype,
+            shape=placed.tensor.shape,
+            begin=placed.begin,
+            end=placed.end,
+            layer=placed.layer,
+            source_file=placed.tensor.file,
+            source_begin=placed.tensor.begin,
+            digest=found.tensors[placed.tensor.name] if found else None,
+        )
+        for placed in item.placed
+    ]

@@ -1,0 +1,127 @@
+"""What of an unfinished shard is known to be right: one line of JSON for each segment that was written.
+
+A line is a claim, not a proof: after a power cut it may speak of bytes that never reached the disk. Whoever resumes
+reads the bytes back and compares them with the line's digest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+import uuid
+from pathlib import Path
+
+from planner.errors import NodeFailure
+from workers.outputs import Output
+
+_STATE = "state.jsonl"
+
+
+class Journal:
+    """The journal of one unfinished shard's folder, held by one process at a time."""
+
+    def __init__(self, folder: Path, descriptor: int, claims: dict[tuple[str, int, int], str]) -> None:
+        self.folder = folder
+        self._descriptor = descriptor
+        self._claims = claims
+        self._lock = threading.Lock()
+
+    def claim(self, output: Output, begin: int, end: int) -> str | None:
+        """The digest that bytes [begin, end) of `output` had when they were written, or None."""
+        return self._claims.get((output.name, begin, end))
+
+    def record(self, output: Output, begin: int, end: int, digest: str) -> None:
+        """Bytes [begin, end) of `output` are written, and this is their digest."""
+        line = json.dumps({"f": output.name, "b": begin, "e": end, "d": digest}) + "\n"
+        with self._lock:
+            os.write(self._descriptor, line.encode())
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Let go of the folder and remove it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+
+def open_journal(target: Path, *, key: str) -> Journal:
+    """Take over the unfinished folder of `target` that an interrupted process left, or begin one.
+
+    It lies beside `target` as `.<name>.partial-<random>`. One that a live process holds is left alone: of two that
+    make the same shard the first to finish wins.
+
+    Args:
+        target: The folder that it will become.
+        key: What will be in it; a folder with another key is begun anew.
+
+    Raises:
+        NodeFailure: If no folder can be made there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
+            journal = _take(folder, key)
+            if journal is not None:
+                return journal
+        folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        folder.mkdir()
+        journal = _take(folder, key)
+    except OSError as error:
+        raise NodeFailure(
+            f"no shard can be written to {target}: {error.strerror}", details={"path": str(target)}
+        ) from error
+    assert journal is not None, "a folder of our own making is free"
+    return journal
+
+
+def discard_partials(target: Path) -> None:
+    """Remove what interrupted processes left of `target`; what a live one holds stays."""
+    for folder in target.parent.glob(f".{target.name}.partial-*"):
+        journal = _take(folder, None)
+        if journal is not None:
+            journal.remove()
+
+
+def _take(folder: Path, key: str | None) -> Journal | None:
+    try:
+        descriptor = os.open(folder / _STATE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except FileNotFoundError:
+        return None  # its owner has just finished
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    if not (folder / _STATE).exists():
+        os.close(descriptor)
+        return None
+    claims: dict[tuple[str, int, int], str] = {}
+    head, *lines = (folder / _STATE).read_bytes().split(b"\n")
+    if key is not None and head != key.encode():
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _STATE:
+                path.unlink()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{key}\n".encode())
+        lines = []
+    if lines and lines[-1]:
+        os.write(descriptor, b"\n")  # the last line was torn; the next must not be lost with it
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            claims[str(entry["f"]), int(entry["b"]), int(entry["e"])] = str(entry["d"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by the interruption
+    return Journal(folder, descriptor, claims)
+
+
+def state_file(folder: Path) -> Path:
+    """The journal's own file, which a finished shard does not keep."""
+    return folder / _STATE

@@ -1,0 +1,84 @@
+"""Where the bytes of a tensor can be had: this node's other shards, this machine's files, other nodes, the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner.errors import InvalidInput
+from workers.checkpoint import Checkpoint
+from workers.http_ranges import RemoteFile, Server
+from workers.manifest import Manifest, ShardTensor
+from workers.segments import LocalOrigin, Origin, RemoteOrigin
+from workers.shards import finished_shards
+
+if TYPE_CHECKING:
+    from workers.hub import HubCheckpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A shard that another node serves."""
+
+    server: Server
+    #: Address of the shard's folder.
+    url: str
+    manifest: Manifest
+
+
+class Origins:
+    """Answers, for one shard that is to be made, where each tensor can be had, best place first."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        beside: Path,
+        peers: tuple[Peer, ...],
+        known: Mapping[str, str],
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._here: dict[str, tuple[Path, ShardTensor]] = {}
+        self._peers: dict[str, list[tuple[Peer, ShardTensor]]] = {}
+        #: Tensor -> digest that someone found for this revision.
+        self.known: dict[str, str] = {}
+        for folder, manifest in finished_shards(beside):
+            if (manifest.model_name, manifest.revision) == (checkpoint.model_name, checkpoint.revision):
+                for tensor in manifest.tensors:
+                    if tensor.digest is not None:
+                        self._here[tensor.name] = (folder / tensor.file, tensor)
+                        self.known[tensor.name] = tensor.digest
+        for peer in peers:
+            if peer.manifest.revision == checkpoint.revision:
+                for tensor in peer.manifest.tensors:
+                    self._peers.setdefault(tensor.name, []).append((peer, tensor))
+                    if tensor.digest is not None:
+                        self.known.setdefault(tensor.name, tensor.digest)
+        self.known.update(known)
+
+    def of(self, tensor: str, file: str, offset: int) -> tuple[Origin, ...]:
+        """Where bytes can be had that lie from `offset` of checkpoint file `file` on, and belong to `tensor`."""
+        found: list[Origin] = []
+        here = self._here.get(tensor)
+        if here is not None and (here[1].source_file, here[1].source_begin) == (file, offset):
+            found.append(LocalOrigin(here[0], here[1].begin))
+        local = self._checkpoint.local_path(file)
+        if local is not None:
+            return (*found, LocalOrigin(local, offset))
+        for peer, held in self._peers.get(tensor, ()):
+            if (held.source_file, held.source_begin) == (file, offset):
+                size = next(item.size_bytes for item in peer.manifest.files if item.name == held.file)
+                remote = RemoteFile(url=f"{peer.url}/{held.file}", size_bytes=size)
+                found.append(RemoteOrigin(peer.server, remote, held.begin))
+        hub = _remote(self._checkpoint)
+        return (*found, RemoteOrigin(hub.server, hub.remote(file), offset))
+
+
+def _remote(checkpoint: Checkpoint) -> HubCheckpoint:
+    from workers.hub import HubCheckpoint
+
+    if not isinstance(checkpoint, HubCheckpoint):
+        raise InvalidInput(f"{checkpoint.model_name} lies neither here nor on a server")
+    return checkpoint

@@ -1,0 +1,227 @@
+"""Cuts a node's shard out of a checkpoint: only its bytes, whole or not at all.
+
+    <output>/
+      model.safetensors, or model-00001-of-0000N.safetensors ...     the node's tensors
+      model.safetensors.index.json                                   tensor -> file
+      config.json, ...                                               and on the first node the tokenizer's files
+      source/<checkpoint file>.header                                to rebuild the checkpoint's files from
+      manifest.json                                                  what is here, with digests
+
+It is made beside `output` as `.<name>.partial-<random>` and renamed when every byte is on the disk. What an
+interrupted call left there is taken over by the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from planner.errors import Conflict, FairshardError, NotFound
+from planner.names import check_node_id
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from workers.checkpoint import Checkpoint
+from workers.copying import can_clone, link_whole
+from workers.digester import Wanted, explained
+from workers.digests import Digests
+from workers.fetch import CONNECTIONS, fetch_outputs
+from workers.finish import finish
+from workers.journal import discard_partials, open_journal
+from workers.layout import Layout, lay_out
+from workers.local import copy_outputs
+from workers.manifest import Manifest, read_manifest
+from workers.origins import Origins, Peer
+from workers.outputs import MAX_SHARD_BYTES
+from workers.progress import Progress, silent
+from workers.segments import cut
+from workers.shards import check_room, file_is_whole, is_shard_folder
+
+if TYPE_CHECKING:
+    from workers.merge import merge
+    from workers.shards import delete_shard
+    from workers.stage import load_stage
+    from workers.verify import verify
+
+_LAZY = {
+    "verify": "workers.verify",
+    "merge": "workers.merge",
+    "load_stage": "workers.stage",
+    "delete_shard": "workers.shards",
+}
+_log = logging.getLogger(__name__)
+
+__all__ = ["MAX_SHARD_BYTES", "delete_shard", "load_stage", "merge", "split", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """What belongs to shards but needs not be loaded to cut one (`load_stage` brings torch)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def split(
+    checkpoint: Checkpoint,
+    profile: ModelProfile,
+    plan: Plan,
+    *,
+    node_id: str,
+    output: Path,
+    progress: Progress = silent,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    digests: bool = True,
+    sha256: bool = False,
+    paranoid: bool = False,
+    link: bool = True,
+    known_digests: Mapping[str, str] | None = None,
+    peers: tuple[Peer, ...] = (),
+    quota_bytes: int | None = None,
+    connections: int = CONNECTIONS,
+) -> Manifest:
+    """Make `node_id`'s shard of `plan` in the folder `output`; a whole one that is there already is kept.
+
+    Args:
+        checkpoint: Where the bytes come from; files that lie on this machine are copied, others fetched by range.
+        profile: The model's layers with their tensors.
+        plan: Which layers are the node's.
+        node_id: The node.
+        output: The shard's folder. Other shards beside it serve as sources of tensors that they hold.
+        progress: Told the bytes; may raise to stop.
+        max_shard_bytes: Largest weight file, but for a tensor that is larger.
+        digests: Digest what is copied here (what is fetched always is).
+        sha256: A sha256 of each weight file as well.
+        paranoid: Fetch every byte twice, over two connections, and compare.
+        link: Share a checkpoint file's bytes where the filesystem can, instead of copying.
+        known_digests: Tensor -> digest that another node found for this revision.
+        peers: Other nodes that hold shards of this revision, asked before the Hub.
+        quota_bytes: What all shards beside `output` may take together with this one.
+        connections: Ranges that are fetched at once.
+
+    Returns:
+        The shard's manifest, as written.
+
+    Raises:
+        NotFound: If the plan gives the node nothing, or the checkpoint lacks a file.
+        Conflict: If the revisions differ, or `output` holds something that is no shard.
+        InvalidMetadata, InvalidCheckpoint: If the profile or a header is wrong.
+        NodeFailure: If the disk is full or cannot be written; the message names the numbers.
+        IntegrityError: If bytes stay wrong however often they are fetched.
+        AccessDenied, Unavailable: As the server answers.
+    """
+    check_node_id(node_id)
+    output = output.absolute()
+    there = _already(checkpoint, plan, node_id, output, max_shard_bytes, sha256=sha256)
+    if there is not None:
+        progress(there.total_bytes, there.total_bytes, what="shard")
+        return there
+    sources = Origins(checkpoint, beside=output.parent, peers=peers, known=known_digests or {})
+    clone = link and _can_clone(checkpoint, output)
+    layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
+    journal = open_journal(output, key=_key(plan, node_id, layout))
+    try:
+        check_room(journal.folder, layout, quota_bytes=quota_bytes)
+        wanted = Wanted(
+            digests=digests,
+            sha256=sha256,
+            paranoid=paranoid,
+            known=sources.known,
+            stated_sha256={
+                item.name: layout.sources[item.whole].sha256 or ""
+                for item in layout.outputs
+                if item.whole and layout.sources[item.whole].sha256 and digests
+            },
+        )
+        linked = _link(layout, checkpoint, journal.folder) if link else {}
+        rest = [item for item in layout.outputs if item.name not in linked]
+        local = {run.source: checkpoint.local_path(run.source) for item in rest for run in item.runs}
+        found: dict[str, Digests | None] = {}
+        here = {name: path for name, path in local.items() if path is not None}
+        if len(here) == len(local):
+            found.update(copy_outputs(rest, here, journal, wanted=wanted, progress=progress, clone=clone))
+        else:
+            total = sum(item.size_bytes for item in rest)
+            segments = [
+                segment
+                for index, item in enumerate(rest)
+                for segment in cut(item, index, origins=sources.of, connections=connections, total_bytes=total)
+            ]
+            found.update(
+                fetch_outputs(rest, segments, journal, wanted=wanted, progress=progress, connections=connections)
+            )
+        means = "fetch" if len(here) != len(local) else "reflink" if clone else "copy"
+        how = linked | {item.name: "copy" if found[item.name] and clone else means for item in rest}
+        return finish(
+            layout,
+            journal,
+            checkpoint=checkpoint,
+            plan=plan,
+            node_id=node_id,
+            output=output,
+            digests=found,
+            how=how,
+            max_shard_bytes=max_shard_bytes,
+        )
+    finally:
+        journal.close()
+
+
+def _already(
+    checkpoint: Checkpoint, plan: Plan, node_id: str, output: Path, max_shard_bytes: int, *, sha256: bool
+) -> Manifest | None:
+    """The manifest of the shard at `output`, if that is the one asked for and whole."""
+    if not output.exists():
+        return None
+    if not is_shard_folder(output):
+        raise Conflict(f"{output} holds something that is no shard of fairshard's; name another folder")
+    try:
+        manifest = read_manifest(output)
+    except NotFound:
+        return None
+    except FairshardError as error:
+        _log.warning("%s is made anew: %s", output, error)
+        return None
+    asked = (plan.plan_id, checkpoint.revision, node_id, max_shard_bytes)
+    if (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes) != asked:
+        return None
+    if sha256 and any(file.sha256 is None for file in manifest.files):
+        return None
+    if not all(file_is_whole(output, file) for file in (*manifest.files, *manifest.extras)):
+        return None
+    discard_partials(output)
+    return manifest
+
+
+def _key(plan: Plan, node_id: str, layout: Layout) -> str:
+    """What decides an unfinished folder's bytes: only with the same key is it taken over."""
+    digest = blake3(f"{plan.plan_id}\0{plan.revision}\0{node_id}".encode())
+    for item in layout.outputs:
+        digest.update(f"\0{item.name}\0{item.size_bytes}\0{item.whole}\0".encode() + item.header)
+        digest.update(repr([(run.source, run.begin, run.end, run.target) for run in item.runs]).encode())
+    return digest.hexdigest()
+
+
+def _can_clone(checkpoint: Checkpoint, output: Path) -> bool:
+    """Whether the filesystem shares extents between the checkpoint and the shard."""
+    local = [checkpoint.local_path(name) for name in checkpoint.files if name.endswith(".safetensors")]
+    with explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return (
+            bool(local) and all(path is not None for path in local) and can_clone(local[0] or output, output.parent)
+        )
+
+
+def _link(layout: Layout, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Link the checkpoint files that are wanted whole; output name -> how."""
+    linked: dict[str, str] = {}
+    for item in layout.outputs:
+        source = checkpoint.local_path(item.whole) if item.whole else None
+        how = link_whole(source, folder / item.name) if source is not None else None
+        if how is not None:
+            linked[item.name] = how
+    return linked
