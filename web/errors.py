@@ -31,6 +31,11 @@ STATUS: dict[type[FairshardError], int] = {
 }
 #: Seconds after which a refused caller may come back.
 RETRY_AFTER_S = {429: 10, 503: 5}
+#: Clearer than werkzeug's.
+_MESSAGES = {
+    404: "there is nothing at this address; /docs lists what there is",
+    405: "this address does not know that method; the Allow header lists those it does",
+}
 #: What may fit into one answer; some libraries put whole bodies into their messages.
 _LONGEST = 2_000
 
@@ -122,7 +127,12 @@ def _http(error: HTTPException) -> Response:
         where = {"json": "body"}.get(str(where), str(where))
         line, fields = explain(inner, what=where)
         return payload(line, status=status, code="invalid_input", details={"fields": fields}, headers=headers)
-    message = error.description or HTTPStatus(status).phrase
+    if status == 413:
+        most = request.max_content_length or 0
+        return payload(
+            f"the body is larger than {most:,} bytes", status=413, code="too_large", details={"largest_bytes": most}
+        )
+    message = _MESSAGES.get(status) or error.description or HTTPStatus(status).phrase
     return payload(message, status=status, code=_code(status), headers=headers)
 
 

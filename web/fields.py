@@ -29,7 +29,7 @@ class Checked(fields.Field[str]):
         try:
             return type(self).check(value)
         except InvalidInput as error:
-            raise ValidationError(str(error)) from None
+            raise ValidationError(str(error).partition(" ")[2]) from None  # the path names the field
 
 
 class RepoId(Checked):

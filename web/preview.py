@@ -5,13 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from planner.explain import explain
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from planner.strategies import compare, make_plan
 from planner.wire import cluster_from_json, options_from_json, plan_to_json, profile_from_json
 from web.schemas import plan_options
 from web.services import services
@@ -29,6 +27,10 @@ def preview(given: dict[str, Any]) -> dict[str, Any]:
         Conflict: If no nodes are given and none is alive.
         Infeasible: If there is no plan.
     """
+    # The planner brings numpy along; a process that previews nothing does without.
+    from planner.explain import explain
+    from planner.strategies import compare, make_plan
+
     profile = _profile(given)
     cluster = _cluster(given, profile)
     if len(profile.layers) * len(cluster.nodes) > _LARGEST:

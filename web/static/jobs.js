@@ -41,6 +41,6 @@ export function showJob(element, job, {cancel, plan}) {
     h("p", {class: "row"}, chip(job.state), h("span", {class: "hint"}, `${job.kind} · ${job.job_id}`),
       ended(job) ? null : h("button", {class: "quiet", type: "button", "data-key": "cancel", click: cancel}, "Cancel"),
       planId ? h("button", {class: "quiet", type: "button", "data-key": "plan", click: () => plan(planId)}, "Show its plan") : null),
-    job.error ? h("p", {class: "error", role: "alert"}, job.error.message) : null,
+    job.error && !(job.steps || []).some((step) => step.error && step.error.message === job.error.message) ? h("p", {class: "error", role: "alert"}, job.error.message) : null,
     h("ol", {class: "steps"}, (job.steps || []).map(stepRow)));
 }

@@ -37,8 +37,8 @@ function share(report, part, tone) {
       h("span", {class: "layers"}, part ? `${part.layer_names.length} · ${ranges(part.layer_names)}` : "not used")),
     h("div", {},
       report.used ? gauge("compute", report.compute_utilization, `${flop(report.flop)} · ${percent(report.compute_utilization)} of ${seconds(report.seconds / Math.max(report.compute_utilization, 1e-12))}`, report.node_id) : null,
-      report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, `${bytes(report.memory_used_bytes)} of ${bytes(memory)}`, report.node_id, "memory") : null),
-    h("span", {class: "reason"}, report.reason));
+      report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, `${bytes(report.memory_used_bytes)} of ${bytes(memory)}`, report.node_id, "memory") : null,
+      h("p", {class: "reason"}, report.reason)));
 }
 
 function chain(plan, tone) {
