@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.claims import Claim
+from planner.errors import Cancelled
+from workers.claims import Claim, Fenced
 from workers.services import Services
 from workers.shell import step_task
 
@@ -81,6 +82,7 @@ def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
 def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
     from planner.wire import plan_from_json
+    from workers.journal import discard_partials
     from workers.splitter import split as cut
     from workers.verify import digest_file
 
@@ -91,16 +93,23 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     profile = services.plan_profile(claim.args["profile"], token=token)
     checkpoint = _checkpoint(services, claim, claim.args["revision"])
     output = settings.shards_dir / plan.plan_id
-    manifest = cut(
-        checkpoint,
-        profile,
-        plan,
-        node_id=settings.node_id,
-        output=output,
-        progress=claim.progress,
-        quota_bytes=settings.disk_quota_bytes,
-    )
-    claim.check()
+    try:
+        manifest = cut(
+            checkpoint,
+            profile,
+            plan,
+            node_id=settings.node_id,
+            output=output,
+            progress=claim.progress,
+            quota_bytes=settings.disk_quota_bytes,
+        )
+        claim.check()
+    except Fenced:
+        # Whoever has the step now goes on from what is there.
+        raise
+    except Cancelled:
+        discard_partials(output)
+        raise
     return {
         "node_id": settings.node_id,
         "plan_id": plan.plan_id,
