@@ -45,7 +45,7 @@ class Wanted:
         """Tensors of output `name` whose digest is not the known one; all of them where the file's sha256 is not."""
         stated = self.stated_sha256.get(name)
         if stated is not None and found.sha256 != stated:
-            return list(found.tensors)
+            return list(found.tensors) or [name]
         return [tensor for tensor, digest in found.tensors.items() if self.known.get(tensor, digest) != digest]
 
 

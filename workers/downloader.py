@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from planner.errors import Conflict, InvalidInput
 from planner.names import check_model_name, check_revision
 from workers.checkpoint import Checkpoint
 from workers.folder import open_folder
+from workers.progress import Progress, silent
 from workers.settings import HubSettings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,6 +54,36 @@ def resolve(
     from workers.hub import open_hub
 
     return open_hub(name, revision=revision, token=token, hub=hub or HubSettings.from_env())
+
+
+def download(
+    checkpoint: Checkpoint,
+    directory: Path | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Bring files of a checkpoint to a folder: resumable, many connections a file, checked against the Hub's digests.
+
+    Args:
+        checkpoint: What `resolve` found.
+        directory: Where to; default the Hub's cache, where `resolve` and every Hub client find it. A folder that
+            was downloaded to remembers its commit, until a file in it is changed.
+        names: Which files; default all.
+        progress: Told the bytes; may raise to stop, and the next call goes on from there.
+
+    Returns:
+        The folder that holds the files.
+
+    Raises:
+        NotFound: If the checkpoint has no such file.
+        NodeFailure: If the disk is full or cannot be written.
+        IntegrityError: If bytes stay wrong however often they are fetched.
+        AccessDenied, Unavailable: As the server answers.
+    """
+    from workers.snapshot import snapshot
+
+    return snapshot(checkpoint, directory, names=names, progress=progress)
 
 
 def _model_name(source: str | Path) -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: safetensors refuses longer headers, and so do we before a single byte is read.
 MAX_HEADER_BYTES = 100_000_000
+#: Written by `mark_downloaded`.
+_NOTE = ".fairshard.json"
 _SAMPLES = 8
 _SAMPLE_BYTES = 4096
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
@@ -84,12 +87,37 @@ def open_folder(folder: Path, *, model_name: str | None = None, revision: str | 
     if snapshot:
         model_name = model_name or f"{snapshot['owner']}/{snapshot['name']}"
         revision = revision or snapshot["commit"]
+    elif revision is None:
+        origin = _downloaded(folder, files)
+        model_name, revision = model_name or origin[0], origin[1]
     return FolderCheckpoint(
         folder=folder,
         model_name=model_name or _name_of(folder),
         revision=revision or folder_revision(folder, files),
         files=files,
     )
+
+
+def mark_downloaded(folder: Path, *, model_name: str, revision: str) -> None:
+    """Note in `folder` which commit its files were downloaded from; the note ends with any change to them."""
+    note = {"model_name": model_name, "revision": revision, "files": _stamps(folder, (f.name for f in _walk(folder)))}
+    (folder / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+
+
+def _downloaded(folder: Path, files: Mapping[str, CheckpointFile]) -> tuple[str | None, str | None]:
+    """Model name and commit that `mark_downloaded` noted, if the files are still as they were then."""
+    try:
+        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+        if note["files"] == _stamps(folder, files):
+            return str(note["model_name"]), str(note["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None, None
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    stats = {name: (folder / name).stat() for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def read_local(path: Path, file: CheckpointFile, begin: int, end: int | None) -> bytes:

@@ -94,6 +94,9 @@ class RangeReader:
         self._connections: dict[tuple[str, str], http.client.HTTPConnection] = {}
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
+    def __del__(self) -> None:
+        self.close()
+
     def read(self, file: RemoteFile, begin: int, end: int, sink: Sink) -> None:
         """Hand bytes [begin, end) of `file` to `sink`, in order and each once, whatever the server does between.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import time
@@ -10,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planner.errors import AccessDenied, FairshardError, NotFound, Unavailable
+from planner.errors import AccessDenied, FairshardError, IntegrityError, NotFound, Unavailable
 from workers.checkpoint import Checkpoint, CheckpointFile
 from workers.folder import check_range, open_folder, read_local
 from workers.http_ranges import RangeReader, RemoteFile, Server
 from workers.retry import RetryPolicy, Transient, parse_retry_after, retrying
 from workers.settings import HubSettings
 
+#: Times that a whole file is read before its bytes are given up as wrong.
+_ROUNDS = 3
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,6 +34,8 @@ class HubCheckpoint:
     #: The repository's folder in the Hub's cache; it may not exist.
     cache: Path
     server: Server
+    #: The branch or tag that was asked for; None where it was a commit.
+    ref: str | None = None
     _own: threading.local = field(default_factory=threading.local)
 
     def local_path(self, name: str) -> Path | None:
@@ -63,12 +68,19 @@ class HubCheckpoint:
         path = self.local_path(name)
         if path is not None:
             return read_local(path, file, begin, end)
-        found = bytearray()
-        if begin < end:
-            if not hasattr(self._own, "reader"):
-                self._own.reader = self.reader()
-            self._own.reader.read(self.remote(name), begin, end, found.extend)
-        return bytes(found)
+        if not hasattr(self._own, "reader"):
+            self._own.reader = self.reader()
+        for _ in range(_ROUNDS):
+            found = bytearray()
+            if begin < end:
+                self._own.reader.read(self.remote(name), begin, end, found.extend)
+            if len(found) != file.size_bytes or _is_as_stated(found, file):
+                return bytes(found)
+            self._own.reader.close()  # the next read goes over another connection
+        raise IntegrityError(
+            f"{name} of {self.model_name}: its bytes are not what the Hub states ({file.etag}), fetched {_ROUNDS} times",
+            details={"file": name, "stated": file.etag},
+        )
 
     def file(self, name: str) -> CheckpointFile:
         """What the Hub states of the file.
@@ -92,6 +104,18 @@ class HubCheckpoint:
     def reader(self, *, pause: Callable[[float], object] = time.sleep) -> RangeReader:
         """A connection of one's own; `pause` sleeps between attempts, and may raise to stop."""
         return RangeReader(self.server, pause=pause)
+
+
+def git_id(data: bytes | bytearray) -> str:
+    """What git names a file of these bytes: the Hub's ETag for files that are not in LFS."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _is_as_stated(data: bytearray, file: CheckpointFile) -> bool:
+    """Whether a whole file's bytes have the digest that the Hub states for it, if it states one."""
+    if file.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == file.sha256
+    return file.etag is None or len(file.etag) != 40 or git_id(data) == file.etag
 
 
 def open_hub(
@@ -137,6 +161,7 @@ def open_hub(
         files=files,
         endpoint=hub.endpoint,
         cache=cache,
+        ref=None if revision == commit else revision or "main",
         server=Server(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             policy=policy,

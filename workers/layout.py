@@ -88,7 +88,12 @@ def lay_out(
         planned = {name for names in plan.allocation.values() for name in names}
         held += [layer for layer in profile.layers if layer.name not in planned]
     wanted, duplicated, tied = _wanted(held, layers)
-    sources = {name: read_source(checkpoint, name) for name in sorted({t.file for t, _ in wanted})}
+    begins: dict[str, int] = {}
+    for tensor in (tensor for layer in profile.layers for tensor in layer.tensors):
+        begins[tensor.file] = min(begins.get(tensor.file, tensor.begin), tensor.begin)
+    sources = {
+        name: read_source(checkpoint, name, header_bytes=begins[name]) for name in sorted({t.file for t, _ in wanted})
+    }
     _check_headers(wanted, sources)
     wanted, aliases = _without_twins(wanted)
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)

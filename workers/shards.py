@@ -55,14 +55,7 @@ def check_room(folder: Path, layout: Layout, *, quota_bytes: int | None) -> None
     """
     mine = used_bytes(folder)
     needed = layout.total_bytes + _MARGIN_BYTES - mine
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if needed > free:
-        raise NodeFailure(
-            f"the disk of {folder.parent} has {free:,} bytes free, the shard needs {needed:,}: "
-            f"{needed - free:,} too few; remove plans that are no longer needed (fairshard delete PLAN), or add disk",
-            details={"free_bytes": free, "needed_bytes": needed},
-        )
+    check_free(folder, needed)
     if quota_bytes is not None:
         used = used_bytes(folder.parent) - mine
         if used + mine + needed > quota_bytes:
@@ -71,6 +64,22 @@ def check_room(folder: Path, layout: Layout, *, quota_bytes: int | None) -> None
                 f"{quota_bytes:,} (FAIRSHARD_DISK_QUOTA); remove plans no longer needed (fairshard delete PLAN)",
                 details={"used_bytes": used, "needed_bytes": needed + mine, "quota_bytes": quota_bytes},
             )
+
+
+def check_free(folder: Path, needed_bytes: int) -> None:
+    """Check that the disk of `folder` has `needed_bytes` free.
+
+    Raises:
+        NodeFailure: If not; the message says by how much.
+    """
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if needed_bytes > free:
+        raise NodeFailure(
+            f"the disk of {folder.parent} has {free:,} bytes free, {needed_bytes:,} are needed: "
+            f"{needed_bytes - free:,} too few; remove plans no longer needed (fairshard delete PLAN), or add disk",
+            details={"free_bytes": free, "needed_bytes": needed_bytes},
+        )
 
 
 def file_is_whole(folder: Path, file: ShardFile) -> bool:

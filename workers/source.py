@@ -26,8 +26,13 @@ class Source:
     sha256: str | None = None
 
 
-def read_source(checkpoint: Checkpoint, name: str) -> Source:
+def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None = None) -> Source:
     """Read and check the header of a checkpoint file.
+
+    Args:
+        checkpoint: Whose file.
+        name: Which file.
+        header_bytes: What it takes, if that is known: then not a byte more is read.
 
     Raises:
         InvalidCheckpoint: If it lies.
@@ -37,7 +42,7 @@ def read_source(checkpoint: Checkpoint, name: str) -> Source:
         raise InvalidMetadata(f"the profile places tensors in {name!r}, which {checkpoint.model_name} does not have")
     if not name.endswith(".safetensors"):
         return Source(name=name, size_bytes=file.size_bytes, header=b"", tensors={}, metadata={}, sha256=file.sha256)
-    raw = checkpoint.read(name, 0, min(file.size_bytes, _FIRST_READ_BYTES))
+    raw = checkpoint.read(name, 0, min(file.size_bytes, header_bytes or _FIRST_READ_BYTES))
     length = int.from_bytes(raw[:8], "little")
     if 8 + length > len(raw) and length <= MAX_HEADER_BYTES and 8 + length <= file.size_bytes:
         raw += checkpoint.read(name, len(raw), 8 + length)
