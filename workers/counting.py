@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from workers.kv import watch
+
 _SCALARS = (bool, int, float, str, type(None))
 #: Attributes that differ between layers that cost the same.
 _POSITIONS = {"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "block_idx", "index"}
@@ -28,8 +30,8 @@ _POSITIONS = {"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "bl
 class Counts:
     """What a pass cost."""
 
-    #: Module path -> FLOP of the operators that ran directly in it.
-    flop: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    #: (layer, module path) -> FLOP of the operators that ran directly in that module.
+    flop: dict[tuple[int, str], int] = field(default_factory=lambda: defaultdict(int))
     #: Layer -> largest bytes alive beside its weights while it ran.
     peak_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     #: Layers in the order in which they first ran.
@@ -42,6 +44,8 @@ class Counts:
     twins: dict[str, str] = field(default_factory=dict)
     #: Bytes of the pass's output tensors.
     output_bytes: int = 0
+    #: Layer -> the cache layers that it wrote to.
+    kept: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     operators: int = 0
 
 
@@ -55,46 +59,54 @@ class _Recorded:
     peak_bytes: int
     operators: int
     gathered: dict[str, tuple[int, int]]
+    kept: list[Any]
 
 
-class _Truth(TorchFunctionMode):
+class Truth(TorchFunctionMode):
     """Answers what only data could tell: whether a meta tensor is true."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__bool__ and args[0].is_meta:
+        asked = func is Tensor.__bool__ or (func is Tensor.item and args[0].dtype is torch.bool)
+        if asked and args[0].is_meta:
             return True
         return func(*args, **(kwargs or {}))
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators of one pass; see `count`."""
 
     def __init__(self, model: nn.Module, layer_of: Callable[[str], int | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+        # A storage has no identity but its address, which lasts as long as the model does.
+        self._trained = {each.untyped_storage()._cdata for each in model.parameters()}  # noqa: SLF001
+        self._weights = self._trained | {each.untyped_storage()._cdata for each in model.buffers()}  # noqa: SLF001
         self._layer_of = layer_of
-        self._stack: list[tuple[str, int]] = []
+        self._stack: list[str] = []
+        #: The layer that runs, as the model's grouping numbers it, and as the order of their first runs does.
+        self.layer = -1
         self._layer = -1
         self._live = 0
-        self._base = 0
         self._high = 0
+        self._kept_bytes = 0
         self._storages: dict[int, list[int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        args = _on_meta(args)
         out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
         packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
         rule = flop_registry.get(packet)
         if rule is not None:
-            counts.flop[self._stack[-1][0] if self._stack else ""] += rule(*args, **kwargs, out_val=out)
+            counts.flop[self.layer, self._stack[-1] if self._stack else ""] += rule(*args, **kwargs, out_val=out)
         weighted = False
         for value in args:
             if isinstance(value, Tensor):
@@ -115,9 +127,10 @@ class Counter(TorchDispatchMode):
 
     def _reads(self, tensor: Tensor) -> bool:
         """Note that the present layer reads `tensor`; whether weights had a part in it."""
-        if id(tensor) in self._parameters:
-            return True
-        known = self._storages.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's only identity)
+        key = tensor.untyped_storage()._cdata  # noqa: SLF001
+        if key in self._weights:
+            return key in self._trained
+        known = self._storages.get(key)
         if known is None or not known[3]:
             return False
         if known[1] < self._layer:
@@ -132,7 +145,7 @@ class Counter(TorchDispatchMode):
         if known is not None:
             known[3] |= weighted
             return
-        if id(tensor) in self._parameters:
+        if key in self._weights:
             return
         size = storage.nbytes()
         # [made by, last read by, bytes read, weighted, size]
@@ -149,7 +162,7 @@ class Counter(TorchDispatchMode):
                 self.counts.flows.append(known[:3])
 
     def _gathers(self, args: tuple[Any, ...], out: Tensor) -> bool:
-        """Whether this copied expert weights for each token, which only `batched_mm` does: note it, charge nothing."""
+        """Whether this copied expert weights for each token, as only `batched_mm` does: note, charge nothing."""
         name = self._parameters.get(id(args[0]))
         if name is None or args[0].ndim < 2 or "expert" not in name:
             return False
@@ -160,17 +173,17 @@ class Counter(TorchDispatchMode):
         """Forward pre-hook."""
         path = self._paths.get(id(module))
         if path is None:
-            path = self._stack[-1][0] if self._stack else ""
+            path = self._stack[-1] if self._stack else ""
         layer = self._layer_of(path)
-        if layer is not None and layer != self._layer:
+        if layer is not None and layer != self.layer:
             self._settle()
             if layer not in self.counts.order:
                 self.counts.order.append(layer)
             # Layers are numbered by the order in which they first run, so that "later" is a comparison.
             self._layer = self.counts.order.index(layer)
-            self._base = 0
+            self.layer = layer
             self._high = self._live
-        self._stack.append((path, self._layer))
+        self._stack.append(path)
 
     def leaves(self, *_: Any) -> None:
         """Forward hook."""
@@ -179,8 +192,19 @@ class Counter(TorchDispatchMode):
     def _settle(self) -> None:
         """Close the account of the layer that was running."""
         if self._layer >= 0:
-            layer = self.counts.order[self._layer]
-            self.counts.peak_bytes[layer] = max(self.counts.peak_bytes[layer], self._high)
+            peaks = self.counts.peak_bytes
+            peaks[self.layer] = max(peaks[self.layer], self._high - self._kept_bytes)
+
+    def caches(self, cache_layer: Any, grown_bytes: int) -> None:
+        """Note that the present layer wrote to the KV cache."""
+        self._kept_bytes += grown_bytes
+        kept = self.kept_here()
+        if not any(each is cache_layer for each in kept):
+            kept.append(cache_layer)
+
+    def kept_here(self) -> list[Any]:
+        """The cache layers that the present layer wrote to."""
+        return self.counts.kept[self.layer]
 
     def finish(self, output: Any) -> Counts:
         """Close all accounts after the pass."""
@@ -191,6 +215,14 @@ class Counter(TorchDispatchMode):
         self._storages = {}
         self.counts.output_bytes = sum(t.numel() * t.element_size() for t in tensors_in(output))
         return self.counts
+
+
+def _on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args` with real tensors (grids of image patches) made meta where they meet meta tensors."""
+    real = [at for at, value in enumerate(args) if isinstance(value, Tensor) and not value.is_meta and value.ndim]
+    if not real or not any(value.is_meta for value in tensors_in(args)):
+        return args
+    return tuple(value.to("meta") if at in real else value for at, value in enumerate(args))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -206,7 +238,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def count(
-    model: nn.Module, inputs: Mapping[str, Any], *, layer_of: Callable[[str], int | None], memoise: bool = True
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    layer_of: Callable[[str], int | None],
+    memoise: bool = True,
+    structures: dict[Any, int] | None = None,
 ) -> tuple[Counts, Any]:
     """Run `model` on `inputs` (meta tensors) and count.
 
@@ -215,17 +252,18 @@ def count(
         inputs: Keyword arguments of its forward.
         layer_of: Module path -> layer, or None for containers of several.
         memoise: Run children of equal cost once.
+        structures: What was learned of the model's children, to be handed to its next pass.
 
     Returns:
         The counts, and the model's output.
     """
     counter = Counter(model, layer_of)
-    memo = _Memo(counter) if memoise else None
+    memo = _Memo(counter, {} if structures is None else structures) if memoise else None
     hooks = [register_module_forward_pre_hook(counter.enters), register_module_forward_hook(counter.leaves)]
     try:
         if memo is not None:
             memo.attach(model)
-        with torch.no_grad(), _Truth(), counter:
+        with torch.no_grad(), watch(counter.caches), Truth(), counter:
             output = model(**inputs)
         return counter.finish(output), output
     finally:
@@ -238,10 +276,10 @@ def count(
 class _Memo:
     """Replaces the forward of a `ModuleList`'s children by one that repeats what a twin did."""
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: Counter, structures: dict[Any, int]) -> None:
         self._counter = counter
         self._recorded: dict[Any, _Recorded] = {}
-        self._shapes: dict[int, Any] = {}
+        self._structures = structures
         self._wrapped: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -266,19 +304,24 @@ class _Memo:
 
         child.__dict__["forward"] = memoised
 
-    def _call(
+    def _call(  # noqa: PLR0917 (what a forward is called with, and where)
         self, forward: Any, child: nn.Module, path: str, entries: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         counter = self._counter
         inputs: list[Tensor] = []
-        key = (_structure(child, entries), _signature((args, kwargs), inputs))
+        structure = self._structures.get(path)
+        if structure is None:
+            described = _structure(child, entries)
+            structure = self._structures[path] = self._structures.setdefault(described, len(self._structures))
+        key = (structure, _signature((args, kwargs), inputs))
         recorded = self._recorded.get(key)
         if recorded is not None:
             return self._repeat(recorded, path, inputs)
         flop_before = dict(counter.counts.flop)
         operators, gathered = counter.counts.operators, dict(counter.counts.gathered)
-        live, high = counter._live, counter._high  # noqa: SLF001 (one mechanism in two classes)
-        counter._high = live  # noqa: SLF001
+        live, high = counter._live - counter._kept_bytes, counter._high  # noqa: SLF001 (one mechanism in two classes)
+        kept_before = {id(each) for each in counter.kept_here()}
+        counter._high = counter._live  # noqa: SLF001
         output = forward(*args, **kwargs)
         counts = counter.counts
         places = {id(tensor): at for at, tensor in enumerate(inputs)}
@@ -286,13 +329,14 @@ class _Memo:
             path=path,
             output=_describe(output, places),
             flop={
-                name[len(path) :]: flop - flop_before.get(name, 0)
-                for name, flop in counts.flop.items()
-                if flop != flop_before.get(name, 0)
+                place[1].removeprefix(path): flop - flop_before.get(place, 0)
+                for place, flop in counts.flop.items()
+                if flop != flop_before.get(place, 0)
             },
-            peak_bytes=counter._high - live,  # noqa: SLF001
+            peak_bytes=counter._high - counter._kept_bytes - live,  # noqa: SLF001
             operators=counts.operators - operators,
             gathered={n[len(path) :]: g for n, g in counts.gathered.items() if gathered.get(n) != g},
+            kept=[each for each in counter.kept_here() if id(each) not in kept_before],
         )
         counter._high = max(high, counter._high)  # noqa: SLF001
         return output
@@ -302,10 +346,11 @@ class _Memo:
         for tensor in inputs:
             counter._reads(tensor)  # noqa: SLF001
         for name, flop in recorded.flop.items():
-            counts.flop[path + name] += flop
+            counts.flop[counter.layer, path + name] += flop
         for name, rows in recorded.gathered.items():
             counts.gathered[path + name] = rows
         counts.twins[path] = recorded.path
+        counter.kept_here().extend(recorded.kept)
         counter._high = max(counter._high, counter._live + recorded.peak_bytes)  # noqa: SLF001
         return _rebuild(recorded.output, inputs, counter)
 

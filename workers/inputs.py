@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from workers.skeleton import NotTraceable
 
 
-def make_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int, *, images: bool = True) -> dict[str, Any]:
+def make_inputs(
+    model: PreTrainedModel, batch_size: int, sequence_length: int, *, images: bool = True
+) -> dict[str, Any]:
     """Keyword arguments for `model`'s forward.
 
     Args:
@@ -32,6 +34,7 @@ def make_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int, *
     taken = inspect.signature(model.forward).parameters
     config = model.config
     inputs: dict[str, Any] = {}
+    sequence_length = min(sequence_length, longest(model) or sequence_length)
     tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
     if "input_ids" in taken:
         inputs["input_ids"] = tokens
@@ -44,12 +47,27 @@ def make_inputs(model: PreTrainedModel, batch_size: int, sequence_length: int, *
     if "input_values" in taken and "input_ids" not in inputs:
         inputs["input_values"] = torch.zeros(batch_size, 16_000, dtype=model.dtype, device="meta")
     if "pixel_values" in taken and images:
-        inputs.update(_images(model, taken, batch_size))
+        inputs.update(_images(model, taken, batch_size, tokens))
     if "use_cache" in taken:
         inputs["use_cache"] = True
     if not {"input_ids", "decoder_input_ids", "input_features", "input_values", "pixel_values"} & inputs.keys():
         raise NotTraceable(f"{type(model).__name__} takes no text, image or sound: {', '.join(list(taken)[:6])}")
     return inputs
+
+
+def longest(model: PreTrainedModel) -> int | None:
+    """Tokens that the model takes at most; None where it refuses none.
+
+    The text towers of dual encoders and the decoders of speech models have a table of positions and no more.
+    """
+    taken = inspect.signature(model.forward).parameters
+    config = model.config
+    limit: int | None = None
+    if "pixel_values" in taken and "decoder_input_ids" not in taken and not hasattr(model, "lm_head"):
+        limit = getattr(getattr(config, "text_config", None), "max_position_embeddings", None)
+    elif "input_features" in taken:
+        limit = getattr(config, "max_target_positions", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _features(config: Any, batch_size: int, dtype: torch.dtype) -> Tensor:
@@ -59,17 +77,17 @@ def _features(config: Any, batch_size: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch_size, bins, length, dtype=dtype, device="meta")
 
 
-def _images(model: PreTrainedModel, taken: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+def _images(model: PreTrainedModel, taken: Mapping[str, Any], batch_size: int, tokens: Tensor) -> dict[str, Any]:
     """One image of the model's own size for each sequence."""
     config = model.config
     vision = getattr(config, "vision_config", None) or config
     if "image_grid_thw" in taken:
-        return _patches(vision, batch_size, model.dtype)
+        return _patches(vision, batch_size, model.dtype) | _positions(taken, tokens)
     size = getattr(vision, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     channels = getattr(vision, "num_channels", None) or 3
     pixels = torch.zeros(batch_size, channels, height, width, dtype=model.dtype, device="meta")
-    if "image_sizes" in taken and "llava" in config.model_type:
+    if "image_sizes" in taken and config.model_type.startswith("llava_"):
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]] * batch_size)}
     return {"pixel_values": pixels}
 
@@ -85,3 +103,12 @@ def _patches(vision: Any, batch_size: int, dtype: torch.dtype) -> dict[str, Any]
         "pixel_values": torch.zeros(batch_size * side * side, values, dtype=dtype, device="meta"),
         "image_grid_thw": torch.tensor([[1, side, side]] * batch_size),
     }
+
+
+def _positions(taken: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """Positions in time, height and width, which are otherwise found by looking at the tokens."""
+    return (
+        {"position_ids": torch.zeros(3, *tokens.shape, dtype=torch.long, device="meta")}
+        if "position_ids" in taken
+        else {}
+    )

@@ -49,7 +49,7 @@ def build(config: ModelConfig) -> PreTrainedModel:
         except NotTraceable:
             raise
         except Exception as error:
-            raise NotTraceable(f"transformers cannot build the model: {_first_line(error)}") from error
+            raise NotTraceable(f"transformers cannot build the model: {first_line(error)}") from error
 
 
 def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
@@ -61,10 +61,10 @@ def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
     described = transformers.CONFIG_MAPPING[model_type].from_dict(values)
     model_class = _model_class(config, described)
     with torch.device("meta"), init.no_init_weights():
-        model = model_class._from_config(  # noqa: SLF001 (from_config without from_pretrained's downloads)
-            described, attn_implementation="eager", experts_implementation="batched_mm"
-        )
-    model.eval()
+        # `from_config` of the auto classes would look for the repository's own code first.
+        make: Any = model_class._from_config  # noqa: SLF001
+        model: PreTrainedModel = make(described, attn_implementation="eager", experts_implementation="batched_mm")
+    model.train(mode=False)
     return model
 
 
@@ -97,6 +97,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's kind and first line, short enough for a reason."""
     text: Any = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160] if text else ''}"

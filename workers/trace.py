@@ -1,0 +1,124 @@
+"""The result of tracing a model: per layer, what it costs at any batch size and sequence length. Plain values.
+
+No torch here: a cached trace is read and used by machines that have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from planner.errors import InvalidMetadata
+
+#: [c0, c1, c2] of c0 + c1*S + c2*S².
+Terms = tuple[float, float, float]
+ZERO: Terms = (0, 0, 0)
+
+
+def value(terms: Sequence[float], sequence_length: int) -> float:
+    """The polynomial's value."""
+    c0, c1, c2 = terms
+    return c0 + c1 * sequence_length + c2 * sequence_length**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """What was counted at one batch size and sequence length, for layers that no polynomial describes."""
+
+    flop: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTrace:
+    """What one layer costs."""
+
+    name: str
+    layer_type: str
+    number: int | None = None
+    stack: str = ""
+    #: FLOP for each sequence of the batch.
+    terms: Terms = ZERO
+    #: FLOP that a pass executes once, whatever the batch (tables of positions).
+    once: Terms = ZERO
+    #: Sequence lengths [first, last] between which `terms` is exact; None: all.
+    terms_range: tuple[int, int | None] | None = None
+    #: FLOP for each sequence by sub-part; their sum is `terms` + `once`.
+    parts: Mapping[str, Terms] = field(default_factory=dict)
+    #: Whether `parts["attention"]` sees only earlier tokens, and how many of them.
+    causal: bool = False
+    attention_window: int | None = None
+    #: Cached keys and values: values for each sequence, fixed and for each token; bytes of one; tokens kept.
+    kv_fixed: int = 0
+    kv_per_token: int = 0
+    kv_value_bytes: int = 2
+    kv_window: int | None = None
+    #: Bytes of state of a fixed dtype for each sequence.
+    state_bytes: int = 0
+    #: Bytes that cross to the next layer, for each sequence.
+    activation: Terms = ZERO
+    #: Largest bytes alive beside weights and KV cache, for each sequence.
+    peak: Terms = ZERO
+    #: Whether scans pad to a chunk, so that `terms` is exact at multiples of it only.
+    chunked: bool = False
+    #: At batch and sequence ("1x512") where `terms` is not exact.
+    exact: Mapping[str, Exact] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTrace:
+    """A traced model and where its checkpoint's tensors belong."""
+
+    layers: tuple[LayerTrace, ...]
+    #: Logical tensor name -> [layer, 1 if it is a parameter, share of it that one token uses]; -1: no layer's.
+    tensors: Mapping[str, tuple[int, int, float]]
+    #: (layer, layer that stores its weight, logical name of the stored tensor), for weights stored elsewhere.
+    ties: tuple[tuple[int, int, str], ...] = ()
+    #: Why something is not exact; empty if all is.
+    reasons: tuple[str, ...] = ()
+
+
+def to_json(trace: ModelTrace) -> dict[str, Any]:
+    """JSON values of a trace."""
+    return {
+        "layers": [
+            {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "exact"}
+            | {"parts": dict(layer.parts)}
+            | {"exact": {at: {"flop": e.flop, "parts": dict(e.parts)} for at, e in layer.exact.items()}}
+            for layer in trace.layers
+        ],
+        "tensors": {name: list(place) for name, place in trace.tensors.items()},
+        "ties": [list(tie) for tie in trace.ties],
+        "reasons": list(trace.reasons),
+    }
+
+
+def from_json(data: Any) -> ModelTrace:
+    """A trace out of its JSON values.
+
+    Raises:
+        InvalidMetadata: If they are not those of a trace.
+    """
+    try:
+        return ModelTrace(
+            layers=tuple(_layer(values) for values in data["layers"]),
+            tensors={
+                name: (int(at), int(is_parameter), share)
+                for name, (at, is_parameter, share) in data["tensors"].items()
+            },
+            ties=tuple((int(layer), int(stored), str(name)) for layer, stored, name in data["ties"]),
+            reasons=tuple(data["reasons"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidMetadata(f"a cached trace cannot be read: {error!r}") from error
+
+
+def _layer(values: Mapping[str, Any]) -> LayerTrace:
+    known = {f.name for f in fields(LayerTrace)}
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
+    }
+    given["parts"] = {name: tuple(terms) for name, terms in values["parts"].items()}
+    given["exact"] = {at: Exact(flop=e["flop"], parts=e["parts"]) for at, e in values["exact"].items()}
+    return LayerTrace(**given)
