@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -38,9 +38,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "F8_E4M3": ("fp8", "bf16", "fp16", "fp32"),
     "F8_E5M2": ("fp8", "bf16", "fp16", "fp32"),
     "I8": ("int8", "fp16", "fp32"),
-    "U8": ("bf16", "fp16", "fp32"),  # 4-bit weights packed in bytes: unpacked to 16 bits before the product
-    "I32": ("fp16", "fp32"),  # likewise (GPTQ, AWQ)
+    "F64": (),
 }
+#: Any other dtype is one of packed weights (4 bits in bytes or words: GPTQ, AWQ, MXFP4), unpacked to 16 bits first.
+_PACKED = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ class Device:
     memory_bytes_per_s: float | None
     #: The vendor's document that the figures come from.
     source: str
+    #: Of a processor, whose figures are those of all its cores; None for accelerators.
+    cores: int | None = None
 
     def rate(self, dtype: str | None) -> float:
         """FLOP/s for a model of that dtype (safetensors' or torch's name; None: float16).
@@ -63,7 +66,7 @@ class Device:
             InvalidInput: If the catalogue has no figure for it.
         """
         name = dtypes.canonical(dtype) if dtype else "F16"
-        for column in _COLUMNS.get(name or "", ()):
+        for column in _COLUMNS.get(name, _PACKED) if name else ():
             if column in self.flop_per_s:
                 return self.flop_per_s[column]
         raise InvalidInput(
@@ -76,15 +79,18 @@ class Device:
 def normalised(name: str) -> str:
     """What names are compared by: "NVIDIA A100-SXM4-80GB" and "a100 sxm4 80 GB" are one, "A100" is another.
 
-    Vendors' names, trademark signs and the words that every name may have are dropped, and so are separators.
+    Vendors' names, trademark signs and the words that every name may have are dropped, and so are separators; of a
+    processor also what the system adds ("CPU @ 2.40GHz", "64-Core Processor").
     """
-    text = re.sub(r"\((?:r|tm|c)\)|[®™]", " ", name.lower())
+    text = re.sub(r"\((?:r|tm|c)\)|[®™]|@\s*[0-9.]+\s*ghz|[0-9]+-core (?=processor)", " ", name.lower())
     text = re.sub(r"(\d+)[\s-]*gi?b\b", r"\1gb", text)
     words = re.findall(r"[a-z0-9+]+", text)
     return "".join(word for word in words if word not in _NOISE)
 
 
-_NOISE = frozenset({"nvidia", "corporation", "amd", "intel", "apple", "gpu", "generation", "graphics"})
+_NOISE = frozenset(
+    {"nvidia", "corporation", "amd", "intel", "apple", "gpu", "generation", "graphics", "cpu", "processor"}
+)
 
 
 def catalogue() -> tuple[Device, ...]:
@@ -93,7 +99,7 @@ def catalogue() -> tuple[Device, ...]:
 
 
 def lookup(name: str, *, memory_bytes: int | None = None) -> Device:
-    """The device of that name.
+    """The one device of that name.
 
     Args:
         name: As torch, the driver or the vendor has it.
@@ -102,19 +108,29 @@ def lookup(name: str, *, memory_bytes: int | None = None) -> Device:
     Raises:
         InvalidInput: If the name is not in the catalogue, or is that of several variants.
     """
+    found = variants(name, memory_bytes=memory_bytes)
+    if len(found) == 1:
+        return found[0]
+    raise InvalidInput(
+        f"{name!r:.100} is the name of several cards ({', '.join(device.name for device in found)}); "
+        "give the full name, or the node's memory_bytes",
+        details={"field": "device", "device": name[:256], "variants": [device.name for device in found]},
+    )
+
+
+def variants(name: str, *, memory_bytes: int | None = None) -> tuple[Device, ...]:
+    """The devices of that name: one, or several that the name does not tell apart ("A100").
+
+    Raises:
+        InvalidInput: If the name is not in the catalogue.
+    """
     found = _by_name().get(normalised(name), ())
     if len(found) > 1 and memory_bytes is not None:
         # A card reports a little less than its nominal memory, never more.
         sizes = [(device.memory_bytes or 0, device) for device in found]
         found = tuple(device for size, device in sizes if 0.85 * size <= memory_bytes <= 1.01 * size) or found
-    if len(found) == 1:
-        return found[0]
     if found:
-        raise InvalidInput(
-            f"{name!r:.100} is the name of several cards ({', '.join(device.name for device in found)}); "
-            "give the full name, or the node's memory_bytes",
-            details={"field": "device", "device": name[:256], "variants": [device.name for device in found]},
-        )
+        return found
     raise InvalidInput(
         f"{name!r:.100} is not in the catalogue of {len(_entries())} devices; "
         "state the node's flop_per_s and memory_bytes (and memory_bytes_per_s if you know it)",
@@ -150,7 +166,7 @@ def complete_node(
     if flop_per_s is None or memory_bytes is None:
         known: dict[str, Any]
         if name is not None:
-            known = _from_catalogue(name, dtype, "device" if device else "gpu_name", memory_bytes)
+            known = _from_catalogue(name, dtype, "device" if device else "gpu_name", memory_bytes, cpu_cores)
         elif gpu_available:
             raise InvalidInput(
                 "is required where gpu_available is true (or state flop_per_s and memory_bytes)",
@@ -186,16 +202,34 @@ def complete_node(
     )
 
 
-def _from_catalogue(name: str, dtype: str | None, field: str, memory_bytes: int | None) -> dict[str, Any]:
+def _from_catalogue(
+    name: str, dtype: str | None, field: str, memory_bytes: int | None, cpu_cores: int | None
+) -> dict[str, Any]:
     try:
-        device = lookup(name, memory_bytes=memory_bytes)
+        found = variants(name, memory_bytes=memory_bytes)
     except InvalidInput as error:
         raise InvalidInput(str(error), details={**error.details, "field": field}) from None
-    return {
-        "flop_per_s": device.rate(dtype),
-        "memory_bytes": None if device.memory_bytes is None else int(device.memory_bytes * USABLE_MEMORY),
-        "memory_bytes_per_s": device.memory_bytes_per_s,
+    # Where the name does not tell variants apart, the node has at least what the least of them has.
+    least: dict[str, Any] = {
+        "flop_per_s": min(device.rate(dtype) for device in found),
+        "memory_bytes": _least(device.memory_bytes for device in found),
+        "memory_bytes_per_s": _least(device.memory_bytes_per_s for device in found),
     }
+    if least["memory_bytes"] is not None:
+        least["memory_bytes"] = int(least["memory_bytes"] * USABLE_MEMORY)
+    cores = found[0].cores
+    if cores and cpu_cores:
+        # A virtual machine has some of a processor's cores, and its share of the bandwidth.
+        share = min(1.0, cpu_cores / cores)
+        least["flop_per_s"] *= share
+        least["memory_bytes_per_s"] = share * (least["memory_bytes_per_s"] or 0) or None
+        least["memory_bytes"] = cpu_cores * CPU_CORE_MEMORY_BYTES
+    return least
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known) if known else None
 
 
 @cache
@@ -210,6 +244,7 @@ def _entries() -> tuple[tuple[Device, tuple[str, ...]], ...]:
                 memory_bytes=None if row["memory_gib"] is None else row["memory_gib"] * 2**30,
                 memory_bytes_per_s=row["memory_gb_per_s"] * 1e9,
                 source=row["source"],
+                cores=row.get("cores"),
             ),
             (row["name"], *row.get("names", ())),
         )
