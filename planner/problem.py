@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.checks import check_layers, check_nodes, check_options
 from planner.cluster import Cluster, Link, Node
 from planner.cost import (
     layer_flop,
@@ -131,91 +132,6 @@ class Problem:
         return total
 
 
-def _number(value: float, what: str, *, positive: bool = False) -> float:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "a finite number above 0" if positive else "a finite number of at least 0"
-        raise InvalidInput(f"{what} must be {wanted}, got {value}", details={"field": what, "value": str(value)})
-    return value
-
-
-def _check_nodes(cluster: Cluster) -> None:
-    if not cluster.nodes:
-        raise InvalidInput("the cluster has 0 nodes; at least 1 is needed", details={"nodes": 0})
-    seen: set[str] = set()
-    for node in cluster.nodes:
-        if node.node_id in seen:
-            raise InvalidInput(f"node_id {node.node_id!r} is given twice", details={"node_id": node.node_id})
-        seen.add(node.node_id)
-        name = f"node {node.node_id!r}"
-        _number(node.flop_per_s, f"{name}: flop_per_s", positive=True)
-        _number(node.memory_bytes, f"{name}: memory_bytes")
-        if _number(node.load, f"{name}: load") > 1:
-            raise InvalidInput(f"{name}: load must be between 0 and 1, got {node.load}")
-        if node.memory_bytes_per_s is not None:
-            _number(node.memory_bytes_per_s, f"{name}: memory_bytes_per_s", positive=True)
-    for (source, target), link in [*cluster.links.items(), (("default", "link"), cluster.default_link)]:
-        _number(link.latency_s, f"link {source} -> {target}: latency_s")
-        if link.bytes_per_s is not None:
-            _number(link.bytes_per_s, f"link {source} -> {target}: bytes_per_s", positive=True)
-
-
-def _check_options(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> None:
-    ids = {node.node_id for node in cluster.nodes}
-    named = [("exclude", node_id) for node_id in options.exclude] + [
-        (field_name, node_id)
-        for field_name, shares in (
-            ("max_memory_share", options.max_memory_share),
-            ("max_compute_share", options.max_compute_share),
-        )
-        for node_id in shares
-    ]
-    for field_name, node_id in [*named, *(("pins", node_id) for node_id in options.pins.values())]:
-        if node_id not in ids:
-            raise InvalidInput(
-                f"{field_name} names node {node_id!r}, which is not among the {len(ids)} nodes",
-                details={"field": field_name, "node_id": node_id, "nodes": sorted(ids)[:100]},
-            )
-    layers = {layer.name for layer in profile.layers}
-    for layer_name, node_id in options.pins.items():
-        if layer_name not in layers:
-            raise InvalidInput(
-                f"pins names layer {layer_name!r}, which {profile.model_name} does not have",
-                details={"field": "pins", "layer": layer_name},
-            )
-        if node_id in options.exclude:
-            raise InvalidInput(
-                f"layer {layer_name!r} is pinned to {node_id!r}, which is excluded",
-                details={"field": "pins", "layer": layer_name, "node_id": node_id},
-            )
-    for shares in (options.max_memory_share, options.max_compute_share):
-        for node_id, share in shares.items():
-            if _number(share, f"share of {node_id!r}") > 1:
-                raise InvalidInput(f"share of {node_id!r} must be between 0 and 1, got {share}")
-    _number(options.reserve_bytes, "reserve_bytes")
-    if options.time_budget_s is not None:
-        _number(options.time_budget_s, "time_budget_s", positive=True)
-    if options.phase not in ("prefill", "decode"):
-        raise InvalidInput(f"phase must be prefill or decode, got {options.phase!r}")
-    if options.objective not in ("throughput", "latency"):
-        raise InvalidInput(f"objective must be throughput or latency, got {options.objective!r}")
-
-
-def _check_layers(profile: ModelProfile) -> None:
-    if not profile.layers:
-        raise InvalidInput(f"{profile.model_name} has 0 layers; nothing to plan", details={"layers": 0})
-    if profile.batch_size < 1 or profile.sequence_length < 1:
-        raise InvalidInput(
-            f"batch_size and sequence_length must be at least 1, got {profile.batch_size}, {profile.sequence_length}"
-        )
-    seen: set[str] = set()
-    for layer in profile.layers:
-        if layer.name in seen:
-            raise InvalidInput(f"layer {layer.name!r} is given twice", details={"layer": layer.name})
-        seen.add(layer.name)
-        for name in ("compute_required", "weight_bytes", "kv_cache_bytes", "activation_bytes", "tied_bytes"):
-            _number(getattr(layer, name), f"layer {layer.name!r}: {name}")
-
-
 def _usable(cluster: Cluster, options: PlanOptions) -> tuple[list[Node], dict[str, tuple[str, str]]]:
     nodes, left_out = [], {}
     for node in sorted(cluster.nodes, key=lambda n: n.node_id):
@@ -250,9 +166,9 @@ def build(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Prob
         InvalidInput: Whatever cannot be planned at all: no layers, no nodes, numbers that are not finite,
             names that do not exist.
     """
-    _check_layers(profile)
-    _check_nodes(cluster)
-    _check_options(profile, cluster, options)
+    check_layers(profile)
+    check_nodes(cluster)
+    check_options(profile, cluster, options)
     nodes, left_out = _usable(cluster, options)
     if not nodes:
         raise InvalidInput(

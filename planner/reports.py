@@ -13,7 +13,7 @@ def gib(size_bytes: float) -> str:
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
         size /= 1024
     return f"{size:,.2f} GiB"
 
@@ -123,4 +123,5 @@ def _reason(
         "pin": "holds what is pinned to it",
         None: "could take more",
     }[limit]
-    return f"{held} layers{f' ({pinned} pinned)' if pinned else ''}: {common}; {tail}"
+    unit = problem.profile.unit if held == 1 else f"{problem.profile.unit}s"
+    return f"{held} {unit}{f' ({pinned} pinned)' if pinned else ''}: {common}; {tail}"
