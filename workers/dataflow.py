@@ -1,0 +1,244 @@
+"""Which parts of a model need which: one pass on the meta device, each tensor followed by where it came from.
+
+A model is cut into units (an embedding, one layer of a stack, a norm, a head: what a stage has whole or not at all)
+and the code between them, which every stage runs for itself. The trace lists each call of a unit with the results of
+other units that reached its arguments, through whatever code between. From that alone follows what a stage can
+compute, and what it must hand on: no code per architecture.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: A result: `<module path>#<call>:<part>`; a weight that the code between uses directly: `=<name>`; a buffer
+#: likewise: `~<name>`, which the model makes for itself where the checkpoint has none.
+Key = str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of a unit."""
+
+    path: str
+    #: Which call of this unit in the pass, from 0.
+    number: int
+    #: Results that its arguments depend on.
+    needs: frozenset[Key]
+    #: How its output is built from its parts (a pytree's structure).
+    structure: Any
+    #: Its parts: meta tensors, or plain values.
+    parts: tuple[Any, ...]
+
+    def key(self, part: int) -> Key:
+        """The name of one part of the result."""
+        return f"{self.path}#{self.number}:{part}"
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The names of all parts that are tensors."""
+        return tuple(self.key(at) for at, part in enumerate(self.parts) if isinstance(part, Tensor))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """A pass: its calls in order, and what its output needs."""
+
+    calls: tuple[Call, ...]
+    output_needs: frozenset[Key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """What a stage does in one visit."""
+
+    #: Calls that it runs, as (path, number), in order.
+    compute: tuple[tuple[str, int], ...]
+    #: Results that have to be handed on; empty if the pass ends here.
+    hand_on: frozenset[Key]
+    #: The first call that remains; None if the pass ends here.
+    next_module: str | None
+
+
+def find_units(model: nn.Module, layer_names: Collection[str]) -> tuple[str, ...]:
+    """Paths of the model's units, the same on every node of a plan.
+
+    Args:
+        model: The whole model, with or without weights.
+        layer_names: All layers of the plan: a module that holds one of them inside is divided further.
+    """
+    inner = {".".join(name.split(".")[:end]) for name in layer_names for end in range(1, name.count(".") + 1)}
+
+    def below(path: str, module: nn.Module) -> Iterator[str]:
+        for name, child in module.named_children():
+            here = f"{path}.{name}" if path else name
+            if next(child.parameters(), None) is None:
+                continue
+            divided = here in inner or any(isinstance(part, nn.ModuleList) for part in child.modules())
+            if isinstance(module, nn.ModuleList) or not divided:
+                yield here
+            else:
+                yield from below(here, child)
+
+    return tuple(below("", model))
+
+
+def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -> Trace:
+    """Run `model` (on the meta device) on inputs of the given shapes and record the calls of its units.
+
+    Raises:
+        Exception: Whatever the model raises where it asks for values that a meta tensor has not.
+    """
+    follower = _Follower(model)
+    counts: dict[str, int] = defaultdict(int)
+    calls: list[Call] = []
+
+    def recorded(path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        number = counts[path]
+        counts[path] += 1
+        needs = follower.origins((args, kwargs))
+        with follower.paused():
+            output = run(*args, **kwargs)
+        parts, structure = pytree.tree_flatten(output)
+        call = Call(path=path, number=number, needs=needs, structure=structure, parts=tuple(parts))
+        calls.append(call)
+        for at, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                follower.add(part, frozenset({call.key(at)}))
+        return output
+
+    meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    with calling(model, units, recorded), torch.no_grad(), _Truth(), follower:
+        output = model(**meta)
+    return Trace(calls=tuple(calls), output_needs=follower.origins(output))
+
+
+def plan_visit(found: Trace, ready: Collection[Key], can: Callable[[str], bool]) -> Visit:
+    """What a stage that has `ready`, and holds the units, `=` weights and `~` buffers that `can` says, does next."""
+    by_key = {key: call for call in found.calls for key in call.keys}
+    known = set(ready) | {key for key in _weights(found) if can(key)}
+
+    def remaining() -> list[Call]:
+        needed, wanted = set(), [key for key in found.output_needs if key not in known]
+        while wanted:
+            call = by_key.get(wanted.pop())
+            if call is not None and id(call) not in needed:
+                needed.add(id(call))
+                wanted += [key for key in call.needs if key not in known]
+        return [call for call in found.calls if id(call) in needed]
+
+    compute = []
+    for call in remaining():
+        if can(call.path) and all(key in known or key[0] == "~" for key in call.needs):
+            compute.append((call.path, call.number))
+            known.update(call.keys)
+    left = remaining()
+    lacking = [key for key in found.output_needs if key[0] == "=" and key not in known]
+    if not left and not lacking:
+        return Visit(compute=tuple(compute), hand_on=frozenset(), next_module=None)
+    wanted = found.output_needs.union(*(call.needs for call in left))
+    return Visit(
+        compute=tuple(compute),
+        hand_on=frozenset(wanted & known),
+        next_module=left[0].path if left else lacking[0][1:],
+    )
+
+
+def _weights(found: Trace) -> set[Key]:
+    return {key for needs in (found.output_needs, *(c.needs for c in found.calls)) for key in needs if key[0] in "=~"}
+
+
+Runner = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def calling(model: nn.Module, units: Collection[str], runner: Runner) -> Iterator[None]:
+    """Within, each unit's forward goes through `runner(path, forward, args, kwargs)`."""
+    wrapped = []
+    try:
+        for path in units:
+            unit = model.get_submodule(path)
+            if "forward" in unit.__dict__:
+                continue  # one module under two paths
+
+            def call(*args: Any, _path: str = path, _run: Callable[..., Any] = unit.forward, **kwargs: Any) -> Any:
+                return runner(_path, _run, args, kwargs)
+
+            unit.__dict__["forward"] = call
+            wrapped.append(unit)
+        yield
+    finally:
+        for unit in wrapped:
+            del unit.__dict__["forward"]
+
+
+class _Truth(TorchFunctionMode):
+    """Answers what only data could tell: a meta tensor asked whether it is true says yes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Knows of each tensor which results and weights it was made from; views and what is written in place included.
+
+    Tensors are told apart by storage: a view shares its base's origins, which may be more than its own, never less.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._origins: dict[int, frozenset[Key]] = {}
+        #: Keeps every storage, or a new one could come to lie at an old one's address.
+        self._storages: list[Any] = []
+        self._on = True
+        for name, weight in model.state_dict(keep_vars=True).items():
+            self.add(weight, frozenset({("=" if isinstance(weight, nn.Parameter) else "~") + name}))
+
+    def add(self, tensor: Tensor, origins: frozenset[Key]) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001 (a storage's only identity)
+        if key not in self._origins:
+            self._storages.append(storage)
+        self._origins[key] = self._origins.get(key, frozenset()) | origins
+
+    def origins(self, value: Any) -> frozenset[Key]:
+        """Of all tensors in `value`."""
+        found: frozenset[Key] = frozenset()
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found |= self._origins.get(leaf.untyped_storage()._cdata, frozenset())  # noqa: SLF001
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within a unit nothing is followed: only what comes out counts."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self._on:
+            origins = self.origins((args, kwargs))
+            if origins:
+                for leaf in pytree.tree_leaves(output):
+                    if isinstance(leaf, Tensor):
+                        self.add(leaf, origins)
+        return output

@@ -1,0 +1,79 @@
+"""What one stage of a model hands to the next: the request's inputs and the tensors that are still needed.
+
+Travels as safetensors: no code can hide in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from planner.errors import InvalidInput
+
+_INPUT, _VALUE, _HEADER = "input/", "value/", "fairshard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """A pass through the model, part of the way done."""
+
+    #: The model's own inputs (`input_ids`, `attention_mask`, ...): masks and positions are made from them everywhere.
+    inputs: Mapping[str, Tensor]
+    #: Results that layers not yet run need, by `<module path>#<call>:<part>`.
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    #: Plan and revision that the values belong to; None before the first stage.
+    plan_id: str | None = None
+    revision: str | None = None
+    #: Path of the module that has to run next; None before the first stage.
+    next_module: str | None = None
+
+    def to_bytes(self) -> bytes:
+        """The handoff as safetensors; tensors that share their data are sent once."""
+        tensors: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        seen: dict[tuple[object, ...], str] = {}
+        named = {_INPUT + name: value for name, value in self.inputs.items()}
+        for name, value in sorted((named | {_VALUE + name: value for name, value in self.values.items()}).items()):
+            place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
+            if value.numel() and place in seen:
+                aliases[name] = seen[place]
+                continue
+            seen[place] = name
+            # A copy where need be: safetensors takes neither views of one storage nor holes.
+            tensors[name] = value.detach().contiguous().clone()
+        head = {
+            "plan_id": self.plan_id,
+            "revision": self.revision,
+            "next_module": self.next_module,
+            "aliases": aliases,
+        }
+        return save(tensors, metadata={_HEADER: json.dumps(head)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, device: torch.device | str = "cpu") -> Handoff:
+        """Read what `to_bytes` gave.
+
+        Raises:
+            InvalidInput: If it is anything else.
+        """
+        try:
+            length = int.from_bytes(data[:8], "little")
+            head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
+            tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
+            tensors |= {name: tensors[other] for name, other in head["aliases"].items()}
+            plan_id, revision, next_module = (head[key] for key in ("plan_id", "revision", "next_module"))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"not a handoff between stages: {error!r:.200}") from error
+        return cls(
+            inputs={name.removeprefix(_INPUT): t for name, t in tensors.items() if name.startswith(_INPUT)},
+            values={name.removeprefix(_VALUE): t for name, t in tensors.items() if name.startswith(_VALUE)},
+            plan_id=plan_id,
+            revision=revision,
+            next_module=next_module,
+        )

@@ -1,0 +1,318 @@
+"""Runs the layers that one shard holds: `load_stage(path)` gives a torch module of them.
+
+    stage = load_stage("shards/<plan>/<node>")
+    step = stage(Handoff(inputs={"input_ids": ids}))        # on the first node of the chain
+    step = stage(Handoff.from_bytes(received))              # on the others
+    # a Handoff for the next node (step.to_bytes()), or, from the last one, the model's own output
+
+Every stage has the whole model's code and only its own weights. It runs the model's forward from the start; calls of
+layers that it does not hold return their results if these were handed on, else tensors of the right shape without
+memory, which no result that counts depends on (`workers.dataflow`). So masks, positions, residual streams and
+whatever an architecture does between its layers need no code here, and the results are those of the whole model,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from planner.errors import Conflict, InvalidCheckpoint, InvalidInput, NotFound
+from workers.dataflow import Trace, Visit, calling, find_units, plan_visit, trace
+from workers.handoff import Handoff
+from workers.manifest import Manifest, read_manifest
+from workers.model_config import ModelConfig, parse_config
+from workers.skeleton import NotTraceable, build, quiet
+
+#: torch's class for parameters is patched while a skeleton is made, by one thread at a time.
+_BUILDING = threading.Lock()
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TRACES = 64
+
+
+class _Stop(Exception):
+    """The last call of this visit has run."""
+
+
+class Stage(nn.Module):
+    """The layers of one shard; made by `load_stage`."""
+
+    def __init__(
+        self, manifest: Manifest, model: PreTrainedModel, whole: PreTrainedModel, there: frozenset[str]
+    ) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.model = model
+        #: The same model on the meta device; not a submodule, so that `parameters()` are this stage's.
+        self._whole = (whole,)
+        self._units = find_units(whole, [name for names in manifest.nodes.values() for name in names])
+        #: Names of the weights and buffers that this shard brought.
+        self._there = there
+        missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in there]
+        #: Paths of the units whose weights are all here.
+        self.held = frozenset(unit for unit in self._units if not any(n.startswith(f"{unit}.") for n in missing))
+        self._traces: dict[Any, Trace] = {}
+
+    def can(self, key: str) -> bool:
+        """Whether this stage holds a unit's weights (by module path), or a single one (by `=` or `~` and name)."""
+        return key[1:] in self._there if key[0] in "=~" else key in self.held
+
+    @torch.no_grad()
+    def forward(self, step: Handoff) -> Any:
+        """Run what this stage holds and can run now.
+
+        Returns:
+            A `Handoff` for the node that holds what is to run next, or the model's output after the last layer.
+
+        Raises:
+            Conflict: If the handoff is of another plan or revision, or there is nothing for this stage to do yet.
+            InvalidInput: If the model cannot be divided for such inputs.
+        """
+        self._check(step)
+        found = self._trace(step.inputs)
+        visit = plan_visit(found, step.values, self.can)
+        if visit.next_module is not None and not visit.compute:
+            raise Conflict(
+                f"node {self.manifest.node_id} holds nothing that can run now: {visit.next_module} is next, on "
+                f"another node",
+                details={"next_module": visit.next_module, "held": sorted(self.held)},
+            )
+        run = _Run(found, visit, step.values, self.model.device)
+        with calling(self.model, self._units, run), self._lent(step.values):
+            try:
+                output = self.model(**step.inputs)
+            except _Stop:
+                output = None
+        if visit.next_module is None:
+            return output
+        own = {k: self.model.get_parameter_or_buffer(k[1:]) for k in visit.hand_on if k[0] in "=~" and self.can(k)}
+        values = {key: run.made[key] if key in run.made else step.values[key] for key in visit.hand_on - own.keys()}
+        return Handoff(
+            inputs=step.inputs,
+            values=values | own,
+            plan_id=self.manifest.plan_id,
+            revision=self.manifest.revision,
+            next_module=visit.next_module,
+        )
+
+    def _check(self, step: Handoff) -> None:
+        mine = (self.manifest.plan_id, self.manifest.revision)
+        if step.plan_id is not None and (step.plan_id, step.revision) != mine:
+            raise Conflict(
+                f"the handoff is of plan {step.plan_id} at {step.revision}, this shard of {mine[0]} at {mine[1]}",
+                details={"wanted": list(mine), "found": [step.plan_id, step.revision]},
+            )
+
+    def _trace(self, inputs: Mapping[str, Any]) -> Trace:
+        """The dataflow for inputs of these shapes; remembered."""
+        key = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
+        if key not in self._traces:
+            with quiet():
+                try:
+                    found = trace(self._whole[0], self._units, inputs)
+                except Exception as error:
+                    raise InvalidInput(
+                        f"{self.manifest.model_name} cannot be run in stages on these inputs: "
+                        f"{type(error).__name__}: {str(error)[:200]}"
+                    ) from error
+            if len(self._traces) >= _TRACES:
+                self._traces.clear()
+            self._traces[key] = found
+        return self._traces[key]
+
+    @contextmanager
+    def _lent(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, weights that were handed on are in their places."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        try:
+            for key, value in values.items():
+                if key[0] in "=~" and not self.can(key):
+                    place = self.model.get_parameter_or_buffer(key[1:])
+                    kept.append((place, place.data))
+                    place.data = value
+            yield
+        finally:
+            for place, data in kept:
+                place.data = data
+
+
+class _Run:
+    """The runner of one visit (see `workers.dataflow.calling`)."""
+
+    def __init__(self, found: Trace, visit: Visit, ready: Mapping[str, Tensor], device: torch.device) -> None:
+        self.made: dict[str, Tensor] = {}
+        self._calls = {(call.path, call.number): call for call in found.calls}
+        self._compute, self._last = set(visit.compute), visit.compute[-1] if visit.next_module else None
+        self._hand_on, self._ready, self._device = visit.hand_on, ready, device
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def __call__(self, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = (path, self._counts[path])
+        self._counts[path] += 1
+        if place not in self._calls:
+            raise InvalidInput(f"{path} ran more often than in the trace: its calls depend on the data")
+        call = self._calls[place]
+        if place not in self._compute:
+            parts = [self._part(call.key(at), part) for at, part in enumerate(call.parts)]
+            return pytree.tree_unflatten(parts, call.structure)
+        output = run(*args, **kwargs)
+        for at, part in enumerate(pytree.tree_leaves(output)):
+            if call.key(at) in self._hand_on:
+                self.made[call.key(at)] = part
+        if place == self._last:
+            raise _Stop
+        return output
+
+    def _part(self, key: str, part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return part
+        found = self._ready.get(key)
+        return _hollow(part, self._device) if found is None else found
+
+
+def load_stage(
+    path: str | Path, *, device: torch.device | str = "cpu", attn_implementation: str | None = None
+) -> Stage:
+    """The layers of the shard in `path`, ready to run; memory is that of their weights.
+
+    Args:
+        path: A finished shard, as `workers.splitter.split` writes it.
+        device: Where the weights go.
+        attn_implementation: As in `from_pretrained`; default that of transformers.
+
+    Raises:
+        NotFound: If there is no finished shard.
+        IntegrityError: If its manifest cannot be read.
+        InvalidInput: If transformers has no code of its own for the model, or it is quantised.
+        InvalidCheckpoint: If the weights do not fit the model.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    try:
+        config = parse_config((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise NotFound(f"{folder} has no config.json, so it cannot be run") from None
+    if config.quantization:
+        raise InvalidInput(f"{manifest.model_name} is quantised; stages of such models cannot be run yet")
+    try:
+        whole = build(config)
+    except NotTraceable as error:
+        raise InvalidInput(f"{manifest.model_name} cannot be run in stages: {error}") from error
+    _forget_nothing(whole)
+    with quiet(), _silent_bars():
+        model = _skeleton(type(whole), config, manifest, attn_implementation)
+        held = _load(model, manifest, folder, torch.device(device))
+    model.eval()
+    return Stage(manifest, model, whole, held)
+
+
+def _skeleton(kind: type[Any], config: ModelConfig, manifest: Manifest, attention: str | None) -> Any:
+    """The whole model, its parameters on the meta device and its computed buffers real."""
+    described = transformers.CONFIG_MAPPING[str(config.model_type)].from_dict(dict(config.values))
+    stored = [_DTYPES[t.dtype] for t in manifest.tensors if t.dtype in _DTYPES]
+    dtype = described.dtype or (stored[0] if stored else torch.float32)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with _parameters_on_meta(), init.no_init_weights():
+        model = kind._from_config(described, dtype=dtype, **chosen)  # noqa: SLF001 (from_config without downloads)
+    _forget_nothing(model)
+    return model
+
+
+def _forget_nothing(model: nn.Module) -> None:
+    """Switch caches off: what they hold would be lost between stages."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "use_cache", None):
+            config.use_cache = False
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, modules get their parameters without memory (as accelerate's init_empty_weights, buffers real)."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        made = module._parameters.get(name)  # noqa: SLF001
+        if made is not None and not made.is_meta:
+            empty = nn.Parameter(made.to("meta"), requires_grad=False)
+            empty.__dict__.update(made.__dict__)
+            module._parameters[name] = empty  # noqa: SLF001
+
+    with _BUILDING:
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _load(model: Any, manifest: Manifest, folder: Path, device: torch.device) -> frozenset[str]:
+    """Load the shard's weights by transformers' own rules; the names of those that the model has now."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    dtype = model.dtype
+    settings = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),  # noqa: SLF001
+        weight_mapping=cast("Any", get_model_conversion_mapping(model)),
+    )
+    with ExitStack() as files:
+        state: dict[str, Any] = {}
+        for file in manifest.files:
+            opened = files.enter_context(safe_open(folder / file.name, framework="pt", device="cpu"))
+            state |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        info, _ = convert_and_load_state_dict_in_model(model, state, settings)
+    wrong = sorted(str(name) for name in info.mismatched_keys) + sorted(map(str, info.conversion_errors))
+    if wrong:
+        raise InvalidCheckpoint(
+            f"{len(wrong)} weights of {folder} do not fit {type(model).__name__}, such as {wrong[0]}",
+            details={"weights": wrong[:20]},
+        )
+    missing = set(info.missing_keys)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            # Not on meta: models ask their weights for device and dtype.
+            hollow = nn.Parameter(_hollow(parameter, device), requires_grad=False)
+            model.get_submodule(owner)._parameters[leaf] = hollow  # noqa: SLF001
+            missing.add(name)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)  # noqa: SLF001
+    return frozenset(model.state_dict()) - missing
+
+
+def _hollow(like: Tensor, device: torch.device) -> Tensor:
+    """A tensor of that shape and dtype that takes one element's memory: NaN, so that a use of it is seen."""
+    fill = float("nan") if like.is_floating_point() or like.is_complex() else 0
+    return torch.full((), fill, dtype=like.dtype, device=device).expand(like.shape)
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
