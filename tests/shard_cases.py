@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from planner.plan import Megaphone, Plan, Prediction
 from planner.profile import Layer, ModelProfile, Tensor
@@ -87,10 +88,12 @@ def raw_tensors(*folders: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]
     """Name -> (dtype, shape, bytes) of every tensor in folders, read by the real safetensors' Rust code."""
     from safetensors import deserialize
 
+    read: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
+
     found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for folder in folders:
         for path in sorted(folder.glob("*.safetensors")):
-            for name, info in deserialize(path.read_bytes()):
+            for name, info in read(path.read_bytes()):
                 value = (info["dtype"], tuple(info["shape"]), bytes(info["data"]))
                 assert found.setdefault(name, value) == value, f"{name} differs between shards"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,7 +93,7 @@ def _model_name(source: str | Path) -> str | None:
     try:
         return check_model_name(source)
     except InvalidInput:
-        if source and (source[0] in "/.~" or Path(source).is_dir()):
+        if source and (source[0] in "/.~" or os.path.isdir(source)):  # noqa: PTH112 - bears any text
             return None
         raise
 

@@ -78,7 +78,7 @@ class HubCheckpoint:
                 return bytes(found)
             self._own.reader.close()  # the next read goes over another connection
         raise IntegrityError(
-            f"{name} of {self.model_name}: its bytes are not what the Hub states ({file.etag}), fetched {_ROUNDS} times",
+            f"{name} of {self.model_name} is not what the Hub states ({file.etag}), fetched {_ROUNDS} times",
             details={"file": name, "stated": file.etag},
         )
 

@@ -106,14 +106,14 @@ def test_a_mood_of_the_server_passes(
 
 
 @pytest.mark.parametrize(
-    ("fault", "error", "says"),
+    ("fault", "expected"),
     [
-        ({"kind": "status", "code": 503, "where": "cdn"}, Unavailable, "tried 5 times"),
-        ({"kind": "status", "code": 429, "retry_after": 3600, "where": "cdn"}, Unavailable, "asks to wait"),
-        ({"kind": "reset", "where": "cdn"}, Unavailable, "tried 5 times"),
-        ({"kind": "etag", "where": "hub"}, IntegrityError, "it was replaced"),
-        ({"kind": "status", "code": 401, "where": "hub"}, AccessDenied, "token"),
-        ({"kind": "status", "code": 404, "where": "hub"}, NotFound, "model.safetensors"),
+        ({"kind": "status", "code": 503, "where": "cdn"}, (Unavailable, "tried 5 times")),
+        ({"kind": "status", "code": 429, "retry_after": 3600, "where": "cdn"}, (Unavailable, "asks to wait")),
+        ({"kind": "reset", "where": "cdn"}, (Unavailable, "tried 5 times")),
+        ({"kind": "etag", "where": "hub"}, (IntegrityError, "it was replaced")),
+        ({"kind": "status", "code": 401, "where": "hub"}, (AccessDenied, "token")),
+        ({"kind": "status", "code": 404, "where": "hub"}, (NotFound, "model.safetensors")),
     ],
     ids=["503", "429", "reset", "etag", "401", "404"],
 )
@@ -122,12 +122,11 @@ def test_patience_has_limits_and_says_so(
     opened: Callable[..., Opened],
     tmp_path: Path,
     fault: dict[str, Any],
-    error: type[Exception],
-    says: str,
+    expected: tuple[type[Exception], str],
 ) -> None:
     source, profile, plan = opened("llama")
     hub.fault(path="*/model.safetensors", times=None, **fault)
-    with pytest.raises(error, match=says):
+    with pytest.raises(expected[0], match=expected[1]):
         split(source, profile, plan, node_id="b", output=tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
