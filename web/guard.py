@@ -79,9 +79,10 @@ def hub_token() -> str | None:
 
 
 def _scope() -> str | None:
-    if request.endpoint is None or request.method == "OPTIONS":  # 404, 405 and preflights say nothing of value
+    # 404, 405 and preflights say nothing of value; the page and the document hold none of the service's data.
+    if request.endpoint in {None, "static", "api-docs.openapi_json"} or request.method == "OPTIONS":
         return None
-    view = current_app.view_functions[request.endpoint]
+    view = current_app.view_functions[str(request.endpoint)]
     default = "read" if request.method in {"GET", "HEAD"} else "submit"
     scope: str | None = getattr(view, "needs_scope", default)
     return scope

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
 from planner.plan import Plan

@@ -283,7 +283,9 @@ def test_a_client_of_the_seed_runs_unchanged(
     metadata = _seed_metadata(checkpoint("llama"), "seed/model")
     result = SeedClient(live, hub, "someone/metadata").run(metadata, tmp_path)
     assert result.get("success")
-    plan: dict[str, Any] = {name: result.get(name) for name in ("model_name", "split_plan", "megaphone_plan", "selected_nodes")}
+    plan: dict[str, Any] = {
+        name: result.get(name) for name in ("model_name", "split_plan", "megaphone_plan", "selected_nodes")
+    }
     assert plan["model_name"] == "seed/model"
     mine = plan["split_plan"].get("big", {}).get("layer_names", [])
     assert mine

@@ -1,0 +1,157 @@
+"""How much, how often, how many at a time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from running import until
+from web_cases import NODES, SEED_METADATA, error_of
+
+from planner.errors import InvalidInput
+from web.app import create_app
+from web.auth import new_token
+from workers.settings import Settings, WebSettings
+
+
+def _body(size: int) -> bytes:
+    return b'{"model_name": "a/b", "node_id": "' + b"x" * size + b'"}'
+
+
+def test_a_large_body_is_413_before_it_is_read(client: FlaskClient) -> None:
+    for path in ("/api/request", "/api/process", "/api/batches", "/api/get-plan"):
+        answer = client.post(path, data=_body(2**20), content_type="application/json")
+        assert answer.status_code == 413
+        assert error_of(answer)["details"] == {"largest_bytes": 2**20}
+
+
+def test_a_body_of_100_mb_is_413_everywhere(client: FlaskClient) -> None:
+    for path in ("/api/request", "/api/plans/preview"):
+        answer = client.post(path, content_type="application/json", environ_overrides={"CONTENT_LENGTH": "100000000"})
+        assert answer.status_code == 413
+        assert error_of(answer)["code"] == "too_large"
+
+
+def test_metadata_may_be_larger_than_other_bodies(client: FlaskClient) -> None:
+    padded = SEED_METADATA | {"comment": "x" * 2**21}
+    answer = client.post("/api/plans/preview", json={"metadata": padded, "available_nodes": NODES})
+    assert answer.status_code == 200
+
+
+def test_a_batch_has_a_largest_size(make_app: Any) -> None:
+    client = make_app(max_batch=3).test_client()
+    answer = client.post("/api/batches", json={"models": ["a/b", "a/c", "a/d", "a/e"]})
+    assert answer.status_code == 422
+    assert error_of(answer)["details"] == {"largest": 3, "got": 4}
+    assert client.post("/api/batches", json={"models": ["a/b", "a/c", "a/d"]}).status_code == 202
+
+
+def test_a_full_queue_refuses_with_retry_after(make_app: Any) -> None:
+    client = make_app(max_queue=2).test_client()
+    for name in ("a/b", "a/c"):
+        assert client.post("/api/request", json={"model_name": name}).status_code == 202
+    answer = client.post("/api/request", json={"model_name": "a/d"})
+    assert answer.status_code == 429
+    assert error_of(answer)["code"] == "limit_exceeded"
+    assert int(answer.headers["Retry-After"]) > 0
+    # What is there already is still answered, and the metric shows the refusal.
+    assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
+    assert 'status="429"' in client.get("/metrics").get_data(as_text=True)
+
+
+def test_each_token_has_its_own_share_of_the_queue(make_app: Any, tmp_path: Any) -> None:
+    one, two = (new_token(tmp_path / "tokens.json", name, ["submit"]) for name in ("one", "two"))
+    client = make_app(tokens_file=tmp_path / "tokens.json", max_jobs_per_token=1).test_client()
+
+    def post(token: str, name: str) -> int:
+        body, headers = {"model_name": name}, {"Authorization": f"Bearer {token}"}
+        return int(client.post("/api/request", json=body, headers=headers).status_code)
+
+    assert [post(one, "a/b"), post(one, "a/c"), post(two, "a/c")] == [202, 429, 202]
+
+
+def test_the_rate_is_limited_per_caller_and_counted_in_redis(
+    make_app: Any, settings: Settings, tmp_path: Any
+) -> None:
+    one, two = (new_token(tmp_path / "tokens.json", name, ["read"]) for name in ("one", "two"))
+    # Two processes of one service: what one counts, the other knows.
+    made = [make_app(tokens_file=tmp_path / "tokens.json", rate_limit="4/minute").test_client() for _ in range(2)]
+
+    def get(index: int, token: str) -> Any:
+        return made[index].get("/api/jobs", headers={"Authorization": f"Bearer {token}"})
+
+    assert [get(index % 2, one).status_code for index in range(4)] == [200] * 4
+    answer = get(0, one)
+    assert answer.status_code == 429
+    error_of(answer)
+    assert int(answer.headers["Retry-After"]) > 0
+    assert get(1, one).status_code == 429
+    assert get(1, two).status_code == 200
+    # Guessing tokens is limited too, and whoever looks after the service is not.
+    assert [made[0].get("/api/jobs").status_code for _ in range(5)] == [401] * 4 + [429]
+    assert made[0].get("/api/health/live").status_code == 200
+
+
+def test_there_is_no_rate_limit_on_loopback(client: FlaskClient) -> None:
+    assert {client.get("/api/nodes").status_code for _ in range(700)} == {200}
+
+
+def test_event_streams_are_few_and_give_their_place_back(make_app: Any) -> None:
+    app = make_app(listeners=2, max_stream_s=0.5)
+    client = app.test_client()
+    job_id = client.post("/api/request", json={"model_name": "a/b"}).get_json()["job_id"]
+    streams = [client.get(f"/api/jobs/{job_id}/events", buffered=False) for _ in range(2)]
+    assert [stream.status_code for stream in streams] == [200, 200]
+    refused = client.get(f"/api/jobs/{job_id}/events")
+    assert refused.status_code == 503
+    assert error_of(refused)["code"] == "too_many_listeners"
+    assert int(refused.headers["Retry-After"]) > 0
+    streams[0].close()  # never read: the client went away before the first event
+    assert "event: submitted" in client.get(f"/api/jobs/{job_id}/events").get_data(as_text=True)
+    streams[1].close()
+
+
+def test_whoever_waits_leaves_room_for_the_others(make_app: Any) -> None:
+    # A plan that nobody makes: the job waits for a request that no node takes.
+    app = make_app(waiters=1)
+    client = app.test_client()
+    client.post("/api/request", json={"model_name": "a/b"})
+    answers: list[int] = []
+    wait = threading.Thread(
+        target=lambda: answers.append(
+            app.test_client()
+            .post("/api/process", json={"model_name": "a/b"}, headers={"Prefer": "wait=60"})
+            .status_code
+        )
+    )
+    wait.start()
+    places = app.extensions["fairshard"].waiters
+    until(lambda: not places._value, what="the first caller waits")
+    second = client.post("/api/process", json={"model_name": "a/b", "batch_size": 2}, headers={"Prefer": "wait=60"})
+    assert second.status_code == 202  # at once; the first still waits
+    assert wait.is_alive()
+    for job in client.get("/api/jobs").get_json()["jobs"]:
+        client.delete(f"/api/jobs/{job['job_id']}")
+    wait.join(timeout=60)
+    assert answers == [409]  # cancelled
+    assert places._value == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FAIRSHARD_REQUIRE_TOKEN", "perhaps"), ("FAIRSHARD_MAX_BATCH", "many"), ("FAIRSHARD_MAX_WAIT_S", "-3")],
+)
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=name):
+        create_app(background=False)
+
+
+def test_settings_come_from_the_environment() -> None:
+    found = WebSettings.from_env(
+        {"FAIRSHARD_BIND": "0.0.0.0:80", "FAIRSHARD_CORS_ORIGINS": "https://a.example, https://b.example"}
+    )
+    assert found.bind == "0.0.0.0:80"
+    assert found.cors_origins == ("https://a.example", "https://b.example")
