@@ -18,6 +18,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -206,6 +207,9 @@ def load_stage(
         raise NotFound(f"{folder} has no config.json, so it cannot be run") from None
     if config.quantization:
         raise InvalidInput(f"{manifest.model_name} is quantised; stages of such models cannot be run yet")
+    # transformers writes infinities as {"__float__": "Infinity"}, and its from_dict does not take them so.
+    values = transformers.PretrainedConfig._decode_special_floats(dict(config.values))  # noqa: SLF001
+    config = replace(config, values=values)
     try:
         whole = build(config)
     except NotTraceable as error:
