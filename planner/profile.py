@@ -77,6 +77,8 @@ class Layer:
     compute_min: float | None = None
     #: [c0, c1, c2] of FLOP = B * (c0 + c1*S + c2*S**2); None where not known.
     compute_terms: tuple[float, float, float] | None = None
+    #: Likewise, of FLOP that a pass executes once whatever its batch (tables of positions); added to the former.
+    once_terms: tuple[float, float, float] | None = None
     #: Sequence lengths [first, last] between which `compute_terms` is exact; None: all of them.
     terms_range: tuple[int, int | None] | None = None
     kv_terms: KvTerms | None = None
@@ -98,6 +100,9 @@ class Layer:
         if self.compute_terms is not None:
             c0, c1, c2 = self.compute_terms
             flop = batch_size * (c0 + c1 * sequence_length + c2 * sequence_length**2)
+        if self.compute_terms is not None and self.once_terms is not None:
+            c0, c1, c2 = self.once_terms
+            flop += c0 + c1 * sequence_length + c2 * sequence_length**2
         kv = round(self.kv_cache_bytes * tokens)
         if self.kv_terms is not None:
             kv = self.kv_terms.bytes_at(batch_size, sequence_length)

@@ -6,10 +6,13 @@ two additions: a meta tensor asked for its truth value says yes, and repeated ch
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -313,7 +316,7 @@ class _Memo:
         if structure is None:
             described = _structure(child, entries)
             structure = self._structures[path] = self._structures.setdefault(described, len(self._structures))
-        key = (structure, _signature((args, kwargs), inputs))
+        key = (structure, _signature(_without_position(forward, args, kwargs), inputs))
         recorded = self._recorded.get(key)
         if recorded is not None:
             return self._repeat(recorded, path, inputs)
@@ -381,6 +384,20 @@ def _structure(module: nn.Module, entries: Any) -> Any:
         for name, buffer in part._buffers.items():  # noqa: SLF001
             parts.append((name, None if buffer is None else (tuple(buffer.shape), buffer.dtype)))
     return tuple(parts)
+
+
+@cache
+def _argument_names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _without_position(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments without a layer's own number, which some models hand to each layer."""
+    names = _argument_names(getattr(forward, "__func__", forward)) if args else ()
+    return (
+        [None if name in _POSITIONS else value for name, value in zip_longest(names[: len(args)], args)],
+        {name: value for name, value in kwargs.items() if name not in _POSITIONS},
+    )
 
 
 def _signature(value: Any, inputs: list[Tensor]) -> Any:

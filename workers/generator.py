@@ -7,50 +7,20 @@ then the profile says so in `approximate`.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from planner.dtypes import canonical
-from planner.errors import InvalidCheckpoint, InvalidInput
+from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
-from planner.profile import Layer, ModelProfile, Tensor
-from workers import rules
+from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
-from workers.grouping import Group, Grouping, group_names
-from workers.headers import Headers, read_headers
-from workers.model_config import ModelConfig, read_config
+from workers.exact import exact_layers
+from workers.general import Contents, general_layers, read_contents
 from workers.progress import Progress, silent
-from workers.quantised import Stored, logical_tensors, unknown_method
-
-#: Names of buffers that older checkpoints carry; they cost bytes and are no parameters.
-_BUFFERS = (
-    ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
-    "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
-    "e_score_correction_bias",
-)  # fmt: skip
-_WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
-#: Architectures that end in a head over the vocabulary.
-_WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
-_HEAD_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight", "head.weight")
-_TOKEN_EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight",
-    "embeddings.weight", "embedding.weight", "tok_embeddings.weight",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What was read of a checkpoint: all that a profile is made of."""
-
-    config: ModelConfig
-    headers: Headers
-    #: By stored name.
-    logical: Mapping[str, Stored]
-    #: Most common dtype of the weights by bytes.
-    dtype: str
+from workers.quantised import unknown_method
+from workers.trace import ModelTrace
+from workers.trace_cache import TraceCache
 
 
 def generate(
@@ -81,213 +51,67 @@ def generate(
         InvalidInput: If the batch size, sequence length or `kv_dtype` is impossible.
         Unavailable: If the server cannot be reached.
     """
-    del compute, cache_dir  # the trace comes with workers.tracer
     check_batch_size(batch_size)
     check_sequence_length(sequence_length)
     if kv_dtype is not None and canonical(kv_dtype) is None:
         raise InvalidInput(f"kv_dtype {kv_dtype[:40]!r} is not known; bfloat16, float16, float8_e4m3fn ... are")
     contents = read_contents(checkpoint, progress=progress)
-    layers, approximate = general_layers(contents, kv_dtype=kv_dtype)
-    profile = ModelProfile(
+    trace, reasons = (None, []) if not compute else _trace(contents, cache_dir, batch_size, sequence_length)
+    if trace is None:
+        layers, approximate = general_layers(contents, kv_dtype=kv_dtype)
+        layers = [
+            layer.at(batch_size=batch_size, sequence_length=sequence_length, from_batch=1, from_sequence=1)
+            for layer in layers
+        ]
+        approximate += reasons
+    else:
+        layers = exact_layers(
+            contents, trace, batch_size=batch_size, sequence_length=sequence_length, kv_dtype=kv_dtype
+        )
+        approximate = list(trace.reasons)
+    method = unknown_method(contents.config.quantization)
+    if method:
+        approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")
+    return ModelProfile(
         model_name=checkpoint.model_name,
         revision=checkpoint.revision,
         model_type=contents.config.model_type,
         architecture=contents.config.architecture,
         dtype=contents.dtype,
-        batch_size=1,
-        sequence_length=1,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
         layers=tuple(layers),
         approximate=tuple(approximate),
         generated_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         node_id=node_id,
     )
-    return profile.at(batch_size=batch_size, sequence_length=sequence_length)
 
 
-def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:
-    """Read a checkpoint's config and headers; no torch, numpy or Hub client is loaded for a folder.
-
-    Raises:
-        InvalidCheckpoint: If they are not valid.
-        Unavailable: If the server cannot be reached.
-    """
-    config = read_config(checkpoint)
-    headers = read_headers(checkpoint, progress=progress)
-    sizes: Counter[str] = Counter()
-    for tensor in headers.tensors:
-        sizes[tensor.dtype] += tensor.end - tensor.begin
-    dtype = min(sizes, key=lambda name: (-sizes[name], name))
-    return Contents(
-        config=config, headers=headers, logical=logical_tensors(headers.tensors, config.quantization), dtype=dtype
-    )
-
-
-def general_layers(contents: Contents, *, kv_dtype: str | None = None) -> tuple[list[Layer], list[str]]:
-    """Layers by the checkpoint's own names, their costs at batch 1 and one token by the general rule.
-
-    Returns:
-        The layers, and the reasons why their FLOP and KV bytes are approximate.
+def _trace(
+    contents: Contents, cache_dir: Path | None, batch_size: int, sequence_length: int
+) -> tuple[ModelTrace | None, list[str]]:
+    """The model's trace, from the cache or made now; or None and why it cannot be had.
 
     Raises:
-        InvalidCheckpoint: If the config denies layers that the checkpoint has.
+        InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
     """
-    config, logical = contents.config, contents.logical
-    names: dict[str, int] = {}
-    for stored in logical.values():
-        names[stored.logical] = names.get(stored.logical, 0) + stored.values
-    extra = _extra_layers(names, config)
-    grouping = group_names({name: size for name, size in names.items() if not name.startswith(extra)})
-    check_depth(grouping, config)
-    members: dict[int, list[Tensor]] = defaultdict(list)
+    sizes: dict[str, int] = {}
     for tensor in contents.headers.tensors:
-        members[grouping.of.get(logical[tensor.name].logical, len(grouping.groups))].append(tensor)
-    cache_dtype = canonical(kv_dtype) if kv_dtype else float_dtype(contents)
-    assert cache_dtype is not None
-    layers = [
-        _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype)
-        for index, group in enumerate(grouping.groups)
-    ]
-    layers = _with_tied_head(layers, contents)
-    if members.get(len(grouping.groups)):
-        layers.append(unused_layer(members[len(grouping.groups)], logical, len(layers)))
-    reasons = [
-        "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
-    ]
-    method = unknown_method(config.quantization)
-    if method:
-        reasons.append(f"parameters as stored: the packing of quantization method {method!r} is not known")
-    return layers, reasons
-
-
-def float_dtype(contents: Contents) -> str:
-    """The dtype that the model computes and caches in: the config's, else the most common plain floating one."""
-    for name in ("dtype", "torch_dtype"):
-        given = contents.config.text.get(name) or contents.config.values.get(name)
-        found = canonical(given) if isinstance(given, str) else None
-        if found in {"F32", "F16", "BF16", "F64"}:
-            return found
-    if contents.dtype in {"F32", "F16", "BF16", "F64"}:
-        return contents.dtype
-    return "BF16" if any(tensor.dtype == "BF16" for tensor in contents.headers.tensors) else "F16"
-
-
-def parameters(tensor: Tensor, stored: Stored) -> int:
-    """Parameters that a stored tensor holds, by the general rule: all its values, unless it is a buffer's name."""
-    if stored.logical == tensor.name and tensor.name.endswith(_BUFFERS):
-        return 0
-    if stored.logical == tensor.name and tensor.dtype in _WHOLE_NUMBERS and not tensor.name.endswith("weight"):
-        return 0
-    return stored.values
-
-
-def check_depth(grouping: Grouping, config: ModelConfig) -> None:
-    """Check that the main stack has as many layers as the config says.
-
-    Raises:
-        InvalidCheckpoint: If it has more or fewer.
-    """
-    wanted = config.number("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    stacks = grouping.stacks
-    if wanted is None or len(stacks) != 1 or config.text is not config.values:
-        return
-    stack, _ = next(iter(stacks.items()))
-    numbers = {group.number for group in grouping.groups if group.number is not None}
-    if numbers != set(range(wanted)):
-        denied, missing = sorted(numbers - set(range(wanted))), sorted(set(range(wanted)) - numbers)
-        what = f"has {stack}.{denied[0]}" if denied else f"has no {stack}.{missing[0]}"
-        raise InvalidCheckpoint(
-            f"config.json says {wanted} layers, but the checkpoint {what} ({len(numbers)} layers in all)",
-            details={"config_layers": wanted, "checkpoint_layers": len(numbers), "stack": stack},
-        )
-
-
-def _extra_layers(names: Mapping[str, int], config: ModelConfig) -> tuple[str, ...]:
-    """Prefixes of the speculative layers that a config counts beside its own (multi-token prediction)."""
-    depth, extra = config.number("num_hidden_layers"), config.number("num_nextn_predict_layers")
-    if not depth or not extra or extra > 64:
-        return ()
-    stacks = {name[: name.index(f".{depth}.")] for name in names if f".layers.{depth}." in name}
-    return tuple(f"{stack}.{number}." for stack in sorted(stacks) for number in range(depth, depth + extra))
-
-
-def _general_layer(
-    group: Group, tensors: tuple[Tensor, ...], contents: Contents, *, index: int, kv_dtype: str
-) -> Layer:
-    config, dtype = contents.config, float_dtype(contents)
-    values = [parameters(tensor, contents.logical[tensor.name]) for tensor in tensors]
-    terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
-    share = rules.expert_share(config)
-    kv = None
-    if group.number is not None and rules.keeps_cache(group.layer_type, config):
-        kv = rules.kv_terms(group.number, config, kv_dtype)
-    return Layer(
-        name=group.name,
-        index=index,
-        layer_type=group.layer_type,
-        num_params=sum(values),
-        active_params=round(
-            sum(
-                count * (share if rules.is_expert(tensor.name) else 1.0)
-                for tensor, count in zip(tensors, values, strict=True)
-            )
-        ),
-        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        kv_cache_bytes=kv.bytes_at(1, 1) if kv else 0,
-        activation_bytes=rules.hidden_bytes(config, dtype),
-        compute_required=sum(terms),
-        compute_terms=terms,
-        kv_terms=kv,
-        tensors=tensors,
-    )
-
-
-def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
-    """Give a head that has no weights of its own those of the embedding, where the architecture has a head."""
-    config = contents.config
-    stored = {name: layer for layer in layers for name in (t.name for t in layer.tensors)}
-    flagged = config.flag("tie_word_embeddings")
-    has_head = (config.architecture or "").endswith(_WITH_HEAD)
-    embedding = next(
-        (
-            tensor
-            for layer in layers
-            for tensor in layer.tensors
-            if layer.layer_type == "embedding" and tensor.name.endswith(_TOKEN_EMBEDDINGS)
-        ),
-        None,
-    )
-    head_weight = next(
-        (name for name in stored if name.endswith(_HEAD_WEIGHTS) and name not in _TOKEN_EMBEDDINGS), None
-    )
-    if embedding is None or not has_head or flagged is False or head_weight is not None:
-        return list(layers)
-    count = contents.logical[embedding.name].values
-    found = [layer for layer in layers if layer.layer_type == "head"]
-    if found:
-        old = found[-1]
-    else:
-        old = Layer(name="lm_head", index=len(layers), layer_type="head")
-        layers = [*layers, old]
-    terms = (0.0, (old.compute_terms or (0.0, 0.0, 0.0))[1] + 2.0 * count, 0.0)
-    head = replace(
-        old,
-        name="lm_head" if old.name.rpartition(".")[2] in {"norm", "ln_f", "final_layernorm", "norm_f"} else old.name,
-        tied_to=stored[embedding.name].name,
-        tied_bytes=embedding.end - embedding.begin,
-        active_params=old.active_params + count,
-        compute_terms=terms,
-        compute_required=sum(terms),
-    )
-    return [head if layer is old else layer for layer in layers]
-
-
-def unused_layer(tensors: Sequence[Tensor], logical: Mapping[str, Stored], index: int) -> Layer:
-    """The entry that holds what no layer uses."""
-    return Layer(
-        name="unused",
-        index=index,
-        layer_type="unused",
-        num_params=sum(parameters(tensor, logical[tensor.name]) for tensor in tensors),
-        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        tensors=tuple(tensors),
-    )
+        stored = contents.logical[tensor.name]
+        sizes[stored.logical] = sizes.get(stored.logical, 0) + stored.values
+    if unknown_method(contents.config.quantization):
+        sizes = dict.fromkeys(sizes, 0)
+    cache = TraceCache(cache_dir, contents.config, sizes)
+    cached = cache.read()
+    if cached is not None and cached.covers(batch_size, sequence_length):
+        return cached, []
+    try:
+        from workers.skeleton import NotTraceable
+        from workers.tracer import trace
+    except ImportError as error:
+        return None, [f"torch and transformers are not installed: {error.name} is missing"]
+    try:
+        made = trace(contents.config, sizes, batch_size=batch_size, sequence_length=sequence_length)
+    except NotTraceable as error:
+        return None, [str(error)]
+    return cache.write(made, cached), []

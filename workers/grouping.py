@@ -175,7 +175,7 @@ def _name(members: list[str], order: Sequence[str], sizes: Mapping[str, int], ta
     """The path that all members share, or that of the largest; never one that holds a stack or ends in a number."""
     paths = [_path(name) for name in members]
     shared = _common(paths)
-    largest = _path(max(sorted(members), key=lambda name: sizes[name]))
+    largest = _path(max(sorted(members), key=lambda name: (sizes[name], -name.count("."))))
     for path in (shared, largest, *sorted(paths), *sorted(members)):
         if path and path not in taken and not any(f"{stack}.".startswith(f"{path}.") for stack in order):
             return path

@@ -64,6 +64,8 @@ def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
         # `from_config` of the auto classes would look for the repository's own code first.
         make: Any = model_class._from_config  # noqa: SLF001
         model: PreTrainedModel = make(described, attn_implementation="eager", experts_implementation="batched_mm")
+    # Without initial weights transformers leaves out the tying, too.
+    model.tie_weights()
     model.train(mode=False)
     return model
 

@@ -44,8 +44,9 @@ class LayerTrace:
     once: Terms = ZERO
     #: Sequence lengths [first, last] between which `terms` is exact; None: all.
     terms_range: tuple[int, int | None] | None = None
-    #: FLOP for each sequence by sub-part; their sum is `terms` + `once`.
+    #: `terms` and `once` by sub-part.
     parts: Mapping[str, Terms] = field(default_factory=dict)
+    once_parts: Mapping[str, Terms] = field(default_factory=dict)
     #: Whether `parts["attention"]` sees only earlier tokens, and how many of them.
     causal: bool = False
     attention_window: int | None = None
@@ -78,13 +79,24 @@ class ModelTrace:
     #: Why something is not exact; empty if all is.
     reasons: tuple[str, ...] = ()
 
+    def covers(self, batch_size: int, sequence_length: int) -> bool:
+        """Whether all layers' FLOP are known exactly there."""
+        at = f"{batch_size}x{sequence_length}"
+        for layer in self.layers:
+            if at in layer.exact:
+                continue
+            first, last = layer.terms_range or (1, None)
+            if layer.chunked or not (first <= sequence_length and (last is None or sequence_length <= last)):
+                return False
+        return True
+
 
 def to_json(trace: ModelTrace) -> dict[str, Any]:
     """JSON values of a trace."""
     return {
         "layers": [
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "exact"}
-            | {"parts": dict(layer.parts)}
+            | {"parts": dict(layer.parts), "once_parts": dict(layer.once_parts)}
             | {"exact": {at: {"flop": e.flop, "parts": dict(e.parts)} for at, e in layer.exact.items()}}
             for layer in trace.layers
         ],
@@ -119,6 +131,7 @@ def _layer(values: Mapping[str, Any]) -> LayerTrace:
     given: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
     }
-    given["parts"] = {name: tuple(terms) for name, terms in values["parts"].items()}
+    for name in ("parts", "once_parts"):
+        given[name] = {part: tuple(terms) for part, terms in values[name].items()}
     given["exact"] = {at: Exact(flop=e["flop"], parts=e["parts"]) for at, e in values["exact"].items()}
     return LayerTrace(**given)

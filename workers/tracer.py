@@ -28,6 +28,9 @@ from workers.trace import ZERO, Exact, LayerTrace, ModelTrace, Terms, value
 
 #: Sequence lengths that fix the polynomial: small, for models that loop over tokens.
 _FIT = (16, 40, 72)
+_FIT_SHORT = (3, 7, 11)
+#: The longest asked length that is counted itself.
+_LONGEST_ASKED = 65_536
 #: Lengths that chunked scans need not pad.
 _FIT_CHUNKED = (256, 512, 1024)
 #: Lengths to check at: no multiples of a chunk; the first beyond most windows and tables of positions.
@@ -89,24 +92,45 @@ class _Tracer:
         places = place_tensors(self.model, tensors, self.grouping, self.layer_of)
         check_stacks(self.model, tensors, places, self.grouping)
         check_sizes(self.parameters, tensors, places)
-        fits = [self._first(_FIT[0]), *(self._pass(1, length) for length in _FIT[1:])]
-        doubled = [self._pass(2, length) for length in _FIT[:2]]
         limit = longest(self.model)
+        fits, looping = self._fits(sequence_length, limit)
         order = self._order(fits[0].counts.order)
-        layers = {at: self._layer(at, order, fits, doubled) for at in order}
-        looping = fits[2].counts.operators > fits[0].counts.operators * 1.5
         lengths = [_CHECK_LOOPING] if looping else [min(length, limit or length) for length in _CHECKS]
-        wrong = self._check(layers, lengths, limit)
-        reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
+        layers = {at: self._layer(at, order, fits, ()) for at in order}
+        wrong, checks = self._check(layers, list(layers), lengths, limit)
+        if wrong:
+            # What a pass executes once, whatever the batch, shows in a batch of two.
+            doubled = [self._pass(2, each.sequence_length) for each in fits[:2]]
+            layers |= {at: self._layer(at, order, fits, doubled) for at in wrong}
+            wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         if wrong:
             self._chunked(layers, wrong, order, batch_size, sequence_length)
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
-            tensors=self._tensors(places, position, fits[2]),
+            tensors=self._tensors(places, position, fits[0]),
             ties=self._ties(places, position),
-            reasons=tuple(reasons),
+            reasons=() if self.images else ("images are not counted: the image part cannot be run without weights",),
         )
+
+    def _fits(self, sequence_length: int, limit: int | None) -> tuple[list[_Pass], bool]:
+        """Three passes that fix the polynomials, and whether the model loops over its tokens.
+
+        The longest is the length that is asked for, so that peaks, which no polynomial describes, are right there.
+        """
+        lengths = _FIT if limit is None or limit > _FIT[2] else _FIT_SHORT
+        fits = [self._first(lengths[0]), self._pass(1, lengths[1])]
+        looping = fits[1].counts.operators > fits[0].counts.operators * 1.2
+        asked = min(sequence_length, limit or sequence_length)
+        if looping or not lengths[1] < asked <= _LONGEST_ASKED:
+            asked = lengths[2]
+        try:
+            fits.append(self._pass(1, asked))
+        except NotTraceable:  # a table of positions ends before
+            if asked == lengths[2]:
+                raise
+            fits.append(self._pass(1, lengths[2]))
+        return fits, looping
 
     def _first(self, length: int) -> _Pass:
         """The first pass; it finds out whether images can be run."""
@@ -150,59 +174,71 @@ class _Tracer:
         return order
 
     def _layer(self, at: int, order: Sequence[int], fits: Sequence[_Pass], doubled: Sequence[_Pass]) -> LayerTrace:
+        """A layer's polynomials through three passes, and two of a batch of two where there are any."""
         group = self.grouping.groups[at]
-        names = sorted({part for each in fits for part in each.parts.get(at, {})})
+        lengths = [each.sequence_length for each in fits]
         parts: dict[str, Terms] = {}
-        once: Terms = ZERO
-        for part in names:
+        once_parts: dict[str, Terms] = {}
+        for part in sorted({part for each in fits for part in each.parts.get(at, {})}):
             single = [each.parts.get(at, {}).get(part, 0) for each in fits]
             double = [each.parts.get(at, {}).get(part, 0) for each in doubled]
             shared = [2 * one - two for one, two in zip(single, double, strict=False)]
-            part_once = _fit(_FIT[:2], shared)
-            once = _add(once, part_once)
-            parts[part] = _fit(_FIT, [flop - value(part_once, s) for s, flop in zip(_FIT, single, strict=True)])
-        flows = [_crossing(each.counts, order, at) for each in fits]
-        peaks = [each.counts.peak_bytes.get(at, 0) for each in fits]
-        fixed, per_token, value_bytes, window, state = _cache([each.kept.get(at, ()) for each in fits])
+            once = once_parts[part] = _fit(lengths[:2], shared)
+            parts[part] = _fit(lengths, [flop - value(once, s) for s, flop in zip(lengths, single, strict=True)])
+        kept = _cache(lengths, [each.kept.get(at, ()) for each in fits])
         return LayerTrace(
             name=group.name,
             layer_type=group.layer_type,
             number=group.number,
             stack=group.stack,
             terms=_add(*parts.values()),
-            once=once,
+            once=_add(*once_parts.values()),
             parts=parts,
-            causal=per_token > 0,
-            attention_window=None if window is None else window + 1,
-            kv_fixed=fixed,
-            kv_per_token=per_token,
-            kv_value_bytes=value_bytes,
-            kv_window=window,
-            state_bytes=state,
-            activation=_fit(_FIT, flows),
-            peak=_fit(_FIT, peaks),
+            once_parts={part: terms for part, terms in once_parts.items() if any(terms)},
+            causal=kept.per_token > 0,
+            attention_window=None if kept.window is None else kept.window + 1,
+            kv_fixed=kept.fixed,
+            kv_per_token=kept.per_token,
+            kv_value_bytes=kept.value_bytes,
+            kv_window=kept.window,
+            state_bytes=kept.state_bytes,
+            activation=_fit(lengths, [_crossing(each.counts, order, at) for each in fits]),
+            peak=_fit(lengths, [each.counts.peak_bytes.get(at, 0) for each in fits]),
         )
 
-    def _check(self, layers: dict[int, LayerTrace], lengths: Sequence[int], limit: int | None) -> list[int]:
-        """Compare the polynomials with further passes; returns the layers that none of them confirms."""
-        wrong = list(layers)
+    def _check(
+        self,
+        layers: dict[int, LayerTrace],
+        wrong: Sequence[int],
+        lengths: Sequence[int],
+        limit: int | None,
+        checks: Sequence[_Pass] | None = None,
+    ) -> tuple[list[int], list[_Pass]]:
+        """Compare polynomials with passes at other lengths; returns the layers that none confirms, and the passes."""
+        wrong, done = list(wrong), list(checks or ())
         last = limit
-        for length in lengths:
-            try:
-                check = self._pass(2, length)
-            except NotTraceable:  # a table of positions ends before
-                last = min(filter(None, (_CHECK_LOOPING, limit)))
+        for number, length in enumerate(lengths):
+            if not wrong:
+                break
+            if number >= len(done) and not self._checked(done, length):
+                last = getattr(self.model.config, "max_position_embeddings", None) or lengths[-1]
                 continue
+            check = next(each for each in done if each.sequence_length == length)
             for at in list(wrong):
                 layer = layers[at]
                 if check.flop(at) == value(layer.once, length) + 2 * value(layer.terms, length):
                     wrong.remove(at)
                     layers[at] = replace(layer, terms_range=None if last is None else (1, last))
-            if not wrong:
-                break
-            last = length if last is None else min(last, length)
-            last = min(lengths[-1], last)
-        return wrong
+            last = lengths[-1] if last is None else min(last, lengths[-1])
+        return wrong, done
+
+    def _checked(self, done: list[_Pass], length: int) -> bool:
+        """Add a pass of a batch of two; False where a table of positions ends before its length."""
+        try:
+            done.append(self._pass(2, length))
+        except NotTraceable:
+            return False
+        return True
 
     def _chunked(
         self, layers: dict[int, LayerTrace], wrong: Sequence[int], order: Sequence[int], batch: int, length: int
@@ -220,6 +256,7 @@ class _Tracer:
                 terms=_add(*parts.values()),
                 once=ZERO,
                 parts=parts,
+                once_parts={},
                 chunked=True,
                 activation=_fit(_FIT_CHUNKED, [_crossing(each.counts, order, at) for each in fits]),
                 peak=_fit(_FIT_CHUNKED, [each.counts.peak_bytes.get(at, 0) for each in fits]),
@@ -239,9 +276,9 @@ class _Tracer:
                 rows, there = counted.counts.gathered.get(place.parameter, (0, 0))
                 if there:
                     share = min(1.0, rows / tokens / there)
-                # A tied weight that is stored twice counts once.
+                # A tied weight that is stored twice counts once, unless the config says that it is not tied.
                 owner = owners.setdefault(id(self.parameters[place.parameter]), place.parameter)
-                is_parameter = owner == place.parameter
+                is_parameter = owner == place.parameter or self.config.flag("tie_word_embeddings") is False
             found[name] = (position.get(place.layer, -1), int(is_parameter), share)
         return found
 
@@ -316,16 +353,30 @@ def _crossing(counts: Counts, order: Sequence[int], at: int) -> int:
     return sum(size for made, read, size in counts.flows if made <= now < read)
 
 
-def _cache(kept: Sequence[Sequence[Kept]]) -> tuple[int, int, int, int | None, int]:
-    """(fixed values, values for each token, bytes of one, window, state bytes) out of what three lengths left."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A layer's cache for each sequence of the batch."""
+
+    #: Values, whatever the length; for each token; bytes of one.
+    fixed: int = 0
+    per_token: int = 0
+    value_bytes: int = 2
+    #: Tokens kept.
+    window: int | None = None
+    state_bytes: int = 0
+
+
+def _cache(lengths: Sequence[int], kept: Sequence[Sequence[Kept]]) -> _Kept:
+    """A layer's cache out of what passes of two lengths left."""
     if not any(kept):
-        return (0, 0, 2, None, 0)
+        return _Kept()
     windows = [each.window_tokens for each in kept[0] if each.window_tokens is not None]
     value_bytes = next((each.value_bytes for each in kept[0] if each.values), 2)
     state = sum(each.state_bytes for each in kept[0])
     totals = [sum(each.values for each in layer) for layer in kept]
     if windows:
         window = max(windows)
-        return (0, totals[0] // min(_FIT[0], window) if window else 0, value_bytes, window, state)
-    per_token = (totals[1] - totals[0]) // (_FIT[1] - _FIT[0])
-    return (totals[0] - per_token * _FIT[0], per_token, value_bytes, None, state)
+        per_token = totals[0] // min(lengths[0], window) if window else 0
+        return _Kept(0, per_token, value_bytes, window, state)
+    per_token = (totals[1] - totals[0]) // (lengths[1] - lengths[0])
+    return _Kept(totals[0] - per_token * lengths[0], per_token, value_bytes, None, state)

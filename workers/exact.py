@@ -1,0 +1,131 @@
+"""Layers out of a checkpoint's contents and its model's trace: bytes from the headers, costs from the trace."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from planner.dtypes import bits, canonical
+from planner.errors import InvalidCheckpoint
+from planner.profile import KvTerms, Layer, Tensor
+from workers.general import Contents, unused_layer
+from workers.quantised import Stored
+from workers.trace import Exact, LayerTrace, ModelTrace, Terms, value
+
+
+def exact_layers(
+    contents: Contents, trace: ModelTrace, *, batch_size: int, sequence_length: int, kv_dtype: str | None = None
+) -> list[Layer]:
+    """The layers of a profile.
+
+    Raises:
+        InvalidCheckpoint: If a tensor is not in the trace (it is of another checkpoint).
+    """
+    members: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in contents.headers.tensors:
+        place = trace.tensors.get(contents.logical[tensor.name].logical)
+        if place is None:
+            raise InvalidCheckpoint(f"tensor {tensor.name} is not in the cached trace; remove the cache")
+        members[place[0]].append(tensor)
+    ties: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    for layer, stored_in, name in trace.ties:
+        ties[layer].append((stored_in, name))
+    by_logical: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in contents.headers.tensors if ties else ():
+        by_logical[contents.logical[tensor.name].logical].append(tensor)
+    layers = [
+        _layer(
+            traced,
+            index,
+            tuple(members[index]),
+            trace=trace,
+            logical=contents.logical,
+            tied=[(stored_in, by_logical[name]) for stored_in, name in ties[index]],
+            at=(batch_size, sequence_length),
+            kv_dtype=kv_dtype,
+        )
+        for index, traced in enumerate(trace.layers)
+    ]
+    if members[-1]:
+        layers.append(unused_layer(members[-1], contents.logical, len(layers)))
+    return layers
+
+
+def _layer(
+    traced: LayerTrace,
+    index: int,
+    tensors: tuple[Tensor, ...],
+    *,
+    trace: ModelTrace,
+    logical: Mapping[str, Stored],
+    tied: Sequence[tuple[int, Sequence[Tensor]]],
+    at: tuple[int, int],
+    kv_dtype: str | None,
+) -> Layer:
+    batch, length = at
+    num_params, active = 0, 0.0
+    for tensor in tensors:
+        stored = logical[tensor.name]
+        _, is_parameter, share = trace.tensors[stored.logical]
+        if is_parameter:
+            num_params += stored.values
+            active += stored.values * share
+    kv = kv_terms(traced, kv_dtype)
+    tied_values = sum(logical[tensor.name].values for _, stored in tied for tensor in stored)
+    flop, parts = flop_at(traced, batch, length)
+    return Layer(
+        name=traced.name,
+        index=index,
+        layer_type=traced.layer_type,
+        num_params=num_params,
+        active_params=round(active) + tied_values,
+        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        kv_cache_bytes=kv.bytes_at(batch, length) if kv else 0,
+        activation_bytes=round(batch * max(0, value(traced.activation, length))),
+        peak_bytes=round(batch * max(0, value(traced.peak, length))),
+        compute_required=flop,
+        compute_min=_min(traced, flop, batch, length),
+        compute_terms=traced.terms,
+        once_terms=traced.once if any(traced.once) else None,
+        terms_range=(length, length) if traced.chunked else traced.terms_range,
+        kv_terms=kv,
+        parts=parts,
+        tied_to=trace.layers[tied[0][0]].name if tied else None,
+        tied_bytes=sum(tensor.end - tensor.begin for _, stored in tied for tensor in stored),
+        tensors=tensors,
+    )
+
+
+def flop_at(traced: LayerTrace, batch: int, length: int) -> tuple[float, dict[str, float]]:
+    """FLOP of the layer and of its parts at a batch size and sequence length."""
+    exact: Exact | None = traced.exact.get(f"{batch}x{length}")
+    if exact is not None:
+        return exact.flop, dict(exact.parts)
+    once = traced.once_parts
+    parts = {
+        part: batch * value(terms, length) + value(once.get(part, (0, 0, 0)), length)
+        for part, terms in traced.parts.items()
+    }
+    return batch * value(traced.terms, length) + value(traced.once, length), parts
+
+
+def kv_terms(traced: LayerTrace, kv_dtype: str | None) -> KvTerms | None:
+    """The layer's KV cache; None where it keeps nothing."""
+    if not (traced.kv_fixed or traced.kv_per_token or traced.state_bytes):
+        return None
+    width = traced.kv_value_bytes * 8 if kv_dtype is None else bits(canonical(kv_dtype) or "") or 16
+    return KvTerms(
+        fixed_bytes=-(-traced.kv_fixed * width // 8) + traced.state_bytes,
+        bytes_per_token=-(-traced.kv_per_token * width // 8),
+        window_tokens=traced.kv_window,
+    )
+
+
+def _min(traced: LayerTrace, flop: float, batch: int, length: int) -> float:
+    """FLOP without the pairs of tokens that a causal mask or its window hides."""
+    terms: Terms = traced.parts.get("attention", (0, 0, 0))
+    if not traced.causal or not terms[2]:
+        return flop
+    window = min(traced.attention_window or length, length)
+    seen = window * (window + 1) // 2 + (length - window) * window
+    return flop - batch * terms[2] * (length**2 - seen)
