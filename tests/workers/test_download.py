@@ -1,4 +1,4 @@
-"""Names become checkpoints, and checkpoints folders: local first, then the cache, then the Hub; whole or not at all."""
+"""Names become checkpoints, and checkpoints folders: local first, then cache, then Hub; whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,0 +1,314 @@
+"""A shard is whole or not there: kill -9, full disks, quotas, cancelling, and what a second call finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from hub.server import TestHub
+from shard_cases import dealt, profile_of, raw_tensors
+
+from planner.errors import Cancelled, Conflict, NodeFailure
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from workers.checkpoint import Checkpoint
+from workers.downloader import resolve
+from workers.shards import finished_shards, used_bytes
+from workers.splitter import delete_shard, split, verify
+
+MIB = 2**20
+#: Splits own/model for node "a" of two in a process of its own; the arguments are the source and the output.
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from shard_cases import dealt, profile_of
+from workers.downloader import resolve
+from workers.splitter import split
+source = resolve(sys.argv[1])
+profile = profile_of(source)
+split(source, profile, dealt(profile, ["a", "b"]), node_id="a", output=Path(sys.argv[2]), link=False)
+print("done")
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 32 MiB in 32 layers."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("own") / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    torch.manual_seed(0)
+    save_file({f"l.{i:02d}.w": torch.randn(MIB // 4) for i in range(32)}, folder / "model.safetensors")
+    return folder
+
+
+def start(source: str, output: Path) -> subprocess.Popen[str]:
+    code = SCRIPT.format(paths=[str(Path(__file__).parents[1])])
+    return subprocess.Popen([sys.executable, "-c", code, source, str(output)], stdout=subprocess.PIPE, text=True)
+
+
+def journal_lines(output: Path) -> int:
+    return sum(
+        len(path.read_bytes().splitlines()) - 1
+        for path in output.parent.glob(f".{output.name}.partial-*/state.jsonl")
+    )
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.partial-*"))
+
+
+def prepared(source: Checkpoint, *nodes: str) -> tuple[ModelProfile, Plan]:
+    profile = profile_of(source)
+    return profile, dealt(profile, nodes or ["a", "b"])
+
+
+def test_after_kill_9_only_what_is_missing_or_damaged_is_fetched(hub: TestHub, large: Path, tmp_path: Path) -> None:
+    hub.add_repo("own/model", large)
+    hub.bytes_per_s = 1.5e6
+    output = tmp_path / "shard"
+    process = start("own/model", output)
+    deadline = time.monotonic() + 60
+    while journal_lines(output) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "nothing was ever noted as done"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    hub.bytes_per_s = None
+    assert not output.exists()
+    kept = journal_lines(output)
+    (partial,) = leftovers(tmp_path)
+    entry = json.loads((partial / "state.jsonl").read_bytes().splitlines()[1])
+    with (partial / entry["f"]).open("rb+") as file:  # as a power cut may leave it
+        file.seek(entry["b"] + 7)
+        file.write(b"????")
+    with (partial / "state.jsonl").open("ab") as file:
+        file.write(b'{"f": "model.safe')  # torn
+    source = resolve("own/model")
+    profile, plan = prepared(source)
+    hub.counters.clear()
+    manifest = split(source, profile, plan, node_id="a", output=output)
+    fetched = hub.counters.body_bytes("*.safetensors", where="cdn")
+    assert fetched <= manifest.tensor_bytes - (kept - 1) * MIB + 100_000
+    everything = raw_tensors(large)
+    assert raw_tensors(output) == {t.name: everything[t.name] for t in manifest.tensors}
+    assert not leftovers(tmp_path)
+    assert verify(output).ok
+
+
+def test_a_local_copy_killed_at_any_moment_is_whole_or_not_there(large: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shard"
+    for reached in ("", "model.safetensors", "model.safetensors.index.json"):
+        process = start(str(large), output)
+        while process.poll() is None and not list(tmp_path.glob(f".shard.partial-*/{reached}")):
+            time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+        assert not output.exists() or verify(output).ok
+    process = start(str(large), output)
+    assert process.communicate()[0] == "done\n"
+    assert verify(output, checkpoint=resolve(large)).ok
+    assert not leftovers(tmp_path)
+
+
+def test_two_at_once_make_one_shard(large: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shard"
+    processes = [start(str(large), output) for _ in range(3)]
+    assert [process.communicate()[0] for process in processes] == ["done\n"] * 3
+    assert verify(output, checkpoint=resolve(large)).ok
+    assert not leftovers(tmp_path)
+
+
+def test_cancelling_leaves_nothing_that_looks_finished_and_resumes(large: Path, hub: TestHub, tmp_path: Path) -> None:
+    hub.add_repo("own/model", large)
+    source = resolve("own/model")
+    profile, plan = prepared(source)
+    hub.bytes_per_s = 2e6
+
+    def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done > 2 * MIB:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        split(source, profile, plan, node_id="a", output=tmp_path / "a", progress=cancel)
+    assert not (tmp_path / "a").exists()
+    hub.bytes_per_s = None
+    hub.counters.clear()
+    manifest = split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    assert hub.counters.body_bytes("*.safetensors", where="cdn") < manifest.tensor_bytes
+    assert verify(tmp_path / "a").ok
+    assert not leftovers(tmp_path)
+
+
+def test_a_whole_shard_is_kept_and_a_damaged_one_made_again(large: Path, tmp_path: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    first = split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    inode = (tmp_path / "a/manifest.json").stat().st_ino
+    assert split(source, profile, plan, node_id="a", output=tmp_path / "a") == first
+    assert (tmp_path / "a/manifest.json").stat().st_ino == inode
+    # Copied elsewhere and back: other times, the same bytes.
+    os.utime(tmp_path / "a/model.safetensors", (1, 1))
+    split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    assert (tmp_path / "a/manifest.json").stat().st_ino == inode
+    with (tmp_path / "a/model.safetensors").open("rb+") as file:
+        file.seek(100_000)
+        file.write(b"?")
+    assert not verify(tmp_path / "a").ok
+    split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    assert verify(tmp_path / "a", checkpoint=source).ok
+    other = dealt(profile, ["a", "b", "c"], plan_id="other")
+    assert split(source, profile, other, node_id="a", output=tmp_path / "a").plan_id == "other"
+    assert verify(tmp_path / "a", checkpoint=source).ok
+
+
+def test_something_else_is_never_overwritten_or_deleted(large: Path, tmp_path: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/letter.txt").write_text("dear")
+    with pytest.raises(Conflict, match="no shard"):
+        split(source, profile, plan, node_id="a", output=tmp_path / "home")
+    with pytest.raises(Conflict, match="nothing was removed"):
+        delete_shard(tmp_path / "home")
+    assert (tmp_path / "home/letter.txt").read_text() == "dear"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((Conflict, NodeFailure)):
+        split(source, profile, plan, node_id="a", output=tmp_path / "file")
+    with pytest.raises(NodeFailure):
+        split(source, profile, plan, node_id="a", output=tmp_path / "file" / "below")
+
+
+def test_deleting_removes_the_shard_and_what_was_never_finished(large: Path, tmp_path: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    split(source, profile, plan, node_id="a", output=tmp_path / "plan", link=False)
+    (tmp_path / ".plan.partial-dead").mkdir()
+    (tmp_path / ".plan.partial-dead/model.safetensors").write_bytes(b"x" * 1000)
+    assert [folder.name for folder, _ in finished_shards(tmp_path)] == ["plan"]
+    assert delete_shard(tmp_path / "plan") >= 16 * MIB
+    assert not list(tmp_path.iterdir())
+    assert delete_shard(tmp_path / "plan") == 0
+
+
+def test_a_quota_is_kept_before_the_first_byte(large: Path, tmp_path: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    split(source, profile, plan, node_id="a", output=tmp_path / "one", quota_bytes=24 * MIB)
+    with pytest.raises(NodeFailure, match="FAIRSHARD_DISK_QUOTA") as caught:
+        split(source, profile, plan, node_id="b", output=tmp_path / "two", quota_bytes=24 * MIB)
+    assert caught.value.details["quota_bytes"] == 24 * MIB
+    assert used_bytes(tmp_path) < 17 * MIB
+    delete_shard(tmp_path / "one")
+    split(source, profile, plan, node_id="b", output=tmp_path / "two", quota_bytes=24 * MIB)
+
+
+def test_a_shard_that_will_not_fit_is_refused_before_the_first_byte(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    real = os.statvfs
+
+    def nearly_full(path: Path) -> os.statvfs_result:
+        values = list(real(path))
+        values[4] = 10 * MIB // values[1]  # f_bavail
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
+    with pytest.raises(NodeFailure, match="too few"):
+        split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    assert used_bytes(tmp_path) < MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 24 MiB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a filesystem")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_disk_that_fills_up_meanwhile_is_named(hub: TestHub, large: Path, small_disk: Path, where: str) -> None:
+    hub.add_repo("own/model", large)
+    source = resolve(large) if where == "folder" else resolve("own/model")
+    profile, plan = prepared(source)
+    ballast = small_disk / "ballast"
+
+    def fill(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if not ballast.exists():
+            ballast.write_bytes(b"x" * (12 * MIB))
+
+    # 16 MiB are needed and 24 are there when it is checked; then someone else writes 12.
+    from workers import splitter
+
+    check = splitter.check_room
+
+    def checked(*args: object, **settings: object) -> None:
+        check(*args, **settings)  # type: ignore[arg-type]
+        fill(0, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splitter, "check_room", checked)
+        with pytest.raises(NodeFailure, match=r"the disk is full \("):
+            split(source, profile, plan, node_id="a", output=small_disk / "a")
+    assert not (small_disk / "a").exists()
+    ballast.unlink()
+    split(source, profile, plan, node_id="a", output=small_disk / "a")
+    assert verify(small_disk / "a").ok
+
+
+def test_a_disk_that_is_read_only_is_named(large: Path, small_disk: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(NodeFailure, match="(?i)read-only"):
+        split(source, profile, plan, node_id="a", output=small_disk / "a")
+
+
+def test_a_file_size_limit_is_named(tmp_path: Path, large: Path) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({4 * MIB}, {4 * MIB}))\n"
+    ) + SCRIPT.format(paths=[str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(large), str(tmp_path / "a")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode
+    assert "the process's limit" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_whole_file_is_linked_and_digested_by_verify(tmp_path: Path) -> None:
+    source = resolve(checkpoint("llama"))
+    profile = profile_of(source)
+    manifest = split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "a")
+    assert manifest.files[0].how in {"link", "reflink", "copy"}
+    if manifest.files[0].how == "copy":
+        pytest.skip("the temporary folder lies on another filesystem than the checkpoint")
+    assert manifest.files[0].digest is None
+    assert verify(tmp_path / "a", checkpoint=source).complete
+    digested = split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "a")
+    assert digested.files[0].digest
+    assert all(t.digest for t in digested.tensors)
+    copied = split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "b", link=False)
+    assert copied.files[0].digest == digested.files[0].digest
+    assert {t.name: t.digest for t in copied.tensors} == {t.name: t.digest for t in digested.tensors}
