@@ -9,8 +9,18 @@ from collections.abc import Iterator, Sequence
 
 from planner.cluster import Cluster, Link, Node
 from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, payload_bytes, roofline_s
-from planner.plan import PlanOptions
+from planner.errors import Infeasible, InvalidInput
+from planner.plan import Plan, PlanOptions
 from planner.profile import Layer, ModelProfile
+from planner.strategies import make_plan
+
+
+def outcome(model: ModelProfile, machines: Cluster, options: PlanOptions) -> Plan | Infeasible | InvalidInput:
+    """The plan, or why there is none."""
+    try:
+        return make_plan(model, machines, options)
+    except (Infeasible, InvalidInput) as error:
+        return error
 
 
 def profile(
@@ -104,7 +114,7 @@ def is_valid(model: ModelProfile, machines: Cluster, options: PlanOptions, nodes
         if node.node_id in options.exclude:
             return False
         share = options.max_memory_share.get(node.node_id, 1.0)
-        if node_memory_bytes(held) > math.floor(node.memory_bytes * share) - options.reserve_bytes:
+        if node_memory_bytes(held) > max(0, math.floor(node.memory_bytes * share) - options.reserve_bytes):
             return False
         flop = sum(layer_flop(layer, model, phase=options.phase) for layer in held)
         if flop > options.max_compute_share.get(node.node_id, 1.0) * total * (1 + 1e-9):
@@ -124,7 +134,11 @@ def bottleneck_s(seconds: Sequence[Sequence[float]], nodes: Sequence[int]) -> fl
 
 
 def latency_s(
-    model: ModelProfile, machines: Cluster, options: PlanOptions, seconds: Sequence[Sequence[float]], nodes: Sequence[int]
+    model: ModelProfile,
+    machines: Cluster,
+    options: PlanOptions,
+    seconds: Sequence[Sequence[float]],
+    nodes: Sequence[int],
 ) -> float:
     """Seconds of one pass, hops included."""
     total = sum(seconds[node][layer] for layer, node in enumerate(nodes))

@@ -1,0 +1,170 @@
+"""Plans against the truth: every way tried on thousands of small cases, an independent MILP on larger ones."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import planning
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from planner.cluster import Cluster
+from planner.errors import Infeasible
+from planner.plan import Objective, Phase, Plan, PlanOptions
+from planner.problem import Floats, Ints
+from planner.profile import ModelProfile
+from planner.strategies import make_plan
+
+_BLOCK = 25
+
+
+def _objective(plan: Plan) -> float:
+    return plan.predicted.bottleneck_s if plan.objective == "throughput" else plan.predicted.latency_s
+
+
+def _check(model: ModelProfile, machines: Cluster, options: PlanOptions, *, loose: float = 1.0) -> None:
+    truth = planning.best(model, machines, options, contiguous=options.strategy == "pipeline")
+    plan = planning.outcome(model, machines, options)
+    if not isinstance(plan, Plan):
+        assert isinstance(plan, Infeasible), plan
+        assert truth == math.inf, f"refused what fits with {truth}: {plan}"
+        return
+    value = _objective(plan)
+    assert plan.predicted.lower_bound_s <= truth * (1 + 1e-9), "the bound does not hold"
+    assert value >= truth * (1 - 1e-9), "better than the best: the prediction is wrong"
+    assert value <= truth * loose * (1 + 1e-6), "not the best"
+    if plan.predicted.exact:
+        assert value <= truth * (1 + 1e-6), "called exact and is not"
+    ids = {name: node_id for node_id, names in plan.allocation.items() for name in names}
+    at = {node.node_id: position for position, node in enumerate(machines.nodes)}
+    nodes = [at[ids[layer.name]] for layer in model.layers]
+    assert planning.is_valid(model, machines, options, nodes)
+    seconds = planning.layer_seconds(model, machines, options)
+    assert math.isclose(plan.predicted.bottleneck_s, planning.bottleneck_s(seconds, nodes), rel_tol=1e-9)
+    latency = planning.latency_s(model, machines, options, seconds, nodes)
+    if options.phase == "prefill":  # a decode hop's bytes are rounded up to whole ones in the chain
+        assert math.isclose(plan.predicted.latency_s, latency, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "different"])
+@pytest.mark.parametrize("block", range(10))
+def test_the_bottleneck_is_the_smallest_there_is(strategy: str, phase: Phase, runs: bool, block: int) -> None:
+    for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
+        model, machines = planning.random_case(seed, runs=runs)
+        _check(model, machines, PlanOptions(strategy=strategy, phase=phase))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loose"),
+    # Any layer anywhere with hops that cost is searched, not solved; its bound still has to hold.
+    [("pipeline", 1.0), ("greedy", 1.25)],
+)
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "different"])
+@pytest.mark.parametrize("block", range(10))
+def test_one_request_takes_the_least_time_there_is(strategy: str, loose: float, runs: bool, block: int) -> None:
+    objective: Objective = "latency"
+    for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
+        model, machines = planning.random_case(seed, runs=runs)
+        _check(model, machines, PlanOptions(strategy=strategy, objective=objective), loose=loose)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+@pytest.mark.parametrize("block", range(6))
+def test_constraints_of_the_user_do_not_cost_more_than_they_must(strategy: str, block: int) -> None:
+    for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
+        model, machines = planning.random_case(seed, runs=seed % 2 == 0)
+        draw = random.Random(seed)
+        ids = [node.node_id for node in machines.nodes]
+        pins = {}
+        if draw.random() < 0.6:
+            pins = {draw.choice(model.layers).name: draw.choice(ids) for _ in range(draw.randint(1, 2))}
+        others = [node_id for node_id in ids if node_id not in pins.values()]
+        options = PlanOptions(
+            strategy=strategy,
+            pins=pins,
+            exclude=frozenset(others[:1]) if len(ids) > 1 and draw.random() < 0.3 else frozenset(),
+            max_memory_share={draw.choice(ids): draw.choice([0.5, 0.9])} if draw.random() < 0.5 else {},
+            max_compute_share={draw.choice(ids): draw.choice([0.2, 0.5, 0.8])} if draw.random() < 0.5 else {},
+            reserve_bytes=draw.choice([0, 0, 1]),
+        )
+        _check(model, machines, options)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_time_budget_is_met_with_the_fewest_nodes(strategy: str, seed: int) -> None:
+    model, machines = planning.random_case(seed, runs=True)
+    draw = random.Random(seed)
+    least = planning.best(model, machines, PlanOptions(), contiguous=strategy == "pipeline")
+    if math.isinf(least):
+        return
+    budget = least * draw.choice([1.0, 1.3, 2.0, 5.0])
+    options = PlanOptions(strategy=strategy, time_budget_s=budget)
+    seconds = planning.layer_seconds(model, machines, options)
+    fewest = min(
+        len(set(nodes))
+        for nodes in planning.assignments(model, machines, contiguous=strategy == "pipeline")
+        if planning.is_valid(model, machines, options, nodes)
+        and planning.bottleneck_s(seconds, nodes) <= budget * (1 + 1e-9)
+    )
+    plan = make_plan(model, machines, options)
+    assert plan.predicted.bottleneck_s <= budget * (1 + 1e-8)
+    assert plan.time_budget_s == pytest.approx(budget)
+    # Tied weights are planned in two ways; the copies' plan is not always that of the fewest nodes.
+    slack = 1 if any(layer.tied_to for layer in model.layers) else 0
+    assert len(plan.allocation) <= fewest + slack
+
+
+def _milp_bottleneck(seconds: Floats, sizes: Ints, room: Ints) -> float:
+    """The smallest bottleneck of any layer anywhere by HiGHS: minimise T, sum x = 1, loads <= T, bytes <= room."""
+    nodes, layers = seconds.shape
+    variables = nodes * layers + 1
+    cost = np.zeros(variables)
+    cost[-1] = 1.0
+    once = np.zeros((layers, variables))
+    load = np.zeros((nodes, variables))
+    held = np.zeros((nodes, variables))
+    for node in range(nodes):
+        for layer in range(layers):
+            once[layer, node * layers + layer] = 1
+            load[node, node * layers + layer] = seconds[node, layer]
+            held[node, node * layers + layer] = sizes[layer]
+        load[node, -1] = -1
+    result = milp(
+        cost,
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(load, -np.inf, 0),
+            LinearConstraint(held, -np.inf, room),
+        ],
+        integrality=np.append(np.ones(variables - 1), 0),
+        bounds=Bounds(0, np.append(np.ones(variables - 1), np.inf)),
+        options={"mip_rel_gap": 1e-9, "time_limit": 60},
+    )
+    assert result.status in (0, 2), result.message
+    return float(result.fun) if result.status == 0 else math.inf
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_greedy_equals_an_independent_milp(seed: int) -> None:
+    draw = random.Random(1000 + seed)
+    count, machines_count = draw.randint(8, 14), draw.randint(3, 4)
+    common = (draw.randint(4, 9), draw.randint(2, 5))
+    costs = [(2, 9), *[common] * (count - 2), (draw.randint(8, 25), 9)]
+    room = [draw.randint(4, 40) for _ in range(machines_count)]
+    model = planning.profile([f for f, _ in costs], [b for _, b in costs])
+    machines = planning.cluster([draw.randint(1, 20) for _ in range(machines_count)], room)
+    seconds = np.array(planning.layer_seconds(model, machines, PlanOptions()))
+    truth = _milp_bottleneck(seconds, np.array([b for _, b in costs]), np.array(room))
+    try:
+        plan = make_plan(model, machines)
+    except Infeasible:
+        assert math.isinf(truth)
+        return
+    assert plan.predicted.bottleneck_s == pytest.approx(truth, rel=1e-6)
+    assert plan.predicted.lower_bound_s <= truth * (1 + 1e-6)
+    assert plan.predicted.exact
