@@ -88,6 +88,8 @@ class Layer:
     tied_to: str | None = None
     #: Bytes of the shared weights, counted in `tied_to`'s `weight_bytes`, that this layer needs as well.
     tied_bytes: int = 0
+    #: Their names in `tied_to`'s tensors; empty where not known.
+    tied_tensors: tuple[str, ...] = ()
     tensors: tuple[Tensor, ...] = ()
 
     def at(self, *, batch_size: int, sequence_length: int, from_batch: int, from_sequence: int) -> Layer:

@@ -165,8 +165,9 @@ def _wanted(
         if layer.tied_to not in layers:
             raise InvalidMetadata(f"layer {layer.name!r} is tied to {layer.tied_to!r}, which the profile lacks")
         shared = layers[layer.tied_to].tensors
+        named = [tensor for tensor in shared if tensor.name in layer.tied_tensors]
         exact = [tensor for tensor in shared if tensor.size_bytes == layer.tied_bytes]
-        for tensor in exact[:1] or shared:
+        for tensor in named or exact[:1] or shared:
             if tensor.name not in wanted:
                 wanted[tensor.name] = (tensor, layer.tied_to)
                 duplicated.append(tensor.name)

@@ -21,7 +21,8 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
 from workers.downloader import resolve
-from workers.shards import finished_shards, used_bytes
+from workers.layout import Layout
+from workers.shards import check_room, finished_shards, used_bytes
 from workers.splitter import delete_shard, split, verify
 
 MIB = 2**20
@@ -239,7 +240,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 24 MiB, where this user may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], check=False)
     if mounted.returncode:
         pytest.skip("this user may not mount a filesystem")
     yield place
@@ -258,16 +259,12 @@ def test_a_disk_that_fills_up_meanwhile_is_named(hub: TestHub, large: Path, smal
             ballast.write_bytes(b"x" * (12 * MIB))
 
     # 16 MiB are needed and 24 are there when it is checked; then someone else writes 12.
-    from workers import splitter
-
-    check = splitter.check_room
-
-    def checked(*args: object, **settings: object) -> None:
-        check(*args, **settings)  # type: ignore[arg-type]
+    def checked(folder: Path, layout: Layout, *, quota_bytes: int | None) -> None:
+        check_room(folder, layout, quota_bytes=quota_bytes)
         fill(0, None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splitter, "check_room", checked)
+        patch.setattr("workers.splitter.check_room", checked)
         with pytest.raises(NodeFailure, match=r"the disk is full \("):
             split(source, profile, plan, node_id="a", output=small_disk / "a")
     assert not (small_disk / "a").exists()
@@ -280,7 +277,7 @@ def test_a_disk_that_is_read_only_is_named(large: Path, small_disk: Path) -> Non
     source = resolve(large)
     profile, plan = prepared(source)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(NodeFailure, match="(?i)read-only"):
+    with pytest.raises(NodeFailure, match=r"(?i)read-only"):
         split(source, profile, plan, node_id="a", output=small_disk / "a")
 
 
@@ -290,7 +287,11 @@ def test_a_file_size_limit_is_named(tmp_path: Path, large: Path) -> None:
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({4 * MIB}, {4 * MIB}))\n"
     ) + SCRIPT.format(paths=[str(Path(__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(large), str(tmp_path / "a")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(large), str(tmp_path / "a")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode
     assert "the process's limit" in done.stderr
