@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import yaml
 
 
+#: Lists and objects within each other in YAML; a plan has six.
+_DEEPEST = 100
+
+
 def dumps(obj: object) -> bytes:
     """JSON text of `obj`, UTF-8, indented by two, with a newline at its end.
 
@@ -77,6 +81,10 @@ def loads_yaml(text: bytes, *, source: str = "the document") -> Any:
         """The safe loader with JSON's scalars and no duplicate keys."""
 
         yaml_implicit_resolvers = _resolvers()
+        yaml_constructors = {  # no other tag means anything here
+            f"tag:yaml.org,2002:{name}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{name}"]
+            for name in ("null", "bool", "str", "seq", "map")
+        } | {None: yaml.SafeLoader.yaml_constructors[None]}
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -91,8 +99,13 @@ def loads_yaml(text: bytes, *, source: str = "the document") -> Any:
     Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
     Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=base)):
-            raise InvalidInput(f"{source} uses YAML aliases (*name); write the values out")
+        depth = 0
+        for event in yaml.parse(text, Loader=base):
+            if isinstance(event, yaml.AliasEvent):
+                raise InvalidInput(f"{source} uses YAML aliases (*name); write the values out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise InvalidInput(f"{source} nests too deeply")
         return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader, made stricter)
     except RecursionError:
         raise InvalidInput(f"{source} nests too deeply") from None
@@ -148,7 +161,8 @@ def _resolvers() -> dict[str | None, list[tuple[str, re.Pattern[str]]]]:
     tag = "tag:yaml.org,2002:"
     number = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
     real = re.compile(
-        r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"  # numbers, and refused as such
     )
     resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {
         first: [(tag + "int", number), (tag + "float", real)] for first in "-+0123456789."

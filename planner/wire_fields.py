@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -87,6 +88,22 @@ class Flag(fields.Field[bool]):
         if type(value) is bool:
             return value
         raise ValidationError(f"must be true or false, got {shown(value)}")
+
+
+class Free(fields.Field[dict[str, Any]]):
+    """An object with anything in it that JSON can say."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError, RecursionError):
+                pass
+            else:
+                return value
+        raise ValidationError(f"must be an object of plain JSON, got {shown(value)}")
 
 
 class NodeId(fields.Field[str]):

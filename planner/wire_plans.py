@@ -13,7 +13,7 @@ from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
 from planner.plan import Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
 from planner.wire import SCHEMA_VERSION
-from planner.wire_fields import Flag, Integer, ModelName, NodeId, Number, Text, seconds, shown
+from planner.wire_fields import Flag, Free, Integer, ModelName, NodeId, Number, Text, seconds, shown
 from planner.wire_schemas import Lenient
 
 _PLAN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -109,7 +109,7 @@ class HopSchema(Lenient):
     transfer_s = Number(load_default=0.0)
     compute_s = Number(load_default=0.0)
     link = fields.Nested(HopLinkSchema, load_default=None, allow_none=True)
-    check = fields.Dict(keys=fields.String(), load_default=dict)
+    check = Free(load_default=dict)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> Hop:
@@ -122,7 +122,7 @@ class MegaphoneSchema(Lenient):
 
     start_node = NodeId(required=True)
     chain = fields.List(fields.Nested(HopSchema), required=True, validate=validate.Length(1, MAX_LAYERS))
-    announcement = fields.Dict(keys=fields.String(), load_default=dict)
+    announcement = Free(load_default=dict)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> Megaphone:
