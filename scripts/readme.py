@@ -1,0 +1,196 @@
+"""Runs README.md's console blocks in a copy of the tree with an empty home folder.
+
+    python scripts/readme.py             writes what the commands really print into README.md
+    tests/integration/test_demo.py       runs them too, and compares
+
+A block is fenced as ```console; its lines `$ command` are run, and the rest is their output. `fairshard up` is run
+in the background until it is ready, on a free port, and ended with the document. The Hub is out of reach, so that the
+model is the one of the PyPI package, everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = "https://huggingface.co"
+#: Nobody listens there.
+NO_HUB = "http://127.0.0.1:9"
+_FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SKIP = shutil.ignore_patterns(
+    ".git", ".venv", ".fairshard", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "shards", "out"
+)
+#: What comes and goes with the machine's speed.
+_FLEETING = re.compile(
+    r"^\s*[\d.]+ s  \S+ +(running|\d+%)|^  for the command line|^Making|\d%\||is ignored: it is neither"
+)
+
+
+@dataclass
+class Command:
+    """A command of the document, what is said that it prints, and what it printed."""
+
+    text: str
+    said: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)
+    status: int | None = None
+
+
+def parse(block: str) -> list[Command]:
+    """The commands of one block."""
+    commands: list[Command] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            commands.append(Command(line[2:]))
+        elif commands:
+            commands[-1].said.append(line)
+    return commands
+
+
+def normal(line: str) -> str:
+    """The line without what differs from run to run: hashes, numbers, rules and runs of spaces."""
+    line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "H", line)
+    line = re.sub(r"[\d][\d,.:]*", "N", line)
+    return re.sub(r"─+", "─", " ".join(line.split()))
+
+
+@dataclass
+class Session:
+    """A copy of the tree in which commands are run."""
+
+    clone: Path
+    home: Path
+    url: str = "http://127.0.0.1:8080"
+    _up: subprocess.Popen[str] | None = None
+
+    def env(self) -> dict[str, str]:
+        """An empty home and no setting but the endpoint."""
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("FAIRSHARD_", "HF_", "PYTEST", "VIRTUAL_ENV"))
+        }
+        # A python3 that lives in a home folder's manager would lose its way with another home.
+        path = [str(self.clone / ".venv" / "bin"), f"{sys.base_prefix}/bin", os.environ["PATH"]]
+        return kept | {
+            "HOME": str(self.home),
+            "PATH": os.pathsep.join(path),
+            "HF_ENDPOINT": NO_HUB,
+            "FAIRSHARD_URL": self.url,
+            "COLUMNS": "110",
+            "PYTHONUTF8": "1",
+        }
+
+    def run(self, command: Command, *, timeout_s: float = 600.0) -> None:
+        """Run one command and note what it printed."""
+        if command.text.split("#")[0].strip() == "fairshard up":
+            self._start(command)
+            return
+        done = subprocess.run(
+            ["/bin/bash", "-c", command.text],
+            cwd=self.clone,
+            env=self.env(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        command.status = done.returncode
+        command.printed = self._readable(done.stdout)
+
+    def _start(self, command: Command) -> None:
+        lines: list[str] = []
+        argv = ["fairshard", "up", "--port", "0"]
+        self._up = subprocess.Popen(argv, cwd=self.clone, env=self.env(), stderr=subprocess.PIPE, text=True)
+
+        def read(up: subprocess.Popen[str]) -> None:
+            assert up.stderr is not None
+            lines.extend(iter(up.stderr.readline, ""))
+
+        threading.Thread(target=read, args=(self._up,), daemon=True).start()
+        deadline = time.monotonic() + 180
+        while not any("for the command line" in line for line in lines):
+            if self._up.poll() is not None or time.monotonic() > deadline:
+                command.status, command.printed = 1, list(lines)
+                return
+            time.sleep(0.1)
+        (self.url,) = [line.split()[-1] for line in lines if "page and API" in line]
+        command.status, command.printed = 0, self._readable("".join(lines))
+
+    def _readable(self, text: str) -> list[str]:
+        text = (
+            text.replace(NO_HUB, HUB).replace(self.url, "http://127.0.0.1:8080").replace(str(self.clone), "fairshard")
+        )
+        lines = [line.rstrip().split("\r")[-1] for line in text.splitlines()]
+        kept = [line for line in lines if not _FLEETING.search(line)]
+        return "\n".join(kept).strip("\n").splitlines()
+
+    def stop(self) -> int | None:
+        """End `fairshard up`, if it was started; its status."""
+        if self._up is None:
+            return None
+        self._up.terminate()
+        status = self._up.wait(90)
+        if self._up.stderr is not None:
+            self._up.stderr.close()
+        self._up = None
+        return status
+
+
+@contextlib.contextmanager
+def session(directory: Path) -> Iterator[Session]:
+    """A fresh copy of the tree below `directory`."""
+    clone, home = directory / "fairshard", directory / "home"
+    shutil.copytree(ROOT, clone, ignore=_SKIP, symlinks=True)
+    home.mkdir()
+    made = Session(clone, home)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def main() -> int:
+    """Write README.md's outputs anew."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    failed = False
+    with tempfile.TemporaryDirectory() as directory, session(Path(directory)) as live:
+
+        def rewritten(match: re.Match[str]) -> str:
+            nonlocal failed
+            lines = []
+            for command in parse(match.group(1)):
+                print("$", command.text, file=sys.stderr, flush=True)
+                live.run(command)
+                failed |= command.status != 0
+                print(*command.printed, sep="\n", file=sys.stderr, flush=True)
+                lines += [f"$ {command.text}", *command.printed]
+            return "\n".join(["```console", *lines, "```"])
+
+        text = _FENCE.sub(rewritten, text)
+    if failed:
+        print("a command failed: README.md stays as it is", file=sys.stderr)
+        return 1
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+def commands(text: str) -> list[Command]:
+    """All commands of a document."""
+    return [command for match in _FENCE.finditer(text) for command in parse(match.group(1))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
