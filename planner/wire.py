@@ -267,6 +267,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
         "compute_required": _number(layer.compute_required),
         "compute_min": None if layer.compute_min is None else _number(layer.compute_min),
         "compute_terms": None if layer.compute_terms is None else [_number(term) for term in layer.compute_terms],
+        "once_terms": None if layer.once_terms is None else [_number(term) for term in layer.once_terms],
         "terms_range": None if layer.terms_range is None else list(layer.terms_range),
         "kv_terms": None
         if kv is None
@@ -278,6 +279,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
         "parts": {name: _number(flop) for name, flop in layer.parts.items()},
         "tied_to": layer.tied_to,
         "tied_bytes": layer.tied_bytes,
+        "tied_tensors": list(layer.tied_tensors),
         "tensors": [
             {
                 "name": tensor.name,

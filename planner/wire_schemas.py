@@ -74,6 +74,7 @@ class LayerSchema(Lenient):
     compute_terms = fields.List(
         Number(low=-1e30), validate=validate.Length(equal=3), load_default=None, allow_none=True
     )
+    once_terms = fields.List(Number(low=-1e30), validate=validate.Length(equal=3), load_default=None, allow_none=True)
     terms_range = fields.List(
         Integer(allow_none=True), validate=validate.Length(equal=2), load_default=None, allow_none=True
     )
@@ -81,6 +82,7 @@ class LayerSchema(Lenient):
     parts = fields.Dict(keys=Text(longest=64), values=Number(), load_default=dict)
     tied_to = Text(load_default=None, allow_none=True)
     tied_bytes = Integer(load_default=0)
+    tied_tensors = fields.List(Text(), load_default=list)
     tensors = fields.List(fields.Nested(TensorSchema), load_default=list)
     # The seed's: one tensor's.
     shape = fields.List(Integer(), validate=validate.Length(max=32), load_default=None, allow_none=True)
@@ -102,8 +104,10 @@ class LayerSchema(Lenient):
             if first is None or (last is not None and last < first):
                 raise ValidationError(f"must be [first, last or null], got {data['terms_range']}", "terms_range")
             data["terms_range"] = (first, last)
-        if data["compute_terms"] is not None:
-            data["compute_terms"] = tuple(data["compute_terms"])
+        for terms in ("compute_terms", "once_terms"):
+            if data[terms] is not None:
+                data[terms] = tuple(data[terms])
+        data["tied_tensors"] = tuple(data["tied_tensors"])
         data["layer_type"] = data["layer_type"] or "unknown"
         data["tensors"] = tuple(data["tensors"])
         return data

@@ -55,7 +55,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "download", parents=[common], formatter_class=form, epilog=_DOWNLOAD, help="fetch a whole checkpoint"
     )
     add_source(command)
-    command.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="default: the model's name's last part")
+    command.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="default: the Hub's cache")
     command.set_defaults(run=download)
 
     command = commands.add_parser(
@@ -165,8 +165,7 @@ def download(args: argparse.Namespace) -> int:
     from workers.downloader import download as fetch
 
     checkpoint = checkpoint_of(args)
-    target = args.dir or Path(checkpoint.model_name.rpartition("/")[2])
-    folder = fetch(checkpoint, target, progress=progress(args))
+    folder = fetch(checkpoint, args.dir, progress=progress(args))
     size = sum(file.size_bytes for file in checkpoint.files.values())
     obj = {
         "model_name": checkpoint.model_name,

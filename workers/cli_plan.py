@@ -253,7 +253,7 @@ def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Clust
     from planner.strategies import max_context
 
     longest = max_context(profile, cluster, options)
-    if longest == 0:
+    if not longest:
         raise Infeasible(
             f"no plan exists for {profile.model_name} on these nodes, however short the sequence",
             details={"max_sequence_length": 0},
@@ -264,16 +264,23 @@ def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Clust
 
 
 def _replan(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
-    from planner.replan import replan
-
     from planner.export import import_plan
+    from planner.replan import replan
     from planner.wire import load_file
 
     before = import_plan(load_file(args.from_plan), profile)
-    after = replan(before, profile, cluster, options, tolerance=args.tolerance)
+    after = replan(before, profile, cluster, options, tolerance=args.tolerance, generated_at=_now())
     moves = output.moves(after.moves)
-    status = _show(args, after.plan, profile, {"moves": moves, "moved_bytes": sum(move["bytes"] for move in moves)})
+    extra = {
+        "moves": moves,
+        "moved_bytes": after.moved_bytes,
+        "must_move_bytes": after.must_move_bytes,
+        "objective_s": after.objective_s,
+        "best_objective_s": after.best_objective_s,
+        "reason": after.reason,
+    }
+    status = _show(args, after.plan, profile, extra)
     if not args.json:
-        for line in output.move_lines(moves):
+        for line in [*output.move_lines(moves), after.reason]:
             print(line)
     return status

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible
 from planner.plan import Plan
 from workers.cli_io import shown_bytes, shown_flop, shown_rate, shown_seconds, table
+
+if TYPE_CHECKING:
+    from planner.replan import Move
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -114,14 +117,12 @@ def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
     return table(head, rows, right=" rrrrr")
 
 
-def moves(found: Iterable[Any]) -> list[dict[str, Any]]:
-    """A re-plan's moves as JSON."""
-    return [move if isinstance(move, dict) else move_json(move) for move in found]
-
-
-def move_json(move: Any) -> dict[str, Any]:
-    """One move: who gives what to whom."""
-    return {"layer_name": move.layer_name, "from": move.source, "to": move.target, "bytes": move.bytes}
+def moves(found: Iterable[Move]) -> list[dict[str, Any]]:
+    """A re-plan's moves as JSON: who gives what to whom."""
+    return [
+        {"layer_name": move.layer_name, "from": move.source, "to": move.target, "bytes": move.size_bytes}
+        for move in found
+    ]
 
 
 def move_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -130,7 +131,7 @@ def move_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["", "nothing moves"]
     total = sum(move["bytes"] for move in found)
     rows = [
-        (move["layer_name"], move["from"] or "(the Hub)", move["to"], shown_bytes(move["bytes"])) for move in found
+        (move["layer_name"], move["from"] or "(checkpoint)", move["to"], shown_bytes(move["bytes"])) for move in found
     ]
     return ["", *table(("layer", "from", "to", "bytes"), rows, right="   r"), f"{shown_bytes(total)} to move"]
 

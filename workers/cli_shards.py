@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.names import check_node_id
 from workers.cli_io import emit, progress, shown_bytes, size, table
 from workers.cli_models import add_source, checkpoint_of
+
+if TYPE_CHECKING:
+    from workers.verify import VerifyReport
 
 _SPLIT = """\
 examples:
@@ -36,6 +39,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add_source(command)
     command.add_argument("--plan", type=Path, required=True, metavar="FILE", help="what `plan --output` wrote")
+    command.add_argument(
+        "--metadata", type=Path, metavar="FILE", help="the profile it was made from (default: profile SOURCE again)"
+    )
+    command.add_argument("--no-compute", action="store_true", help="the plan was made with --no-compute")
     command.add_argument("--node", required=True, metavar="ID", help="the node whose shard is cut")
     command.add_argument(
         "--output",
@@ -54,6 +61,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "verify", parents=[common], formatter_class=form, epilog=_VERIFY, help="prove that shards are whole and right"
     )
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="shards' folders")
+    command.add_argument("--complete", action="store_true", help="fail unless every shard of the plan is given")
     command.add_argument("--source", metavar="SOURCE", help="compare with this checkpoint (a Hub id or a folder)")
     command.add_argument("--revision", metavar="R", help="of SOURCE (default: the plan's)")
     command.set_defaults(run=verify)
@@ -70,7 +78,7 @@ def split(args: argparse.Namespace) -> int:
     """Fairshard split."""
     from planner.errors import InvalidInput
     from planner.export import import_plan
-    from planner.wire import load_file
+    from planner.wire import load_file, profile_from_json
     from workers.generator import generate
     from workers.settings import Settings
     from workers.splitter import split as cut
@@ -81,26 +89,31 @@ def split(args: argparse.Namespace) -> int:
     if args.revision is None and isinstance(revision, str):
         args.revision = revision  # the plan's, and not what the branch has become since
     checkpoint = checkpoint_of(args)
-    profile = generate(checkpoint, compute=False, progress=progress(args))
+    settings = replace(Settings.from_env(), node_id=node_id)
+    if args.metadata is not None:
+        profile = profile_from_json(load_file(args.metadata))
+    else:
+        traces = settings.data_dir / "traces"
+        profile = generate(checkpoint, compute=not args.no_compute, cache_dir=traces, progress=progress(args))
     plan = import_plan(obj, profile)
     if node_id not in plan.allocation:
         raise InvalidInput(
             f"plan {plan.plan_id} gives node {node_id} nothing; it uses {', '.join(sorted(plan.allocation))}",
             details={"node_id": node_id, "nodes": sorted(plan.allocation)},
         )
-    output = args.output or replace(Settings.from_env(), node_id=node_id).shards_dir
+    folder = (args.output or settings.shards_dir) / plan.plan_id / node_id
     manifest = cut(
         checkpoint,
         profile,
         plan,
         node_id=node_id,
-        output=output,
+        output=folder,
         progress=progress(args),
         max_shard_bytes=args.max_file_size,
         sha256=args.sha256,
         paranoid=args.paranoid,
+        quota_bytes=settings.disk_quota_bytes,
     )
-    folder = output / plan.plan_id / node_id
     answer = {"directory": str(folder), **manifest.to_json()}
     rows = [(file.name, shown_bytes(file.size_bytes), file.digest) for file in manifest.files]
     lines = [
@@ -114,21 +127,31 @@ def split(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Fairshard verify."""
-    from workers.splitter import verify as prove
+    from workers.verify import verify as prove
 
     checkpoint = None
     if args.source is not None:
         checkpoint = checkpoint_of(args)
     report = prove(args.dirs, checkpoint=checkpoint, progress=progress(args))
-    answer = report.to_json()
-    lines = report.lines()
-    emit(args, answer, lines)
-    return 0 if report.ok else 1
+    emit(args, report.to_json(), _report_lines(report))
+    return 0 if (report.complete if args.complete else report.ok) else 1
+
+
+def _report_lines(report: VerifyReport) -> list[str]:
+    counts = f"{report.shards} shards, {report.files} files, {report.tensors} tensors, {shown_bytes(report.bytes)}"
+    lines = [f"{problem.directory}: {problem.what}: {problem.reason}" for problem in report.problems]
+    lines += [f"{name}: put together again, sha256 {digest}" for name, digest in report.rebuilt.items()]
+    if report.proven:
+        lines.append(f"proven equal to the checkpoint's: {', '.join(report.proven)}")
+    if report.missing_nodes:
+        lines.append(f"not given: the shards of {', '.join(report.missing_nodes)}")
+    verdict = "everything is right" if report.complete else "what was given is right" if report.ok else "damaged"
+    return [*lines, f"{counts}: {verdict}"]
 
 
 def merge(args: argparse.Namespace) -> int:
     """Fairshard merge."""
-    from workers.splitter import merge as join
+    from workers.merge import merge as join
 
     folder = join(args.dirs, args.out, progress=progress(args))
     emit(args, {"directory": str(folder)}, [f"wrote {folder}"])

@@ -52,7 +52,7 @@ def test_runs_are_the_neighbouring_layers_of_one_node_in_execution_order() -> No
 def test_the_chain_runs_every_layer_once_in_order_and_skips_what_nobody_executes() -> None:
     chain = made().chain
     assert [name for hop in chain for name in hop.layer_names] == [f"l{index}" for index in range(6)]
-    assert [hop.step for hop in chain] == [0, 1, 2, 3]
+    assert [hop.step for hop in chain] == [1, 2, 3, 4]
     assert [hop.node_id for hop in chain] == ["a", "b", "a", "b"]
     assert made().start_node == "a"
     for hop, following in pairwise(chain):
@@ -87,10 +87,10 @@ def test_everyone_is_told_what_is_theirs_and_whom_they_hear_from() -> None:
     assert announcement["revision"] == "0123abc"
     assert announcement["parts"]["b"] == [
         {
-            "step": 1, "layer_names": ["l2", "l3"], "from": "a", "next_nodes": ["a"],
+            "step": 2, "layer_names": ["l2", "l3"], "from": "a", "next_nodes": ["a"],
             "receives_bytes": 1001, "sends_bytes": 1003,
         },
-        {"step": 3, "layer_names": ["l5"], "from": "a", "next_nodes": [], "receives_bytes": 1004, "sends_bytes": 0},
+        {"step": 4, "layer_names": ["l5"], "from": "a", "next_nodes": [], "receives_bytes": 1004, "sends_bytes": 0},
     ]  # fmt: skip
     body = {name: value for name, value in announcement.items() if name != "digest"}
     assert announcement["digest"] == digest(body)
@@ -111,7 +111,7 @@ def test_a_receiver_accepts_what_the_plan_says() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"plan_id": "p2"}, "step 1 on b expects plan_id p1, got p2"),
+        ({"plan_id": "p2"}, "step 2 on b expects plan_id p1, got p2"),
         ({"revision": "fff"}, "expects revision 0123abc, got fff"),
         ({"sender": "c"}, "expects from a, got c"),
         ({"payload": 1000}, "expects payload_bytes 1001, got 1000"),

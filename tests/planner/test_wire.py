@@ -35,6 +35,7 @@ def layer(index: int, **changes: Any) -> Layer:
         "compute_required": 1e12 / 3,
         "compute_min": 2e11,
         "compute_terms": (0.0, 5.5, 0.25),
+        "once_terms": (1.0, 0.0, 2.5),
         "terms_range": (16, None),
         "kv_terms": KvTerms(fixed_bytes=1, bytes_per_token=2, window_tokens=3),
         "parts": {"attention": 1e11, "mlp": 2e11},
@@ -54,7 +55,15 @@ def profile(layers: int = 4) -> ModelProfile:
         sequence_length=128,
         layers=(
             *(layer(index) for index in range(layers - 1)),
-            layer(layers - 1, name="lm_head", layer_type="head", tied_to="model.layers.0", tied_bytes=40, tensors=()),
+            layer(
+                layers - 1,
+                name="lm_head",
+                layer_type="head",
+                tied_to="model.layers.0",
+                tied_bytes=40,
+                tied_tensors=("w",),
+                tensors=(),
+            ),
         ),
         approximate=("FLOP by the general rule",),
         generated_at="2026-01-02T03:04:05Z",
@@ -137,7 +146,7 @@ def test_a_plan_has_the_seeds_fields() -> None:
     assert sum(share["total_compute"] for share in obj["split_plan"].values()) == pytest.approx(plan.total_compute)
     chain = obj["megaphone_plan"]["chain"]
     assert obj["megaphone_plan"]["start_node"] == chain[0]["node_id"]
-    assert [hop["step"] for hop in chain] == list(range(len(chain)))
+    assert [hop["step"] for hop in chain] == list(range(1, len(chain) + 1))
 
 
 def test_writing_and_its_imports_load_neither_marshmallow_nor_numpy_nor_yaml(tmp_path: Path) -> None:
