@@ -52,8 +52,9 @@ format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install-dev ## Write docs/modules.md anew
+docs: install-dev ## Write docs/modules.md and docs/api.md anew
 	$(BIN)/python scripts/modules_doc.py
+	$(BIN)/python scripts/api_doc.py
 
 bench: install-dev ## Measure: planner, profile, split, queue
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python "$$b" || exit 1; done
