@@ -1,0 +1,297 @@
+"""Any interleaving of users, workers, messages, crashes, clock jumps and dying nodes, against a model of the ledger.
+
+What is checked after each step: the counters and indices agree with the steps; no outcome counts twice. And at the
+end, once workers work again: every job is done exactly once, failed with its reason, or cancelled, and nothing of
+it is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from ledger_clock import Clocked, chain, splits
+from running import RedisProcess
+
+from planner.errors import InvalidInput, LimitExceeded, Unavailable
+from workers.ledger import ENDED, Claimed, StepSpec, Wakeup
+
+NODES = ("a", "b", "c")
+OPEN = {"waiting", "queued", "running"}
+_server: list[RedisProcess] = []
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Users, workers and accidents."""
+
+    claims = Bundle("claims")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clocked = Clocked(_server[0].client(), lease_s=15, job_ttl_s=10**9)
+        self.ledger = self.clocked.ledger
+        self.jobs: list[str] = []
+        #: Messages on their way: any may be lost, doubled or late.
+        self.messages: list[Wakeup] = []
+        #: (job, step, fence) of commits that counted.
+        self.counted: set[tuple[str, str, int]] = set()
+        #: Jobs that someone cancelled, or that had a reason to fail.
+        self.ended_early: set[str] = set()
+        self.dead_nodes: set[str] = set()
+        self.owners = 0
+
+    def teardown(self) -> None:
+        self.finish_everything()
+        self.clocked.client.close()
+
+    def collect(self) -> None:
+        self.messages += self.clocked.sent
+        self.clocked.sent.clear()
+
+    @initialize()
+    def start(self) -> None:
+        self.clocked.advance(1)
+
+    # -- users -------------------------------------------------------------------------------------------------------
+    @precondition(lambda self: len(self.jobs) < 5)
+    @rule(
+        kind=st.sampled_from(["both", "request", "process", "process", "delete"]),
+        flight=st.sampled_from([None, "x", "y"]),
+        model=st.sampled_from(["m/1", "m/2"]),
+        policy=st.sampled_from(["replan", "wait"]),
+        limit=st.sampled_from([None, None, 2]),
+    )
+    def submit(self, kind: str, flight: str | None, model: str, policy: str, limit: int | None) -> None:
+        names = {"request": ("download", "publish"), "both": ("download", "publish", "plan"), "process": ("plan",)}
+        if kind == "delete":
+            steps = [
+                StepSpec(name=f"delete:{n}", task="workers.delete_shards", queue=f"node.{n}", node_id=n)
+                for n in NODES
+            ]
+            policy = "skip"
+        else:
+            steps = chain(*names[kind])
+        unfinished = {job_id for job_id in self.jobs if self.ledger.job(job_id)["state"] not in ENDED}
+        try:
+            given = self.ledger.submit(
+                "request" if kind == "both" else kind,
+                model_name=model,
+                params={},
+                steps=steps,
+                single_flight=flight and f"{kind}:{flight}:{model}",
+                waits_for=self.ledger.running_request(model) if kind == "process" else None,
+                submitter="ann",
+                on_node_loss=policy,
+                max_queued=limit,
+            )
+        except LimitExceeded:
+            assert limit is not None
+            assert len(unfinished) >= limit
+            return
+        if given.created:
+            self.jobs.append(given.job_id)
+        else:
+            assert given.job_id in unfinished
+        self.collect()
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.jobs:
+            job_id = data.draw(st.sampled_from(self.jobs))
+            if self.ledger.cancel(job_id):
+                self.ended_early.add(job_id)
+            self.collect()
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+    def claim(self, wakeup: Wakeup) -> Claimed | None:
+        self.owners += 1
+        claimed = self.ledger.claim(wakeup.job_id, wakeup.step, owner=f"w{self.owners}@h#1")
+        self.collect()
+        return claimed if isinstance(claimed, Claimed) else None
+
+    @precondition(lambda self: self.messages)
+    @rule(
+        target=claims,
+        data=st.data(),
+        fate=st.sampled_from(["delivered", "delivered", "delivered", "doubled", "lost"]),
+    )
+    def message(self, data: st.DataObject, fate: str) -> Any:
+        wakeup = self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1)))
+        if fate == "lost":
+            return multiple()
+        if fate == "doubled":
+            self.messages.append(wakeup)
+        claimed = self.claim(wakeup)
+        return claimed if claimed is not None else multiple()
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def work(self, data: st.DataObject, steps: int) -> None:
+        """Some steps as they should go, so that walks get somewhere."""
+        for _ in range(steps):
+            if self.messages:
+                claimed = self.claim(self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1))))
+                if claimed is not None:
+                    assert self.commit_it(claimed) == "ok"
+                    self.counted.add((claimed.job_id, claimed.step, claimed.fence))
+
+    @rule(claimed=claims)
+    def renew(self, claimed: Claimed) -> None:
+        standing = self.ledger.renew(claimed, progress={"done": 1, "total": 2, "what": ""})
+        view = self.ledger.job(claimed.job_id)
+        if standing == "cancelled":
+            assert view["state"] == "cancelled"
+
+    def commit_it(self, claimed: Claimed) -> str:
+        add, drop = [], []
+        before = self.ledger.result(claimed.job_id, "plan") or {}
+        if claimed.step == "plan":
+            alive = [n for n in NODES if n not in self.dead_nodes] or list(NODES[:1])
+            chosen = alive[: 1 + (claimed.fence % len(alive))]
+            add = splits(*chosen)
+            drop = [f"split:{n}" for n in before.get("nodes", []) if n not in chosen]
+            result: dict[str, Any] = {"nodes": chosen}
+        else:
+            result = {"by": claimed.fence}
+        standing = self.ledger.commit(claimed, result, add=add, drop=drop, job_result={"last": claimed.step})
+        self.collect()
+        return standing
+
+    @rule(claimed=claims)
+    def commit(self, claimed: Claimed) -> None:
+        key = (claimed.job_id, claimed.step, claimed.fence)
+        before = self.clocked.client.hmget(f"fairshard:step:{claimed.job_id}:{claimed.step}", "state", "fence")
+        committed = self.clocked.client.hget("fairshard:counters", "steps_done_total")
+        standing = self.commit_it(claimed)
+        if before == ["running", str(claimed.fence)]:
+            assert standing == "ok"
+            assert key not in self.counted
+            self.counted.add(key)
+        elif before == ["done", str(claimed.fence)] and key in self.counted:
+            # A repeated call answers as the first did (unless the job was cancelled since), and changes nothing.
+            assert standing in {"ok", "cancelled"}
+            assert self.clocked.client.hget("fairshard:counters", "steps_done_total") == committed
+        else:
+            assert standing != "ok", (before, claimed)
+
+    @rule(claimed=claims, final=st.booleans(), delay=st.sampled_from([0, 5]))
+    def fail(self, claimed: Claimed, final: bool, delay: int) -> None:
+        error = InvalidInput("bad") if final else Unavailable("away")
+        outcome = self.ledger.fail(claimed, error, delay_s=delay, final=final)
+        if outcome == "failed":
+            self.ended_early.add(claimed.job_id)
+        self.collect()
+
+    @rule(claimed=claims)
+    def defer(self, claimed: Claimed) -> None:
+        self.ledger.defer(claimed)
+        self.collect()
+
+    @rule(claimed=claims)
+    def worker_stops(self, claimed: Claimed) -> None:
+        self.ledger.hand_back(claimed.job_id, claimed.step, owner=f"w{self.owners}@h")
+        self.collect()
+
+    # -- accidents ---------------------------------------------------------------------------------------------------
+    @rule(seconds=st.sampled_from([0, 6, 16, 700]), limit=st.sampled_from([2, 500]))
+    def reconcile(self, seconds: int, limit: int) -> None:
+        self.clocked.advance(seconds)
+        self.ledger.wake_overdue(limit=limit)
+        self.collect()
+
+    @rule(node=st.sampled_from(NODES))
+    def node_dies(self, node: str) -> None:
+        self.dead_nodes.add(node)
+        self.ledger.lose_node(node)
+        self.collect()
+
+    @rule(node=st.sampled_from(NODES))
+    def node_returns(self, node: str) -> None:
+        self.dead_nodes.discard(node)
+
+    # -- what always holds
+    @invariant()
+    def indices_agree_with_the_steps(self) -> None:
+        client = self.clocked.client
+        due = set(client.zrange("fairshard:due", 0, -1))
+        expected: set[str] = set()
+        for job_id in self.jobs:
+            view = self.ledger.job(job_id)
+            states = {step["name"]: step["state"] for step in view["steps"]}
+            open_steps = sum(state in OPEN for state in states.values())
+            assert int(client.hget(f"fairshard:job:{job_id}", "open")) == open_steps, (job_id, states)
+            if view["state"] in ENDED:
+                assert open_steps == 0, (job_id, view["state"], states)
+            else:
+                assert open_steps > 0, (job_id, view["state"], states)
+                expected |= {f"{job_id}|{name}" for name, state in states.items() if state in {"queued", "running"}}
+                # Something is due, or the job waits for another that is not over.
+                held = client.hget(f"fairshard:job:{job_id}", "held")
+                assert {"queued", "running"} & set(states.values()) or (
+                    held and self.ledger.job(held)["state"] not in ENDED
+                ), (job_id, states)
+            if view["state"] == "failed":
+                assert view["error"]["message"]
+        assert due == expected
+        unfinished = {job_id for job_id in self.jobs if self.ledger.job(job_id)["state"] not in ENDED}
+        assert set(client.zrange("fairshard:unfinished", 0, -1)) == unfinished
+        assert int(client.hget("fairshard:submitters", "ann") or 0) == len(unfinished)
+        assert set(client.hvals("fairshard:flight")) <= unfinished
+
+    def finish_everything(self) -> None:
+        """Workers work, and the reconciler passes: everything comes to its end."""
+        self.dead_nodes.clear()
+        for _ in range(400):
+            while self.messages:
+                claimed = self.claim(self.messages.pop())
+                if claimed is not None:
+                    self.commit_it(claimed)
+            if all(self.ledger.job(job_id)["state"] in ENDED for job_id in self.jobs):
+                break
+            self.clocked.advance(700)
+            self.ledger.wake_overdue()
+            self.collect()
+        for job_id in self.jobs:
+            view = self.ledger.job(job_id)
+            note(f"{job_id}: {view['state']}")
+            assert view["state"] in ENDED, view
+            if view["state"] == "done":
+                assert {step["state"] for step in view["steps"]} <= {"done", "lost"}
+                last = view["steps"][-1]
+                assert last["state"] == "done" or view["kind"] == "delete"
+        left = set(self.clocked.client.scan_iter("fairshard:*"))
+        kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:")
+        assert {key for key in left if not key.startswith(kept)} <= {
+            "fairshard:jobs", "fairshard:ended", "fairshard:counters",
+        }  # fmt: skip
+
+
+def test_no_interleaving_loses_or_doubles_a_job(tmp_path: Path) -> None:
+    # FAIRSHARD_* is scrubbed by conftest; this one is the suite's own.
+    examples = int(os.environ.get("LEDGER_EXAMPLES", "40"))
+    with RedisProcess(tmp_path) as process:
+        _server[:] = [process]
+        run_state_machine_as_test(
+            LedgerMachine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=80,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                derandomize="LEDGER_EXAMPLES" not in os.environ,
+            ),
+        )
