@@ -24,6 +24,15 @@ from workers.ledger import ENDED
 _POLL_S = 0.25
 #: A comment this often lets proxies and the server notice that the other side is gone, in seconds.
 _BEAT_S = 10.0
+#: An event, in JSON Schema.
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "For Last-Event-ID."},
+        "event": {"type": "string", "description": "submitted, claimed, progress, step, retry, lost; last, ended."},
+        "data": {"description": "JSON: the step, its state, how far it is."},
+    },
+}
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 

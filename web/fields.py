@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from marshmallow import Schema, ValidationError, fields
 
@@ -11,19 +11,15 @@ from planner.errors import InvalidInput
 from planner.names import check_model_name, check_revision
 from planner.wire_fields import shown
 
-_WORD = "[A-Za-z0-9_]+"
-# "." and "-" in turns: neither "--" nor ".." can be spelled.
-_MARK = "(?:\\.(?:-\\.)*-?|-(?:\\.-)*\\.?)"
-_PART = f"{_WORD}(?:{_MARK}{_WORD})*"
+_PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 
 
 class Checked(fields.Field[str]):
     """A string that one of `planner.names`' checks accepts."""
 
     check: Callable[[object], str]
-    #: For the documentation: an ECMA pattern, and the largest length.
-    pattern = ""
-    longest = 0
+    #: For the document, in JSON Schema: exactly what the check accepts.
+    rule: ClassVar[dict[str, Any]] = {}
 
     def _deserialize(self, value: Any, *_: Any, **__: Any) -> str:
         try:
@@ -36,23 +32,29 @@ class RepoId(Checked):
     """`owner/name`."""
 
     check = staticmethod(check_model_name)
-    pattern = f"^{_PART}/{_PART}$"
-    longest = 193
+    rule: ClassVar[dict[str, Any]] = {
+        "pattern": f"^{_PART}/{_PART}$",
+        "maxLength": 193,
+        "not": {"pattern": r"--|\.\.|\.git$"},
+    }
 
 
 class Revision(Checked):
     """A branch, tag or commit."""
 
     check = staticmethod(check_revision)
-    pattern = "^[A-Za-z0-9_](?:[._/-]?[A-Za-z0-9_])*$"
-    longest = 128
+    rule: ClassVar[dict[str, Any]] = {
+        "pattern": "^[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}$",
+        "maxLength": 128,
+        "not": {"pattern": r"\.\.|//"},
+    }
 
 
 class Timestamp(fields.Field[Any]):
     """When the caller sent it: seconds since 1970 (the seed's) or text; it decides nothing."""
 
     def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
-        if (type(value) in (int, float) and abs(value) < 1e15) or (type(value) is str and len(value) <= 64):
+        if (type(value) in (int, float) and abs(value) <= 1e15) or (type(value) is str and len(value) <= 64):
             return value
         raise ValidationError(f"must be seconds since 1970 or text of at most 64 characters, got {shown(value)}")
 

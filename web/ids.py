@@ -13,13 +13,13 @@ BATCH_ID = "batch_id"
 
 
 class _Id(BaseConverter):
-    """One path segment that no file name, key or header can be broken with; unknown ones are 404 like any other."""
+    """Hex digits, as all our ids are: no file name, key or header can be broken with them."""
 
-    regex = "[A-Za-z0-9_-]{1,64}"
+    regex = "[0-9a-f]{8,64}"
 
 
 def _schema(converter: BaseConverter) -> dict[str, Any]:
-    return {"type": "string", "pattern": f"^{converter.regex}$", "minLength": 1, "maxLength": 64}
+    return {"type": "string", "pattern": f"^{converter.regex}$", "minLength": 8, "maxLength": 64}
 
 
 def init_app(app: Flask, api: Any) -> None:

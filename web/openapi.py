@@ -123,16 +123,16 @@ def _describe(self: Any, field: fields.Field[Any], *, ret: dict[str, Any], **_: 
     elif isinstance(field, wire_fields.NodeId):
         found = {"type": _types(field, "string"), "pattern": _NODE_ID, "maxLength": 64}
     elif isinstance(field, own.Checked):
-        found = {"type": _types(field, "string"), "pattern": field.pattern, "maxLength": field.longest}
+        found = {"type": _types(field, "string"), **field.rule}
     elif isinstance(field, own.Timestamp):
-        choices = [{"type": "number", "minimum": -9e14, "maximum": 9e14}, {"type": "string", "maxLength": 64}]
+        choices = [{"type": "number", "minimum": -1e15, "maximum": 1e15}, {"type": "string", "maxLength": 64}]
         found = {"anyOf": [*choices, {"type": "null"}] if field.allow_none else choices}
     elif isinstance(field, own.Either):
         plain = [key for key in field.plain if isinstance(key, bool)]
         assert len(plain) == len(field.plain) == 2
         found = {"anyOf": [{"type": "boolean"}, self.resolve_nested_schema(field.schema)]}
     elif isinstance(field, own.Model):
-        name = {"type": "string", "pattern": own.RepoId.pattern, "maxLength": own.RepoId.longest}
+        name = {"type": "string", **own.RepoId.rule}
         found = {"anyOf": [name, self.resolve_nested_schema(field.schema)]}
     elif isinstance(field, fields.Dict) and isinstance(field.key_field, (wire_fields.Text, wire_fields.NodeId)):
         found = {"propertyNames": self.field2property(field.key_field)}

@@ -41,20 +41,20 @@ def _bearer(token: str) -> dict[str, str]:
 #: (method, path, body, scope it needs).
 CALLS: list[tuple[str, str, dict[str, Any] | None, str]] = [
     ("GET", "/api/jobs", None, "read"),
-    ("GET", "/api/jobs/abc", None, "read"),
-    ("GET", "/api/jobs/abc/events", None, "read"),
+    ("GET", "/api/jobs/abcdef01", None, "read"),
+    ("GET", "/api/jobs/abcdef01/events", None, "read"),
     ("GET", "/api/plans", None, "read"),
-    ("GET", "/api/plans/abc", None, "read"),
+    ("GET", "/api/plans/abcdef01", None, "read"),
     ("GET", "/api/nodes", None, "read"),
-    ("GET", "/api/batches/abc", None, "read"),
+    ("GET", "/api/batches/abcdef01", None, "read"),
     ("GET", "/metrics", None, "read"),
     ("POST", "/api/get-plan", {"model_name": "a/b", "node_id": "n"}, "read"),
     ("POST", "/api/plans/preview", {"model_name": "a/b"}, "read"),
     ("POST", "/api/request", {"model_name": "a/b"}, "submit"),
     ("POST", "/api/process", {"model_name": "a/c"}, "submit"),
     ("POST", "/api/batches", {"models": ["a/b"]}, "submit"),
-    ("DELETE", "/api/jobs/abc", None, "submit"),
-    ("DELETE", "/api/plans/abc", None, "admin"),
+    ("DELETE", "/api/jobs/abcdef01", None, "submit"),
+    ("DELETE", "/api/plans/abcdef01", None, "admin"),
 ]
 
 
@@ -84,7 +84,7 @@ def test_every_address_but_these_needs_a_token(guarded: FlaskClient) -> None:
         path = str(rule.rule)
         for name in rule.arguments:
             path = path.replace(
-                path[path.index("<") : path.index(">") + 1], "style.css" if name == "filename" else "x"
+                path[path.index("<") : path.index(">") + 1], "style.css" if name == "filename" else "abcdef01"
             )
         method = min(rule.methods - {"HEAD", "OPTIONS"})
         with guarded.open(path, method=method) as answer:
