@@ -21,7 +21,7 @@ from workers.quantised import Stored, logical_tensors
 _BUFFERS = (
     ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
     "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
-    "e_score_correction_bias",
+    "e_score_correction_bias", "final_logits_bias",
 )  # fmt: skip
 _WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
 #: Architectures that end in a head over the vocabulary.

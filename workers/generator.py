@@ -69,6 +69,9 @@ def generate(
             contents, trace, batch_size=batch_size, sequence_length=sequence_length, kv_dtype=kv_dtype
         )
         approximate = list(trace.reasons)
+        last = trace.last()
+        if last is not None and sequence_length > last:
+            approximate.append(f"FLOP beyond {last} tokens, which the model's positions end at, are extrapolated")
     method = unknown_method(contents.config.quantization)
     if method:
         approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")

@@ -99,6 +99,8 @@ def place_tensors(
     """
     rename = Renamer(model)
     modules = {path for path, _ in model.named_modules()}
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = model.base_model_prefix
     places: dict[str, Place] = {}
     for name in names:
         target, converted = rename(name)
@@ -106,10 +108,15 @@ def place_tensors(
         if layer is not None:
             places[name] = Place(layer, target, not converted)
             continue
-        path = target.rpartition(".")[0]
-        while path and path not in modules:
-            path = path.rpartition(".")[0]
-        found = layer_of(path) if path else None
+        found = None
+        for name_there in (target, f"{prefix}.{target}"):
+            path = name_there.rpartition(".")[0]
+            while path and path not in modules:
+                path = path.rpartition(".")[0]
+            found = layer_of(path) if path and found is None else found
+        if found is None and target in buffers:
+            # A buffer of the model itself (a bias of the logits) goes with what comes last.
+            found = len(grouping.groups) - 1
         places[name] = Place(-1 if found is None else found, None, alone=False)
     return places
 

@@ -104,7 +104,7 @@ def parse_config(data: bytes) -> ModelConfig:
         InvalidCheckpoint: Likewise.
     """
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8"), object_hook=_special_float)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"config.json is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(values, dict):
@@ -115,6 +115,13 @@ def parse_config(data: bytes) -> ModelConfig:
     for path, part in _parts(values, "", 0):
         _check_sizes(part, path)
     return ModelConfig(values=values, model_type=model_type, architecture=_architecture(values))
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """Read what transformers writes where JSON has no number: {"__float__": "Infinity"}."""
+    if value.keys() == {"__float__"} and value["__float__"] in {"Infinity", "-Infinity", "NaN"}:
+        return float(value["__float__"])
+    return value
 
 
 def _architecture(values: Mapping[str, Any]) -> str | None:

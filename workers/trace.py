@@ -80,15 +80,14 @@ class ModelTrace:
     reasons: tuple[str, ...] = ()
 
     def covers(self, batch_size: int, sequence_length: int) -> bool:
-        """Whether all layers' FLOP are known exactly there."""
+        """Whether another trace could not tell more of that batch size and sequence length."""
         at = f"{batch_size}x{sequence_length}"
-        for layer in self.layers:
-            if at in layer.exact:
-                continue
-            first, last = layer.terms_range or (1, None)
-            if layer.chunked or not (first <= sequence_length and (last is None or sequence_length <= last)):
-                return False
-        return True
+        return all(at in layer.exact or not layer.chunked for layer in self.layers)
+
+    def last(self) -> int | None:
+        """The longest sequence at which all layers' FLOP are exact; None: any."""
+        ranges = [layer.terms_range[1] for layer in self.layers if layer.terms_range is not None]
+        return min((last for last in ranges if last is not None), default=None)
 
 
 def to_json(trace: ModelTrace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _LONGEST_ASKED = 65_536
 #: Lengths that chunked scans need not pad.
 _FIT_CHUNKED = (256, 512, 1024)
 #: Lengths to check at: no multiples of a chunk; the first beyond most windows and tables of positions.
-_CHECKS = (1153, 509)
+_CHECKS = (1153, 509, 97, 29)
 _CHECK_LOOPING = 97
 # Hooks and the watched cache are the process's: one trace at a time.
 _LOCK = threading.Lock()
@@ -95,7 +95,7 @@ class _Tracer:
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
         order = self._order(fits[0].counts.order)
-        lengths = [_CHECK_LOOPING] if looping else [min(length, limit or length) for length in _CHECKS]
+        lengths = [_CHECK_LOOPING] if looping else sorted({min(n, limit or n) for n in _CHECKS}, reverse=True)
         layers = {at: self._layer(at, order, fits, ()) for at in order}
         wrong, checks = self._check(layers, list(layers), lengths, limit)
         if wrong:
@@ -103,14 +103,15 @@ class _Tracer:
             doubled = [self._pass(2, each.sequence_length) for each in fits[:2]]
             layers |= {at: self._layer(at, order, fits, doubled) for at in wrong}
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
+        reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
         if wrong:
-            self._chunked(layers, wrong, order, batch_size, sequence_length)
+            reasons += self._chunked(layers, wrong, order, batch_size, sequence_length)
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
             tensors=self._tensors(places, position, fits[0]),
             ties=self._ties(places, position),
-            reasons=() if self.images else ("images are not counted: the image part cannot be run without weights",),
+            reasons=tuple(reasons),
         )
 
     def _fits(self, sequence_length: int, limit: int | None) -> tuple[list[_Pass], bool]:
@@ -216,36 +217,48 @@ class _Tracer:
     ) -> tuple[list[int], list[_Pass]]:
         """Compare polynomials with passes at other lengths; returns the layers that none confirms, and the passes."""
         wrong, done = list(wrong), list(checks or ())
-        last = limit
-        for number, length in enumerate(lengths):
+        longest_run: int | None = None
+        for length in lengths:
             if not wrong:
                 break
-            if number >= len(done) and not self._checked(done, length):
-                last = getattr(self.model.config, "max_position_embeddings", None) or lengths[-1]
+            check = next((each for each in done if each.sequence_length == length), None) or self._checked(
+                done, length
+            )
+            if check is None:  # a table of positions ends before
                 continue
-            check = next(each for each in done if each.sequence_length == length)
             for at in list(wrong):
                 layer = layers[at]
                 if check.flop(at) == value(layer.once, length) + 2 * value(layer.terms, length):
                     wrong.remove(at)
+                    # What failed at a longer length holds up to this one.
+                    last = limit if longest_run is None else length
+                    if longest_run is None and length != lengths[0]:
+                        last = _positions(self.model.config) or length
                     layers[at] = replace(layer, terms_range=None if last is None else (1, last))
-            last = lengths[-1] if last is None else min(last, lengths[-1])
+            longest_run = longest_run or length
         return wrong, done
 
-    def _checked(self, done: list[_Pass], length: int) -> bool:
-        """Add a pass of a batch of two; False where a table of positions ends before its length."""
+    def _checked(self, done: list[_Pass], length: int) -> _Pass | None:
+        """Add a pass of a batch of two; None where a table of positions ends before its length."""
         try:
             done.append(self._pass(2, length))
         except NotTraceable:
-            return False
-        return True
+            return None
+        return done[-1]
 
     def _chunked(
         self, layers: dict[int, LayerTrace], wrong: Sequence[int], order: Sequence[int], batch: int, length: int
-    ) -> None:
-        """Fit anew at lengths that need no padding, and count at the length that is asked for."""
-        fits = [self._pass(1, each) for each in _FIT_CHUNKED]
-        asked = self._pass(batch, length)
+    ) -> list[str]:
+        """Fit anew at lengths that need no padding, and count at the length that is asked for.
+
+        Returns:
+            Why a layer stays inexact, if one does.
+        """
+        try:
+            fits = [self._pass(1, each) for each in _FIT_CHUNKED]
+            asked = self._pass(batch, length)
+        except NotTraceable as error:
+            return [f"FLOP of {len(wrong)} layers follow no polynomial, and cannot be counted at {length}: {error}"]
         for at in wrong:
             parts = {
                 part: _fit(_FIT_CHUNKED, [each.parts.get(at, {}).get(part, 0) for each in fits])
@@ -262,6 +275,7 @@ class _Tracer:
                 peak=_fit(_FIT_CHUNKED, [each.counts.peak_bytes.get(at, 0) for each in fits]),
                 exact={f"{batch}x{length}": Exact(flop=asked.flop(at), parts=dict(asked.parts.get(at, {})))},
             )
+        return []
 
     def _tensors(
         self, places: Mapping[str, Place], position: Mapping[int, int], counted: _Pass
@@ -296,6 +310,15 @@ class _Tracer:
                 if name not in stored and mine is not None and its is not None and mine != its:
                     ties.add((position[mine], position[its], stored[holder]))
         return tuple(sorted(ties))
+
+
+def _positions(config: Any) -> int | None:
+    """How long the config's tables of positions are."""
+    for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
 
 
 def _layer_of(grouping: Grouping, model: nn.Module) -> Callable[[str], int | None]:
