@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from marshmallow import Schema, fields, validate
+from marshmallow import INCLUDE, Schema, fields, validate
 
 from web.schemas import KINDS, STATES
 
@@ -29,7 +29,16 @@ def whole(description: str = "", **kwargs: Any) -> fields.Integer:
     return fields.Integer(metadata={"description": description} if description else {}, **kwargs)
 
 
-class ErrorOut(Schema):
+class Answer(Schema):
+    """An answer may hold more than is said here: a newer release may add to it."""
+
+    class Meta(Schema.Meta):
+        """marshmallow's options."""
+
+        unknown = INCLUDE
+
+
+class ErrorOut(Answer):
     """Every error, whatever its status."""
 
     error = text("What is wrong, with the numbers and the remedy.", required=True)
@@ -37,7 +46,7 @@ class ErrorOut(Schema):
     details = fields.Dict(required=True, metadata={"description": "The numbers as JSON."})
 
 
-class RequestOut(Schema):
+class RequestOut(Answer):
     """The acknowledgement of a request; `Location` names the job."""
 
     success = fields.Boolean(required=True)
@@ -48,7 +57,7 @@ class RequestOut(Schema):
     job_id = text(required=True)
 
 
-class PlanMetadataOut(Schema):
+class PlanMetadataOut(Answer):
     """The model in three numbers."""
 
     total_layers = whole(required=True)
@@ -56,14 +65,14 @@ class PlanMetadataOut(Schema):
     model_type = fields.String(required=True, allow_none=True)
 
 
-class SelectedOut(Schema):
+class SelectedOut(Answer):
     """A node that takes part."""
 
     node_id = text(required=True)
     compute_power = number("GFLOP/s it offered.", required=True)
 
 
-class ShareOut(Schema):
+class ShareOut(Answer):
     """One node's part."""
 
     layer_names = fields.List(fields.String(), required=True)
@@ -71,7 +80,7 @@ class ShareOut(Schema):
     compute_utilization = number("total_compute ÷ (FLOP/s × time budget), at most 1.", required=True)
 
 
-class HopOut(Schema):
+class HopOut(Answer):
     """A step of the chain."""
 
     node_id = text(required=True)
@@ -84,7 +93,7 @@ class HopOut(Schema):
     check = fields.Dict(metadata={"description": "What the receiver checks before it runs."})
 
 
-class MegaphoneOut(Schema):
+class MegaphoneOut(Answer):
     """Who starts, whom it tells, and the order of execution."""
 
     start_node = text(required=True)
@@ -92,7 +101,7 @@ class MegaphoneOut(Schema):
     announcement = fields.Dict()
 
 
-class StageOut(Schema):
+class StageOut(Answer):
     """Contiguous layers [start, end) on one node."""
 
     rank = whole(required=True)
@@ -102,7 +111,7 @@ class StageOut(Schema):
     layer_names = fields.List(fields.String(), required=True)
 
 
-class PredictedOut(Schema):
+class PredictedOut(Answer):
     """What the plan should cost, and how far from the best it can be."""
 
     bottleneck_s = number("The slowest node's seconds for one pass.", required=True)
@@ -112,7 +121,7 @@ class PredictedOut(Schema):
     exact = fields.Boolean(required=True)
 
 
-class NodeReportOut(Schema):
+class NodeReportOut(Answer):
     """A node's part and the reason for it, used or not."""
 
     node_id = text(required=True)
@@ -127,7 +136,7 @@ class NodeReportOut(Schema):
     compute_utilization = number()
 
 
-class PlanOut(Schema):
+class PlanOut(Answer):
     """A plan: the seed's fields, and ours beside them."""
 
     success = fields.Boolean(required=True)
@@ -154,7 +163,7 @@ class PlanOut(Schema):
     source = text("`store` where Redis could not be asked.")
 
 
-class PlanSummaryOut(Schema):
+class PlanSummaryOut(Answer):
     """A plan in a list."""
 
     plan_id = text(required=True)
@@ -166,13 +175,13 @@ class PlanSummaryOut(Schema):
     job_id = maybe()
 
 
-class PlansOut(Schema):
+class PlansOut(Answer):
     """Plans, newest first."""
 
     plans = fields.List(fields.Nested(PlanSummaryOut), required=True)
 
 
-class OutcomeOut(Schema):
+class OutcomeOut(Answer):
     """What a strategy would give, or why it gives nothing."""
 
     feasible = fields.Boolean(required=True)
@@ -191,7 +200,7 @@ class PreviewOut(PlanOut):
     comparison = fields.Dict(keys=fields.String(), values=fields.Nested(OutcomeOut))
 
 
-class ProgressOut(Schema):
+class ProgressOut(Answer):
     """How far a step is."""
 
     done = number()
@@ -199,7 +208,7 @@ class ProgressOut(Schema):
     what = maybe()
 
 
-class JobErrorOut(Schema):
+class JobErrorOut(Answer):
     """Why it failed."""
 
     code = text()
@@ -207,7 +216,7 @@ class JobErrorOut(Schema):
     details = fields.Dict(allow_none=True)
 
 
-class StepOut(Schema):
+class StepOut(Answer):
     """A step of a job."""
 
     name = text(required=True)
@@ -220,7 +229,7 @@ class StepOut(Schema):
     ended_at = maybe()
 
 
-class JobOut(Schema):
+class JobOut(Answer):
     """A job."""
 
     job_id = text(required=True)
@@ -240,7 +249,7 @@ class JobOut(Schema):
     ended_at = maybe()
 
 
-class JobsOut(Schema):
+class JobsOut(Answer):
     """Jobs, newest first, without their steps."""
 
     jobs = fields.List(fields.Nested(JobOut), required=True)
@@ -253,7 +262,7 @@ class AcceptedOut(JobOut):
     message = text(required=True)
 
 
-class BatchEntryOut(Schema):
+class BatchEntryOut(Answer):
     """A model of a batch."""
 
     model_name = text(required=True)
@@ -263,7 +272,7 @@ class BatchEntryOut(Schema):
     error = fields.Nested(JobErrorOut, allow_none=True)
 
 
-class BatchOut(Schema):
+class BatchOut(Answer):
     """The state of a batch and of each of its models."""
 
     batch_id = text(required=True)
@@ -273,7 +282,7 @@ class BatchOut(Schema):
     jobs = fields.List(fields.Nested(BatchEntryOut), required=True)
 
 
-class NodeOut(Schema):
+class NodeOut(Answer):
     """A node that is alive."""
 
     node_id = text(required=True)
@@ -293,13 +302,13 @@ class NodeOut(Schema):
     shards = fields.List(fields.String())
 
 
-class NodesOut(Schema):
+class NodesOut(Answer):
     """The nodes that are alive."""
 
     nodes = fields.List(fields.Nested(NodeOut), required=True)
 
 
-class HealthOut(Schema):
+class HealthOut(Answer):
     """Whether the service lives, and whether it can do work."""
 
     status = text(required=True, validate=validate.OneOf(["healthy", "degraded"]))

@@ -66,7 +66,8 @@ _BODIES = [
 _PATHS = ["/api/request", "/api/process", "/api/get-plan", "/api/batches", "/api/plans/preview"]
 _ODD: list[object] = [
     None, True, -1, 0, 10**12, 1e308, -0.0, "", "x" * 10_000, "../../etc/passwd", "a/b/c", "\u0000", "\ud800", [], {},
-    [[[]]], {"a": {"b": {}}}, "🤖" * 100, "' OR 1=1 --", "${jndi:ldap://x}", "{{7*7}}", "\r\nX-Injected: 1", [None] * 1000,
+    [[[]]], {"a": {"b": {}}}, "🤖" * 100, "' OR 1=1 --", "${jndi:ldap://x}", "{{7*7}}", "\r\nX-Injected: 1",
+    [None] * 1000,
 ]  # fmt: skip
 
 
@@ -120,7 +121,8 @@ def _request(draw: random.Random) -> bytes:
     if kind < 0.93:
         framing = draw.choice(
             [b"Content-Length: -5", b"Content-Length: x", b"Content-Length: 5\r\nContent-Length: 7",
-             b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"Transfer-Encoding: odd", b"Content-Length: 99999999999"]
+             b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"Transfer-Encoding: odd",
+             b"Content-Length: 99999999999"]
         )  # fmt: skip
         return b"POST /api/request HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + framing + b"\r\n\r\nxyz"
     return bytes(draw.randrange(256) for _ in range(draw.randint(1, 300))) + b"\r\n\r\n"

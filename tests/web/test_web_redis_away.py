@@ -1,0 +1,128 @@
+"""Redis stopped, frozen, wiped: clear answers soon, and what was accepted comes back."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+from running import RedisProcess, until
+from web_cases import NODES, SEED_METADATA, error_of
+
+from planner.documents import dumps
+from web.app import create_app
+from web.replay import Replayer
+from workers.metadata_store import open_store, plan_path
+from workers.settings import Settings
+
+#: The promise is five seconds; a loaded machine gets some more before we call it broken.
+SOON_S = 15.0
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A Redis without a disk, to be taken away."""
+    with RedisProcess(tmp_path / "redis") as redis:
+        yield redis
+
+
+@pytest.fixture
+def own(redis: RedisProcess, tmp_path: Path) -> Settings:
+    """Settings over it."""
+    return Settings.from_env({"REDIS_URL": redis.url, "FAIRSHARD_DATA": str(tmp_path / "data"), "NODE_ID": "web"})
+
+
+def _calls(client: FlaskClient) -> None:
+    for path, body in (
+        ("/api/request", {"model_name": "a/b"}),
+        ("/api/process", {"model_name": "a/b"}),
+        ("/api/batches", {"models": ["a/b"]}),
+        ("/api/get-plan", {"model_name": "a/b", "node_id": "n"}),
+    ):
+        begun = time.monotonic()
+        answer = client.post(path, json=body)
+        assert time.monotonic() - begun < SOON_S
+        assert answer.status_code == 503, path
+        error = error_of(answer)
+        assert error["code"] == "unavailable"
+        assert "Redis" in error["error"]
+        assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_without_redis_posts_are_503_soon(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    redis.kill()
+    _calls(client)
+    assert client.get("/api/jobs").status_code == 503
+    health = client.get("/api/health")
+    assert health.status_code == 503
+    assert health.get_json() | {"timestamp": "", "version": ""} == {
+        "status": "degraded",
+        "live": True,
+        "ready": False,
+        "checks": {"redis": False, "planner": False, "nodes": False},
+        "version": "",
+        "timestamp": "",
+    }
+    assert client.get("/api/health/live").status_code == 200
+    assert "fairshard_redis_up 0" in client.get("/metrics").get_data(as_text=True)
+    assert client.get("/", headers={"Accept": "text/html"}).status_code == 200
+    # And it needs no restart to find Redis again.
+    redis.start()
+    assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
+
+
+def test_a_frozen_redis_is_like_none(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
+    assert redis.process is not None
+    redis.process.send_signal(signal.SIGSTOP)
+    try:
+        _calls(client)
+    finally:
+        redis.process.send_signal(signal.SIGCONT)
+    assert client.get("/api/jobs").status_code == 200
+
+
+def test_the_rate_is_still_limited(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False, rate_limit="3/hour").test_client()
+    redis.kill()
+    statuses = [client.get("/docs").status_code for _ in range(5)]
+    assert statuses == [200, 200, 200, 429, 429]
+
+
+def test_a_stored_plan_is_answered_from_the_store(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    made = client.post("/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES}).get_json()
+    plan = {name: value for name, value in made.items() if name != "explanation"}
+    open_store(own.store_dir).write({plan_path(plan["plan_id"]): dumps(plan)}, message="A plan")
+    redis.kill()
+    answer = client.get(f"/api/plans/{plan['plan_id']}")
+    assert answer.status_code == 200
+    assert answer.get_json() == plan | {"source": "store"}
+    # One that the store has not either: it is Redis that is missing, not certainly the plan.
+    other = client.get("/api/plans/00000000ffffffff")
+    assert other.status_code == 503
+    error_of(other)
+
+
+def test_an_accepted_job_is_queued_even_when_redis_forgot_it(own: Settings, redis: RedisProcess) -> None:
+    app = create_app(own, background=False)
+    client = app.test_client()
+    job_id = client.post("/api/request", json={"model_name": "a/b", "batch_size": 2}).get_json()["job_id"]
+    redis.kill()
+    redis.start()  # without a disk: it knows nothing
+    job = client.get(f"/api/jobs/{job_id}")
+    assert job.status_code == 200
+    assert (job.get_json()["state"], job.get_json()["model_name"]) == ("queued", "a/b")
+    replayer = Replayer(app.extensions["fairshard"].jobs, period_s=0.1)
+    replayer.ensure()
+    try:
+        until(lambda: client.get("/api/jobs").get_json()["jobs"], what="the job is back", timeout_s=60)
+    finally:
+        replayer.stop()
+    (entry,) = client.get("/api/jobs").get_json()["jobs"]
+    assert (entry["job_id"], entry["params"]["batch_size"]) == (job_id, 2)
