@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,9 @@ class _ShowVersion(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; the exit status."""
     args = parser().parse_args(argv)
+    if not sys.warnoptions:
+        # Libraries' warnings are for those who write programs, not for those who run this one.
+        warnings.simplefilter("ignore")
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -115,7 +115,10 @@ def split(args: argparse.Namespace) -> int:
         quota_bytes=settings.disk_quota_bytes,
     )
     answer = {"directory": str(folder), **manifest.to_json()}
-    rows = [(file.name, shown_bytes(file.size_bytes), file.digest) for file in manifest.files]
+    rows = [
+        (file.name, shown_bytes(file.size_bytes), file.digest or "– (linked; verify reads it)")
+        for file in manifest.files
+    ]
     lines = [
         *table(("file", "bytes", "digest"), rows, right=" r"),
         "",
