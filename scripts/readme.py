@@ -59,9 +59,12 @@ def parse(block: str) -> list[Command]:
 
 
 def normal(line: str) -> str:
-    """The line without what differs from run to run: hashes, numbers, rules and runs of spaces."""
+    """The line without what differs from run to run, and from machine to machine."""
     line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "H", line)
     line = re.sub(r"[\d][\d,.:]*", "N", line)
+    line = re.sub(r"\b[kMGT]i?B\b", "B", re.sub(r"\bN [mµ]s\b", "N s", line))
+    # What this machine is: its processor's name, its own Redis.
+    line = re.sub(r"^(node-N) .* (N GFLOP/s +N B +N B)", r"\1 \2", re.sub(r"redis-server N .*", "redis-server", line))
     return re.sub(r"─+", "─", " ".join(line.split()))
 
 

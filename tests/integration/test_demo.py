@@ -1,0 +1,124 @@
+"""The README on a fresh machine: a copy of the tree, an empty home folder, and the commands as they stand there.
+
+Every command must succeed, and what the README shows of its output must be what it prints (numbers and hashes aside).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+from checkpoints import checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def load_readme() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_script", ROOT / "scripts" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["readme_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+readme = load_readme()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with readme.session(tmp_path_factory.mktemp("fresh")) as session:
+        yield session
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Command lines of processes that run from `folder` or work in it."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
+        where = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
+        if process.pid != os.getpid() and any(str(folder) in text for text in where):
+            found.append(" ".join(process.info["cmdline"] or []))
+    return found
+
+
+def test_the_readme_keeps_its_word_from_a_bare_clone(live: Any) -> None:
+    commands = readme.commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert commands[0].text == "make demo"
+    shown = {command.text.split()[1] for command in commands if command.text.startswith("fairshard")}
+    assert shown >= {
+        "profile",
+        "plan",
+        "split",
+        "verify",
+        "merge",
+        "publish",
+        "download",
+        "up",
+        "submit",
+        "jobs",
+        "nodes",
+    }
+    for command in commands:
+        live.run(command)
+        printed = "\n".join(command.printed)
+        assert command.status == 0, f"$ {command.text}\n{printed}"
+        if command.text == "make demo":
+            assert processes_below(live.clone) == [], "the demo left something running"
+        have = {readme.normal(line) for line in command.printed}
+        missing = [line for line in command.said if readme.normal(line) not in have]
+        assert command.said, f"the README shows no output of: {command.text}"
+        assert not missing, f"$ {command.text}\nprints no longer:\n" + "\n".join(missing) + f"\nbut:\n{printed}"
+    assert live.stop() == 0
+    assert processes_below(live.clone) == []
+
+
+def test_a_second_demo_starts_in_seconds_and_takes_a_folder(live: Any) -> None:
+    """After the first: nothing is installed again. The times are printed, and judged by a person."""
+    command = readme.Command(f"make demo MODEL={checkpoint('qwen2')}")
+    live.run(command)
+    printed = "\n".join(command.printed)
+    assert command.status == 0, printed
+    assert "Installing" not in printed
+    assert f"Model: local/qwen2, the folder {checkpoint('qwen2').resolve()}" in printed
+    assert "complete and bit-identical" in printed
+    assert processes_below(live.clone) == []
+
+
+def test_a_model_that_is_neither_folder_nor_id_is_refused_before_anything_starts(live: Any) -> None:
+    command = readme.Command("make demo MODEL=../../etc/passwd")
+    live.run(command)
+    assert command.status != 0
+    printed = "\n".join(command.printed)
+    assert "'../../etc/passwd' is neither a folder nor a Hub id 'owner/name'" in printed
+    assert "ready after" not in printed
+
+
+def test_an_old_python_is_refused_with_the_way_out(live: Any, tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Python 3.9.2' || exit 1\n")
+    old.chmod(0o755)
+    command = readme.Command(f"rm -f .venv/.fairshard-installed && PYTHON={old} make demo")
+    live.run(command)
+    assert command.status != 0
+    assert re.search(r"needs Python 3\.11 or later", "\n".join(command.printed))
+
+
+def test_the_library_example_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = code.replace('"owner/name"', repr(str(checkpoint("llama"))))
+    code = code.replace('"examples/nodes.yaml"', repr(str(ROOT / "examples/nodes.yaml")))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/library.md", "exec"), {})
+    assert (tmp_path / "plan.json").is_file()
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
