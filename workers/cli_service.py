@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import Infeasible, InvalidInput
+from planner.errors import Infeasible, InvalidInput, NotFound
 from workers.cli_io import assignment, emit, progress, say, shown_bytes, table
 
 if TYPE_CHECKING:
@@ -142,12 +142,12 @@ def jobs(args: argparse.Namespace) -> int:
         ]
         emit(args, answer, table(("job", "kind", "model", "state", "step", "error"), rows))
         return 0
-    if args.cancel:
-        job = client.call("DELETE", f"/api/jobs/{_quoted(args.job_id)}")
-    elif args.wait:
-        return _finished(args, _followed(args, client, args.job_id))
-    else:
-        job = client.call("GET", f"/api/jobs/{_quoted(args.job_id)}")
+    try:
+        if args.wait:
+            return _finished(args, _followed(args, client, args.job_id))
+        job = client.call("DELETE" if args.cancel else "GET", f"/api/jobs/{_quoted(args.job_id)}")
+    except NotFound as error:
+        raise NotFound(f"there is no job {args.job_id}", details=error.details) from None
     emit(args, job, _job_lines(job))
     return 0
 
@@ -229,7 +229,10 @@ def nodes(args: argparse.Namespace) -> int:
 
 def delete(args: argparse.Namespace) -> int:
     """Fairshard delete."""
-    answer = _client().call("DELETE", f"/api/plans/{_quoted(args.plan_id)}")
+    try:
+        answer = _client().call("DELETE", f"/api/plans/{_quoted(args.plan_id)}")
+    except NotFound as error:
+        raise NotFound(f"there is no plan {args.plan_id}", details=error.details) from None
     job_id = answer.get("job_id")
     emit(
         args, answer, [f"plan {args.plan_id} is forgotten" + (f"; job {job_id} deletes its shards" if job_id else "")]
