@@ -12,8 +12,7 @@ from planner import devices
 from planner.cluster import Cluster, Link, Node
 from planner.errors import InvalidInput
 from planner.limits import MAX_NODES
-from planner.wire_fields import Flag, Integer, NodeId, Number, Text, seconds, shown
-from planner.wire_schemas import Lenient
+from planner.wire_fields import Flag, Integer, Lenient, Many, NodeId, Number, Text, seconds, shown
 
 #: What the reader knows beside the text: the model's dtype, which decides the catalogue's FLOP/s.
 MODEL_DTYPE: ContextVar[str | None] = ContextVar("MODEL_DTYPE", default=None)
@@ -71,7 +70,7 @@ class LinksSchema(Lenient):
 
     latency_s = seconds(load_default=0.0, allow_none=True)
     bytes_per_s = Number(positive=True, load_default=None, allow_none=True)
-    pairs = fields.List(fields.Nested(PairSchema), load_default=list, validate=validate.Length(max=10**6))
+    pairs = Many(PairSchema, longest=10**6, load_default=list)
     matrix = fields.Nested(MatrixSchema, load_default=None, allow_none=True)
 
 

@@ -13,8 +13,7 @@ from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
 from planner.plan import Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
 from planner.wire import SCHEMA_VERSION
-from planner.wire_fields import Flag, Free, Integer, ModelName, NodeId, Number, Text, seconds, shown
-from planner.wire_schemas import Lenient
+from planner.wire_fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
 
 _PLAN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SLACK = 1e-6
@@ -121,7 +120,7 @@ class MegaphoneSchema(Lenient):
     """The chain and its announcement."""
 
     start_node = NodeId(required=True)
-    chain = fields.List(fields.Nested(HopSchema), required=True, validate=validate.Length(1, MAX_LAYERS))
+    chain = Many(HopSchema, shortest=1, longest=MAX_LAYERS, required=True)
     announcement = Free(load_default=dict)
 
     @post_load
@@ -162,9 +161,9 @@ class PlanSchema(Lenient):
     split_plan = fields.Dict(
         keys=NodeId(), values=fields.Nested(ShareSchema), required=True, validate=validate.Length(1, MAX_NODES)
     )
-    stages = fields.List(fields.Nested(StageSchema), required=True, validate=validate.Length(1, MAX_LAYERS))
+    stages = Many(StageSchema, shortest=1, longest=MAX_LAYERS, required=True)
     predicted = fields.Nested(PredictionSchema, required=True)
-    nodes = fields.List(fields.Nested(NodeReportSchema), required=True, validate=validate.Length(1, MAX_NODES))
+    nodes = Many(NodeReportSchema, shortest=1, longest=MAX_NODES, required=True)
     megaphone_plan = fields.Nested(MegaphoneSchema, required=True)
     generated_at = Text(longest=64, load_default=None, allow_none=True)
 

@@ -6,23 +6,14 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+from marshmallow import Schema, ValidationError, fields, post_load, validate
 
 from planner import dtypes
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_SEQUENCE_LENGTH
 from planner.profile import KvTerms, Layer, ModelProfile, Tensor
 from planner.wire import SCHEMA_VERSION
-from planner.wire_fields import FilePath, Integer, ModelName, Number, Text, explain, shown
-
-
-class Lenient(Schema):
-    """A schema that ignores fields it does not know: they come from newer versions and other programs."""
-
-    class Meta(Schema.Meta):
-        """marshmallow's options."""
-
-        unknown = EXCLUDE
+from planner.wire_fields import FilePath, Integer, Lenient, Many, ModelName, Number, Text, explain, shown
 
 
 class TensorSchema(Lenient):
@@ -83,13 +74,13 @@ class LayerSchema(Lenient):
     tied_to = Text(load_default=None, allow_none=True)
     tied_bytes = Integer(load_default=0)
     tied_tensors = fields.List(Text(), load_default=list)
-    tensors = fields.List(fields.Nested(TensorSchema), load_default=list)
+    tensors = Many(TensorSchema, longest=10**6, load_default=list)
     # The seed's: one tensor's.
     shape = fields.List(Integer(), validate=validate.Length(max=32), load_default=None, allow_none=True)
     dtype = Text(longest=64, load_default=None, allow_none=True)
 
     @post_load
-    def complete(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def make(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Counts that are not given follow from the tensors, or from shape and dtype, or are 0."""
         shape, dtype = data.pop("shape"), data.pop("dtype")
         if data["num_params"] is None:
@@ -128,7 +119,7 @@ class ProfileSchema(Lenient):
     approximate = fields.List(Text(longest=4096), load_default=list)
     generated_at = fields.Raw(load_default=None, allow_none=True)
     node_id = Text(longest=256, load_default=None, allow_none=True)
-    layers = fields.List(fields.Nested(LayerSchema), required=True, validate=validate.Length(1, MAX_LAYERS))
+    layers = Many(LayerSchema, shortest=1, longest=MAX_LAYERS, required=True)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> ModelProfile:

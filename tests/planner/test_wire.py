@@ -277,7 +277,7 @@ def change(obj: Any, path: str, value: Any) -> Any:
         ("layers.1.tensors.0.file", "a\\b", "layers[1].tensors[0].file", "below the repository's root"),
         ("layers.1.tensors.0.end", 99, "layers[1].tensors[0].end", "must not be before begin (100), got 99"),
         ("layers.1.tensors.0.shape", [1] * 33, "layers[1].tensors[0].shape", "32"),
-        ("layers.1.tensors.0", 5, "layers[1].tensors[0]", "Invalid input type"),
+        ("layers.1.tensors.0", 5, "layers[1].tensors[0]", "must be an object, got 5"),
     ],
 )
 def test_bad_metadata_is_refused_at_its_field(path: str, value: Any, where: str, message: str) -> None:
