@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -48,12 +49,12 @@ def make_checkpoint(folder: Path, size_bytes: int, *, sparse: bool = False, file
         "model.norm.weight": (width,),
     }
     one = 2 * (2 * width + 3 * width * inner + 2 * width * width + 2 * 512 * width)
-    for i in range(max(4, round((size_bytes - 2 * vocabulary * width) / one))):
-        at = f"model.layers.{i}."
-        shapes |= {at + "input_layernorm.weight": (width,), at + "post_attention_layernorm.weight": (width,)}
-        shapes |= {at + f"mlp.{p}_proj.weight": (inner, width) for p in ("gate", "up")}
-        shapes |= {at + "mlp.down_proj.weight": (width, inner)}
-        shapes |= {at + f"self_attn.{p}_proj.weight": (512 if p in "kv" else width, width) for p in "kqvo"}
+    for layer in range(max(4, round((size_bytes - 2 * vocabulary * width) / one))):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + "input_layernorm.weight": (width,), prefix + "post_attention_layernorm.weight": (width,)}
+        shapes |= {prefix + f"mlp.{p}_proj.weight": (inner, width) for p in ("gate", "up")}
+        shapes |= {prefix + "mlp.down_proj.weight": (width, inner)}
+        shapes |= {prefix + f"self_attn.{p}_proj.weight": (512 if p in "kv" else width, width) for p in "kqvo"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     names = sorted(shapes)
@@ -64,9 +65,7 @@ def make_checkpoint(folder: Path, size_bytes: int, *, sparse: bool = False, file
         name = "model.safetensors" if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         entries, at = {}, 0
         for tensor in names[number * per_file : (number + 1) * per_file]:
-            size = 2
-            for dim in shapes[tensor]:
-                size *= dim
+            size = 2 * math.prod(shapes[tensor])
             entries[tensor] = {"dtype": "BF16", "shape": shapes[tensor], "data_offsets": [at, at + size]}
             weight_map[tensor] = name
             at += size
@@ -145,9 +144,9 @@ def local(folder: Path, *, size_bytes: int, rounds: int, slow: bool) -> None:
         copies.mkdir()
         os.sync()
 
-    def ours(**settings: bool) -> None:
+    def ours(*, digests: bool = True) -> None:
         for node in plan.allocation:
-            split(source, profile, plan, node_id=node, output=out / node, **settings)
+            split(source, profile, plan, node_id=node, output=out / node, digests=digests)
 
     def cp(*, sync: bool) -> None:
         for node in plan.allocation:
@@ -271,9 +270,7 @@ def compare_ranged(folder: Path, name: str, url: str, rounds: int) -> None:
     fetched = served() - before
     kept = sum(path.stat().st_size for path in (folder / "shard/ours").rglob("*.safetensors"))
     total = sum(layer.weight_bytes for layer in profile.layers)
-    print(
-        f"\n{name}: {kept / 1e6:.0f} of {total / 1e6:.0f} MB; the server sent {fetched / kept:.4f} x the shard's bytes"
-    )
+    print(f"\n{name}: {kept / 1e6:.0f} of {total / 1e6:.0f} MB; {fetched / kept:.4f} x the shard's bytes were sent")
     ways: dict[str, Callable[[], object]] = {"snapshot_download, then split": theirs, "fairshard, ranged": ours}
     table(alternate(ways, rounds=rounds, clear=clear), against="snapshot_download, then split")
 

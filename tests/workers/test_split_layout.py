@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import pytest
 from checkpoints import checkpoint
 from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
-from planner.errors import Conflict, InvalidCheckpoint, InvalidMetadata, NotFound
+from planner.errors import Conflict, IntegrityError, InvalidCheckpoint, InvalidMetadata, NotFound
 from planner.profile import Layer, ModelProfile
 from workers.downloader import resolve
 from workers.manifest import read_manifest
@@ -206,3 +210,103 @@ def test_a_file_that_was_cut_short_after_it_was_profiled_is_refused(tmp_path: Pa
     unpinned = replace(profile, revision=None)
     with pytest.raises(InvalidCheckpoint):
         split(again, unpinned, plan_of(unpinned, {"a": ["a.1"]}), node_id="a", output=tmp_path / "a")
+
+
+def test_a_checkpoint_of_pickled_weights_becomes_safetensors(tmp_path: Path) -> None:
+    import torch
+
+    weight = torch.randn(6, 4)
+    tensors = {"a.0.w": weight, "a.1.tied": weight, "a.1.w": torch.arange(5), "a.2.w": torch.ones(3).bfloat16()}
+    folder = tmp_path / "own/model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    source = resolve(folder)
+    profile = profile_of(source)
+    plan = plan_of(profile, {"x": ["a.0", "a.1"], "y": ["a.2"]})
+    for node in plan.allocation:
+        split(source, profile, plan, node_id=node, output=tmp_path / node)
+    found = raw_tensors(tmp_path / "x", tmp_path / "y")
+    assert {name: data for name, (_, _, data) in found.items()} == {
+        "a.0.w": weight.numpy().tobytes(),
+        "a.1.w": tensors["a.1.w"].numpy().tobytes(),
+        "a.2.w": tensors["a.2.w"].view(torch.int16).numpy().tobytes(),
+    }
+    assert verify([tmp_path / "x", tmp_path / "y"], checkpoint=source).complete
+    merged = merge([tmp_path / "x", tmp_path / "y"], tmp_path / "merged")
+    assert raw_tensors(merged) == found
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_files", "t5"])
+def test_merged_shards_load_as_the_original_did(tmp_path: Path, name: str) -> None:
+    import torch
+    from transformers import AutoModel
+
+    source = resolve(checkpoint(name))
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "b", "c"])
+    for node in plan.allocation:
+        split(source, profile, plan, node_id=node, output=tmp_path / node, max_shard_bytes=20_000)
+    merged = merge([tmp_path / node for node in plan.allocation], tmp_path / "merged")
+    original = AutoModel.from_pretrained(checkpoint(name)).state_dict()
+    again = AutoModel.from_pretrained(merged).state_dict()
+    assert original.keys() == again.keys()
+    assert all(torch.equal(original[key], again[key]) for key in original)
+
+
+def test_merging_refuses_what_is_incomplete_damaged_or_mixed(tmp_path: Path) -> None:
+    source = resolve(checkpoint("llama"))
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "b"])
+    for node in plan.allocation:
+        split(source, profile, plan, node_id=node, output=tmp_path / node)
+    split(source, profile, dealt(profile, ["a", "b", "c"], plan_id="other"), node_id="b", output=tmp_path / "other")
+    with pytest.raises(IntegrityError, match="b is missing"):
+        merge(tmp_path / "a", tmp_path / "merged")
+    with pytest.raises(Conflict, match="2 plans"):
+        merge([tmp_path / "a", tmp_path / "other"], tmp_path / "merged")
+    with pytest.raises(Conflict, match="something already"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert verify(tmp_path / "a").missing_nodes == ("b",)
+    assert verify(tmp_path / "a").ok
+    assert not verify(tmp_path / "a").complete
+    held = read_manifest(tmp_path / "b").tensors[0]
+    with (tmp_path / "b" / held.file).open("rb+") as file:
+        file.seek(held.begin)
+        byte = file.read(1)
+        file.seek(held.begin)
+        file.write(bytes([byte[0] ^ 1]))
+    report = verify([tmp_path / "a", tmp_path / "b"], checkpoint=source)
+    assert {problem.what for problem in report.problems} == {held.name, held.file}
+    with pytest.raises(IntegrityError, match=held.file):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_extents_are_shared_where_the_filesystem_can(tmp_path: Path, kind: str) -> None:
+    if shutil.which(f"mkfs.{kind}") is None or os.geteuid():
+        pytest.skip(f"needs mkfs.{kind} and the right to mount")
+    image, place = tmp_path / "image", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(400 * 2**20)
+    place.mkdir()
+    subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=False, capture_output=True).returncode:
+        pytest.skip("no loop device here")
+    try:
+        rng = random.Random(0)
+        sizes = (100_003, 70_000, 5, 90_000)
+        tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
+        tensors = {f"l.{i}.w": ("U8", (size,), rng.randbytes(size)) for i, size in enumerate(sizes)}
+        source = resolve(folder_of(place, tensors))
+        profile = profile_of(source)
+        plan = plan_of(profile, {"a": ["l.0", "l.2"], "b": ["l.1", "l.3"]})
+        for node in plan.allocation:
+            manifest = split(source, profile, plan, node_id=node, output=place / node)
+            assert any(file.how == "reflink" for file in manifest.files)
+        folders = [place / node for node in plan.allocation]
+        assert raw_tensors(*folders) == tensors
+        assert verify(folders, checkpoint=source).complete
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
