@@ -106,7 +106,7 @@ def loads_yaml(text: bytes, *, source: str = "the document") -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise InvalidInput(f"{source} nests too deeply")
-        return yaml.load(text, Loader=Loader)  # noqa: S506  (a SafeLoader, made stricter)
+        return yaml.load(text, Loader=Loader)  # nosec B506  # noqa: S506  (a SafeLoader, made stricter)
     except RecursionError:
         raise InvalidInput(f"{source} nests too deeply") from None
     except (yaml.YAMLError, ValueError) as error:

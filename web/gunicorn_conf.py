@@ -6,6 +6,8 @@ together leave threads over for everyone else.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from workers.settings import WebSettings
 
 _web = WebSettings.from_env()
@@ -18,8 +20,8 @@ threads = _web.waiters + _web.listeners + 8
 timeout = 60
 graceful_timeout = 30
 keepalive = 5
-#: Heartbeats in memory: a slow disk must not look like a dead worker.
-worker_tmp_dir = "/dev/shm"  # noqa: S108
+#: Heartbeats in memory, where there is such a folder (Linux): a slow disk must not look like a dead worker.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # nosec B108  # noqa: S108
 #: Request lines are bounded before any of our code sees them.
 limit_request_line = 4094
 limit_request_fields = 64
