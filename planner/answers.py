@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrange import by_links, fewest_hops
+from planner.arrange import by_links, fewest_hops, hops
 from planner.bounds import lower_bound_s
 from planner.diagnose import infeasible
 from planner.errors import Infeasible, InvalidInput
@@ -16,6 +16,7 @@ from planner.greedy import is_exact, solve
 from planner.pipeline import solve_pipeline
 from planner.placement import Answer, Found, Ties, Work, build_work
 from planner.problem import SLACK, Ints, Problem, build
+from planner.refine import refine
 from planner.reports import gib, seconds_text
 from planner.shortest import any_order_latency, in_order_latency
 
@@ -44,6 +45,29 @@ def greedy_once(problem: Problem, ties: Ties) -> Found:
     if found is None:
         return None, math.inf if is_exact(work) else lower_bound_s(work)
     return work.layers(found.assignment), found.lower_bound_s
+
+
+def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
+    """Nodes no slower than `nodes` with fewer hops: equal layers exchanged, or nearly contiguous stages."""
+    best = fewest_hops(problem, nodes)
+    if hops(best) < len(np.unique(best)):
+        return best
+    seconds = problem.bottleneck_s(nodes)
+    work = build_work(problem, "copied")
+    assert work is not None
+    staged, _ = solve_pipeline(problem, work, problem.memory + problem.tied_bytes, budget_s=seconds * (1 + SLACK))
+    if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= seconds * (1 + 2 * SLACK):
+        return staged if hops(staged) < hops(best) else best
+    if hops(best) < 1.5 * len(np.unique(best)):
+        return best
+    # The best contiguous stages, with as few layers moved as bring the slowest nodes down to the same time.
+    staged, _ = solve_pipeline(problem, work, problem.memory + problem.tied_bytes)
+    if staged is None or len(work.kind) != len(work.layer) or work.followers:
+        return best
+    mended = work.layers(refine(work, staged[work.layer], target_s=seconds * (1 + SLACK)))
+    if problem.fits(mended) and problem.bottleneck_s(mended) <= seconds * (1 + 2 * SLACK):
+        return mended if hops(mended) < hops(best) else best
+    return best
 
 
 def _greedy_latency(problem: Problem, work: Work, ties: Ties) -> Found:

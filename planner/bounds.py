@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.placement import Work
-from planner.problem import Floats
+from planner.problem import Floats, Ints
 
 
 def lower_bound_s(work: Work) -> float:
@@ -13,7 +13,8 @@ def lower_bound_s(work: Work) -> float:
     pinned = float(work.base_s.max(initial=0.0))
     if len(work.count) == 0:
         return pinned
-    return max(pinned, single_bound_s(work), shared_bound_s(work), pigeonhole_bound_s(work))
+    simple = max(pinned, single_bound_s(work), shared_bound_s(work), surrogate_bound_s(work))
+    return max(simple, pigeonhole_bound_s(work, above_s=simple))
 
 
 def single_bound_s(work: Work) -> float:
@@ -79,42 +80,109 @@ def _done_sparse(points: Floats, base: Floats, full: Floats, rates: Floats) -> F
     return points * started[s] - offset[s] - (points * ended[e] - stop[e])
 
 
-def pigeonhole_bound_s(work: Work, *, cuts: int = 24) -> float:
-    """Large layers cannot share: of the n layers of at least s FLOP a node hosts floor(T * rate / s) at most."""
+def surrogate_bound_s(work: Work) -> float:
+    """All layers weighed by a mix of FLOP and bytes: a node takes as much of the mix as its time and memory let it.
+
+    For any weights that is valid, parts of layers allowed; bytes alone say when slow nodes have to hold much because
+    the fast ones are full.
+    """
+    flop, size = work.flop * work.count, work.memory.astype(np.float64) * work.count
+    if flop.sum() <= 0 or size.sum() <= 0:
+        return 0.0
     rates = _effective_rates(work)
-    order = np.argsort(-work.flop, kind="stable")
-    sizes, counts = work.flop[order], work.count[order]
-    ranks = np.cumsum(counts)
+    free = work.flop <= 0
+    room = np.maximum(work.room_bytes, 0).astype(np.float64)
     best = 0.0
-    chosen = np.unique(np.linspace(0, len(sizes) - 1, min(cuts, len(sizes))).astype(np.int64))
-    for at in chosen.tolist():
-        size, needed = float(sizes[at]), int(ranks[at])
-        if size <= 0:
+    for share in (1.0, 0.8, 0.5, 0.2):
+        weight = share * work.memory / size.sum() + (1 - share) * work.flop / flop.sum()
+        total = float(weight @ work.count)
+        by_bytes = np.interp(room, *_concave(weight, work.memory.astype(np.float64), work.count))
+        # What takes no time is anyone's; the rest by time.
+        axis, value = _concave(np.where(free, 0.0, weight), work.flop, work.count)
+        idle = float(weight[free] @ work.count[free])
+
+        def hosted(at_s: float, by_bytes: Floats = by_bytes, axis: Floats = axis, value: Floats = value) -> float:
+            by_time = np.interp(np.maximum(at_s - work.base_s, 0.0) * rates, axis, value)
+            return float(np.minimum(by_bytes, by_time).sum())
+
+        low, high = (
+            0.0,
+            float((work.base_s + np.divide(flop.sum(), rates, out=np.zeros_like(rates), where=rates > 0)).max()),
+        )
+        if hosted(high) + idle < total:
             continue
-        by_memory = np.full(len(rates), np.inf)
-        smallest = int(work.memory[order[: at + 1]].min())
-        if smallest > 0:
-            by_memory = np.floor(np.maximum(work.room_bytes, 0) / smallest)
-        each = np.divide(size, rates, out=np.full(len(rates), np.inf), where=rates > 0)
-        best = max(best, _kth_finish(work.base_s, each, np.minimum(by_memory, needed), needed))
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if hosted(middle) + idle >= total * (1 - 1e-12) else (middle, high)
+            if high <= low * (1 + 1e-9):
+                break
+        best = max(best, low * (1 - 1e-9))
     return best
 
 
-def _kth_finish(base: Floats, each: Floats, most: Floats, needed: int) -> float:
-    """The time by which `needed` equal layers can be done, `each` seconds a piece on each node."""
-    usable = np.isfinite(each) & (most > 0)
-    if not usable.any() or most[usable].sum() < needed:
+def _concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]:
+    """The most weight for a cost, best ratio first: points (cost, weight) of a concave line."""
+    ratio = np.divide(weight, cost, out=np.full(len(cost), np.inf), where=cost > 0)
+    order = np.argsort(-ratio, kind="stable")
+    axis = np.concatenate(([0.0], np.cumsum((cost * count)[order])))
+    value = np.concatenate(([0.0], np.cumsum((weight * count)[order])))
+    # What costs nothing is had at once.
+    start = int(np.count_nonzero(cost[order] <= 0))
+    return axis[start:], value[start:]
+
+
+def pigeonhole_bound_s(work: Work, *, above_s: float = 0.0, cuts: int = 20) -> float:
+    """Whole layers only: what a node can do of the n layers of most FLOP, for several n.
+
+    In time T a node does at most k of them, where the k smallest just fit, and at most the FLOP of the k largest;
+    its memory limits k likewise. All nodes together must do all n and their FLOP. Only looked for above `above_s`.
+    """
+    rates = _effective_rates(work)
+    order = np.argsort(-work.flop, kind="stable")
+    flop = np.repeat(work.flop[order], work.count[order])
+    flop = flop[flop > 0]
+    if len(flop) == 0:
         return 0.0
-    base, each, most = base[usable], each[usable], most[usable]
-    low, high = 0.0, float((base + each * most).max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if high <= low * (1 + 1e-12):
-            break
-        # A little generous, so that rounding never makes the bound too large.
-        hosted = np.minimum(np.floor(np.maximum(middle - base, 0) / each * (1 + 1e-12)), most).sum()
-        if hosted >= needed:
-            high = middle
-        else:
-            low = middle
-    return low * (1 - 1e-12)
+    size = np.repeat(work.memory[order], work.count[order])[: len(flop)]
+    largest = np.concatenate(([0.0], np.cumsum(flop)))
+    room = np.maximum(work.room_bytes, 0)
+    most_flop = np.minimum(work.room_flop, np.inf)
+    best = above_s
+    chosen = np.unique(np.round(np.geomspace(1, len(flop), cuts)).astype(np.int64))
+    chosen = np.unique(np.append(chosen, np.linspace(1, len(flop), cuts).astype(np.int64)))
+    for needed in chosen.tolist():
+        smallest = np.concatenate(([0.0], np.cumsum(flop[:needed][::-1])))
+        lightest = np.concatenate(([0], np.cumsum(np.sort(size[:needed]))))
+        by_memory = np.searchsorted(lightest, room, side="right") - 1
+        total = float(largest[needed])
+
+        def possible(
+            at_s: float,
+            needed: int = needed,
+            smallest: Floats = smallest,
+            by_memory: Ints = by_memory,
+            total: float = total,
+        ) -> bool:
+            # A little generous, so that rounding never makes the bound too large.
+            able = np.minimum(np.maximum(at_s - work.base_s, 0.0) * rates * (1 + 1e-9), most_flop)
+            whole = np.minimum(np.searchsorted(smallest, able, side="right") - 1, by_memory)
+            done = np.minimum(able, largest[whole])
+            return bool(whole.sum() >= needed and done.sum() >= total * (1 - 1e-9))
+
+        if best > 0 and possible(best * (1 + 1e-6)):
+            continue
+        low, high = best, max(best, 1e-300)
+        for _ in range(2_200):
+            high *= 1.2 if best > 0 else 2.0
+            if possible(high):
+                break
+            low = high
+            if high > 1e200:
+                return best  # memory is too small for whole layers; other checks say so
+        for _ in range(50):
+            middle = (low + high) / 2
+            if high <= low * (1 + 1e-9):
+                break
+            low, high = (low, middle) if possible(middle) else (middle, high)
+        best = max(best, low * (1 - 1e-9))
+    return best

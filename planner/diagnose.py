@@ -24,8 +24,10 @@ Solver = Callable[[Problem], float | None]
 
 #: Contexts are searched up to this many tokens.
 MOST_TOKENS = 16_777_216
-#: Relative accuracy of the bytes that a larger memory is said to need.
-_STEPS = 24
+#: Halvings of the interval in which the bytes that are missing lie.
+_STEPS = 14
+#: Strongest and largest nodes of which a larger memory is tried.
+_TRIED = 2
 
 
 def infeasible(problem: Problem, solver: Solver, *, strategy: str, proven: bool) -> Infeasible:
@@ -143,7 +145,11 @@ def _remedies(problem: Problem, solver: Solver) -> list[tuple[dict[str, Any], st
                 f"one more node like {twin.node_id} ({gib(twin.memory_bytes)})",
             )
         )
-    context = longest_context(problem.profile, problem.cluster, problem.options, solver)
+    shrinks = any(layer.kv_cache_bytes for layer in problem.profile.layers)
+    context = None
+    if shrinks:
+        most = problem.profile.sequence_length
+        context = longest_context(problem.profile, problem.cluster, problem.options, solver, most=most)
     if context is not None:
         remedies.append(
             (
@@ -161,7 +167,8 @@ def _more_bytes(problem: Problem, solver: Solver) -> tuple[str, int] | None:
     # The strongest and the largest nodes are where memory would be added first; all of them where there are few.
     by_rate = np.lexsort((np.arange(len(problem.nodes)), -problem.rate)).tolist()
     by_memory = np.lexsort((np.arange(len(problem.nodes)), -problem.capacity)).tolist()
-    for node in dict.fromkeys([*by_rate[:4], *by_memory[:4]]):
+    tried = _TRIED if len(problem.nodes) * len(problem.kind) <= 4_000 else 1
+    for node in dict.fromkeys([*by_rate[:tried], *by_memory[:tried]]):
 
         def works(extra: int, at: int = node) -> bool:
             capacity = problem.capacity.copy()
@@ -173,7 +180,7 @@ def _more_bytes(problem: Problem, solver: Solver) -> tuple[str, int] | None:
             continue
         low = 0
         for _ in range(_STEPS):
-            if high - low <= max(1, high // 10_000):
+            if high - low <= max(1, high // 1_000) and high > 100_000:
                 break
             middle = (low + high) // 2
             low, high = (low, middle) if works(middle) else (middle, high)
@@ -186,7 +193,7 @@ def _one_node_more(problem: Problem, solver: Solver) -> Node | None:
     tried: set[tuple[float, int]] = set()
     for node in sorted(problem.nodes, key=lambda n: (n.memory_bytes, n.flop_per_s, n.node_id)):
         key = (node.flop_per_s, node.memory_bytes)
-        if key in tried or len(tried) >= 16:
+        if key in tried or len(tried) >= 6:
             continue
         tried.add(key)
         twin = dataclasses.replace(node, node_id=f"{node.node_id}+1")

@@ -23,6 +23,7 @@ from planner.counts import (
     smallest_budget,
     states_of,
 )
+from planner.mend import by_density, mend, pour
 from planner.packing import best_fit, by_compute, by_tightness, earliest_finish, most_available
 from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints
@@ -120,6 +121,9 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         consider(best_fit(work, by_tightness(work, math.inf), math.inf))
     if best is None:
         consider(best_fit(work, np.argsort(-work.memory[work.kind], kind="stable"), math.inf))
+    if best is None and not np.isfinite(work.room_flop).any():
+        start = pour(work, np.argsort(-work.memory[work.kind], kind="stable"))
+        consider(mend(work, start, math.inf, steps=600))
     if best is None:
         return None
     low, high = bound, reached
@@ -135,6 +139,9 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         else:
             consider(packed, steps=100)
             high = min(middle, reached)
+    if not large and not np.isfinite(work.room_flop).any():
+        best = _mended(work, rate, best, bound)
+        reached = float(work.loads_s(best).max())
     if budget_s is not None:
         if reached > budget_s * (1 + SLACK):
             return None
@@ -145,6 +152,24 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     return Solution(
         assignment=best, bottleneck_s=reached, lower_bound_s=min(bound, reached), exact=reached <= bound * (1 + SLACK)
     )
+
+
+def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 8, steps: int = 60) -> Ints:
+    """Smaller budgets, reached by exchanges from the best so far or from a start by density."""
+    reached = float(work.loads_s(best).max())
+    failed = bound
+    for _ in range(probes):
+        if reached <= failed * 1.001:
+            break
+        target = (failed + reached) / 2
+        found = mend(work, best, target, steps=steps)
+        if found is None and work.memory.any():
+            found = mend(work, by_density(work, rate, target), target, steps=steps)
+        if found is None:
+            failed = target
+        else:
+            best, reached = found, float(work.loads_s(found).max())
+    return best
 
 
 def _fewest_items(work: Work, rate: Floats, budget_s: float) -> Ints | None:

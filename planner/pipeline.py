@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.bounds import lower_bound_s
-from planner.counts import Counts, Groups, Hosting, fewest_nodes, smallest_budget
+from planner.counts import Counts, Groups, Hosting, fewest_nodes, in_any_order, smallest_budget
+from planner.greedy import is_exact
 from planner.placement import Found, Work
 from planner.problem import SLACK, Ints, Problem
 from planner.sequence import Sequence
@@ -162,37 +163,51 @@ def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: floa
     run = in_order(work)
     if run is not None:
         return _solve_run(*run, bound, budget_s)
-    return _solve_sequence(problem, memory, bound, budget_s)
+    return _solve_sequence(problem, work, memory, bound=bound, budget_s=budget_s)
 
 
-def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: float | None) -> Found:
-    ways = [Sequence(problem, memory)]
-    exact = ways[0].is_exact
-    if not exact:
-        ways.append(Sequence(problem, memory, reverse=True))
-
-    def place(budget: float) -> Ints | None:
-        best: Ints | None = None
-        for at, way in enumerate(ways):
-            stages = way.place(budget)
-            if stages is not None:
-                nodes = way.assignment(stages, reverse=at == 1)
-                if best is None or problem.bottleneck_s(nodes) < problem.bottleneck_s(best):
-                    best = nodes
-        return best
-
+def _solve_sequence(problem: Problem, work: Work, memory: Ints, *, bound: float, budget_s: float | None) -> Found:
+    forward = Sequence(problem, memory)
     if budget_s is not None:
-        nodes = place(budget_s)
-        return nodes, math.inf if nodes is None and exact else bound
+        nodes = _place(problem, [forward, *_mirrored(problem, memory, forward)], budget_s)
+        return nodes, math.inf if nodes is None and forward.is_exact else bound
+    if forward.is_exact:
+        return _bisect(problem, forward, bound)
+    if is_exact(work) and len(work.kind):
+        # Any layer anywhere is never slower than contiguous stages, and is solved exactly here.
+        relaxed = smallest_budget(in_any_order(work), bound)
+        if relaxed is None:
+            return None, math.inf
+        bound = max(bound, relaxed[2])
+    return _search(problem, [forward, *_mirrored(problem, memory, forward)], bound)
+
+
+def _mirrored(problem: Problem, memory: Ints, forward: Sequence) -> list[Sequence]:
+    return [] if forward.is_exact else [Sequence(problem, memory, reverse=True)]
+
+
+def _place(problem: Problem, ways: list[Sequence], budget_s: float) -> Ints | None:
+    """The better of what placing from the front and from the back gives."""
+    best: Ints | None = None
+    for at, way in enumerate(ways):
+        stages = way.place(budget_s)
+        if stages is not None:
+            nodes = way.assignment(stages, reverse=at == 1)
+            if best is None or problem.bottleneck_s(nodes) < problem.bottleneck_s(best):
+                best = nodes
+    return best
+
+
+def _bisect(problem: Problem, sequence: Sequence, bound: float) -> Found:
+    """The smallest budget where placing is exact."""
     found: Ints | None = None
-    low, high, step = bound, math.inf, 1.01
-    probe = bound
-    for _ in range(60 if exact else 24):
-        nodes = place(probe)
+    low, high, step, probe = bound, math.inf, 1.01, bound
+    for _ in range(80):
+        nodes = _place(problem, [sequence], probe)
         if nodes is not None:
             found, high = nodes, max(low, min(probe, problem.bottleneck_s(nodes)))
         elif math.isinf(probe):
-            return None, math.inf if exact else bound
+            return None, math.inf
         else:
             low = max(low, probe)
         if high <= low * (1 + SLACK):
@@ -204,5 +219,47 @@ def _solve_sequence(problem: Problem, memory: Ints, bound: float, budget_s: floa
             probe = (low + high) / 2
     if found is None:
         return None, bound
-    reached = problem.bottleneck_s(found)
-    return found, min(low if exact else bound, reached)
+    return found, min(low, problem.bottleneck_s(found))
+
+
+def _search(problem: Problem, ways: list[Sequence], bound: float) -> Found:
+    """A beam at growing budgets until one is enough, then other orders of the nodes at smaller ones."""
+    found: Ints | None = None
+    failed, excess = bound, 0.0005
+    for _ in range(16):
+        probe = bound * (1 + excess) if excess < 1e6 and bound > 0 else math.inf
+        found = _place(problem, ways, probe)
+        if found is not None:
+            break
+        if math.isinf(probe):
+            ordered = ways[0].reorder(math.inf, [])
+            if ordered is None:
+                return None, bound
+            found = ordered
+            break
+        failed, excess = probe, excess * 3 if excess < 1 else excess * 30
+    if found is None:
+        return None, bound
+    high = problem.bottleneck_s(found)
+    for _ in range(8):
+        if high <= failed * 1.0005:
+            break
+        probe = (failed + high) / 2
+        nodes = _place(problem, ways, probe)
+        if nodes is None:
+            nodes = ways[0].reorder(probe, found.tolist())
+        if nodes is None:
+            failed = probe
+        else:
+            found, high = nodes, problem.bottleneck_s(nodes)
+    # The beam's failures prove nothing: try again below them, by order alone.
+    for _ in range(6):
+        if high <= bound * 1.001:
+            break
+        nodes = ways[0].reorder(bound + 0.7 * (high - bound), found.tolist())
+        if nodes is None:
+            nodes = ways[0].reorder(bound + 0.93 * (high - bound), found.tolist())
+        if nodes is None:
+            break
+        found, high = nodes, problem.bottleneck_s(nodes)
+    return found, min(bound, high)

@@ -8,6 +8,7 @@ counts of classes used make few states the programme over them is exact, beyond 
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 
@@ -169,6 +170,64 @@ class Sequence:
             spent = spent[rows] + worth[ats]
             trail.append((rows, ats, position))
         return None
+
+    def reorder(self, budget_s: float, present: list[int], *, tries: int = 2_500) -> Ints | None:
+        """(L,) nodes within `budget_s` from an order found by exchanging and moving nodes, or None.
+
+        Args:
+            budget_s: The budget.
+            present: (L,) nodes of a plan to start from; empty: the roomiest first.
+            tries: Orders looked at.
+        """
+        rows = self.reach(budget_s).tolist()
+        class_of = {node: at for at, nodes in enumerate(self.classes) for node in nodes}
+        used = list(dict.fromkeys(present))
+        rest = [node for node in range(len(self.problem.nodes)) if node not in set(used)]
+        rest.sort(key=lambda node: (-rows[class_of[node]][0], node))
+        order = [class_of[node] for node in used + rest]
+        length, count = self.layers, len(order)
+        ends = [0] * (count + 1)
+
+        def run(trial: list[int], start: int) -> list[int]:
+            position, passed = ends[start], []
+            for at in trial[start:]:
+                position = rows[at][position]
+                passed.append(position)
+                if position >= length:
+                    break
+            return passed
+
+        ends[1:] = run(order, 0)
+        ends += [ends[-1]] * (count + 1 - len(ends))
+        best = ends[count]
+        draw = random.Random(count * 1_000_003 + length)  # noqa: S311  (a fixed sequence of tries)
+        for _ in range(tries):
+            if best >= length:
+                break
+            a, b = draw.randrange(count), draw.randrange(count)
+            if a == b or order[a] == order[b]:
+                continue
+            trial = list(order)
+            if draw.random() < 0.6:
+                trial[a], trial[b] = trial[b], trial[a]
+            else:
+                trial.insert(b, trial.pop(a))
+            start = min(a, b)
+            passed = run(trial, start)
+            if passed[-1] >= best:
+                order, best = trial, passed[-1]
+                ends[start + 1 :] = passed + [best] * (count - start - len(passed))
+        if best < length:
+            return None
+        stages, position = [], 0
+        for at in order:
+            end = rows[at][position]
+            if end > position:
+                stages.append((at, position, end))
+                position = end
+            if position >= length:
+                break
+        return self.assignment(stages)
 
     @staticmethod
     def _unwind(trail: list[tuple[Ints, Ints, Ints]]) -> list[tuple[int, int, int]]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from planner.answers import attempt, baseline, best_answer, greedy_once, pipeline_once
-from planner.arrange import by_links, fewest_hops
+from planner.answers import attempt, baseline, best_answer, greedy_once, pipeline_once, shortest_chain
+from planner.arrange import by_links
 from planner.baselines import by_memory, equal_parts
 from planner.cluster import Cluster
 from planner.diagnose import longest_context
@@ -28,7 +28,7 @@ def greedy(problem: Problem) -> Answer:
     answer = best_answer(problem, "greedy", greedy_once)
     if problem.options.objective == "latency":
         return answer
-    return dataclasses.replace(answer, nodes=by_links(problem, fewest_hops(problem, answer.nodes)))
+    return dataclasses.replace(answer, nodes=by_links(problem, shortest_chain(problem, answer.nodes)))
 
 
 def pipeline(problem: Problem) -> Answer:
