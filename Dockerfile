@@ -31,7 +31,7 @@ FROM web AS api
 USER 10001:10001
 VOLUME /data
 EXPOSE 8080
-CMD ["gunicorn", "-c", "python:web.gunicorn_conf", "--no-control-socket", "--worker-tmp-dir", "/dev/shm", "web.wsgi:app"]
+CMD ["gunicorn", "-c", "python:web.gunicorn_conf", "--no-control-socket", "web.wsgi:app"]
 
 FROM web AS flower
 USER 10001:10001

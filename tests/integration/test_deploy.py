@@ -379,3 +379,60 @@ def test_every_command_of_the_procfile_is_one_of_ours(tmp_path: Path) -> None:
             assert shlex.split(line) == command  # one way to start a role, wherever it is started
     done = subprocess.run([str(BIN / "honcho"), "check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_honcho_runs_the_procfile_with_a_redis_of_its_own(tmp_path: Path) -> None:
+    """All but Flower, whose port is fixed there, and whose command the compose file has too."""
+    import psutil
+
+    bind = f"127.0.0.1:{free_port()}"
+    env = child_env(
+        {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "REDIS_URL": f"redis://:pass%2Fword@127.0.0.1:{free_port()}/0",
+            "FAIRSHARD_DATA": str(tmp_path / "data"),
+            "FAIRSHARD_BIND": bind,
+            "NODE_ID": "from-procfile",
+        }
+    )
+    command = (
+        str(BIN / "honcho"),
+        "start",
+        "-f",
+        str(ROOT / "Procfile"),
+        "-d",
+        str(ROOT),
+        *("redis", "api", "planner", "node"),
+    )
+    supervisor = Supervisor(print)
+    try:
+        supervisor.start(Role(name="honcho", argv=command, env=env, log=tmp_path / "honcho.log"))
+
+        def healthy() -> bool:
+            said = answer(f"http://{bind}/api/health")[1]
+            return isinstance(said, dict) and said["status"] == "healthy"
+
+        deadline = time.monotonic() + 120
+        while not healthy():
+            supervisor.poll()
+            assert supervisor.deaths("honcho") == 0, supervisor.log_since_start("honcho")
+            assert time.monotonic() < deadline, supervisor.log_since_start("honcho")
+            time.sleep(0.2)
+        nodes = answer(f"http://{bind}/api/nodes")[1]["nodes"]
+        assert [node["node_id"] for node in nodes] == ["from-procfile"]
+        pid = supervisor.pid("honcho")
+        assert pid is not None
+        family = psutil.Process(pid).children(recursive=True)
+    finally:
+        supervisor.stop([("honcho",)])
+    _gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_a_private_redis_refuses_to_stand_in_for_another(tmp_path: Path) -> None:
+    env = child_env({"REDIS_URL": "redis://redis.example:6379/0", "FAIRSHARD_DATA": str(tmp_path)})
+    command = [sys.executable, "-m", "workers.redis_server"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "REDIS_URL names another" in done.stderr
