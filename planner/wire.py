@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 __all__ = [
-    "SCHEMA_VERSION", "cluster_from_json", "cluster_to_json", "dumps", "load_file", "node_from_json", "node_to_json",
-    "options_from_json", "options_to_json", "plan_from_json", "plan_to_json", "profile_from_json", "profile_to_json",
+    "SCHEMA_VERSION", "cluster_from_json", "cluster_to_json", "dumps", "links_from_json", "load_file",
+    "node_from_json", "node_to_json", "options_from_json", "options_to_json", "plan_from_json", "plan_to_json",
+    "profile_from_json", "profile_to_json",
 ]  # fmt: skip
 
 
@@ -235,6 +236,19 @@ def cluster_from_json(obj: object, *, dtype: str | None = None) -> Cluster:
 
     whole = {"nodes": obj} if isinstance(obj, list) else obj
     cluster: Cluster = _load_for(dtype, ClusterSchema(), whole, what="nodes file")
+    return cluster
+
+
+def links_from_json(obj: object) -> Cluster:
+    """A cluster without nodes with the links of {latency_s?, bytes_per_s?, pairs?: [...]}; pairs may name any node.
+
+    Raises:
+        InvalidInput: If a field is wrong; `details["errors"]` lists path and message.
+    """
+    from planner.wire_cluster import LinksAloneSchema
+    from planner.wire_schemas import load
+
+    cluster: Cluster = load(LinksAloneSchema(), {"links": obj}, what="links", error=InvalidInput)
     return cluster
 
 

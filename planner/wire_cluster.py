@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -92,18 +92,40 @@ class ClusterSchema(Lenient):
         links = data["links"]
         if links is None:
             return Cluster(nodes=nodes)
-        default = Link(latency_s=links["latency_s"] or 0.0, bytes_per_s=links["bytes_per_s"])
-        found = _from_matrix(links["matrix"], nodes, default)
         for position, pair in enumerate(links["pairs"]):
             for key, end in (("from", pair["source"]), ("to", pair["target"])):
                 if end not in place:
                     message = f"{shown(end)} is no node of this file"
                     raise ValidationError({"links": {"pairs": {position: {key: [message]}}}})
-            found[pair["source"], pair["target"]] = Link(
-                latency_s=pair.get("latency_s", default.latency_s),
-                bytes_per_s=pair.get("bytes_per_s", default.bytes_per_s),
-            )
+        default = _default(links)
+        found = _from_matrix(links["matrix"], nodes, default) | _from_pairs(links["pairs"], default)
         return Cluster(nodes=nodes, default_link=default, links=found)
+
+
+class LinksAloneSchema(Lenient):
+    """The links between nodes that are not known yet: a pair may name any node, and there is no matrix."""
+
+    links = fields.Nested(LinksSchema(exclude=("matrix",)), required=True)
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> Cluster:
+        """A cluster without nodes."""
+        default = _default(data["links"])
+        return Cluster(nodes=(), default_link=default, links=_from_pairs(data["links"]["pairs"], default))
+
+
+def _default(links: Mapping[str, Any]) -> Link:
+    return Link(latency_s=links["latency_s"] or 0.0, bytes_per_s=links["bytes_per_s"])
+
+
+def _from_pairs(pairs: Iterable[Mapping[str, Any]], default: Link) -> dict[tuple[str, str], Link]:
+    return {
+        (pair["source"], pair["target"]): Link(
+            latency_s=pair.get("latency_s", default.latency_s),
+            bytes_per_s=pair.get("bytes_per_s", default.bytes_per_s),
+        )
+        for pair in pairs
+    }
 
 
 def _from_matrix(

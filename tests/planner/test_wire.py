@@ -436,6 +436,14 @@ def test_links_come_as_a_default_pairs_or_a_matrix() -> None:
     assert read.link("a", "a") == Link()
 
 
+def test_links_alone_may_name_nodes_that_are_not_known_yet() -> None:
+    read = wire.links_from_json({"latency_s": 1, "pairs": [{"from": "x", "to": "y", "bytes_per_s": 5}]})
+    assert (read.nodes, read.link("a", "b")) == ((), Link(latency_s=1))
+    assert read.link("x", "y") == Link(latency_s=1, bytes_per_s=5)
+    with pytest.raises(InvalidInput, match=r"links\.latency_s must be a number"):
+        wire.links_from_json({"latency_s": -1})
+
+
 def test_options_with_a_typing_error_are_refused() -> None:
     with pytest.raises(InvalidInput, match="stratgy Unknown field"):
         wire.options_from_json({"stratgy": "greedy"})

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import copy_of
 from hub.server import TestHub
+from safetensors.torch import load_file
 
 FAIRSHARD = Path(sys.executable).with_name("fairshard")
 NODES = """\
@@ -370,6 +372,35 @@ def test_a_plan_is_only_for_its_own_model_revision_and_nodes(fairshard: Shell) -
     config.write_text(config.read_text().replace("\n", "\n\n", 1))
     assert "revision" in fairshard(*arguments, "--node", "fast", rc=1).stderr
     assert not (fairshard.folder / "s").exists()
+
+
+def test_a_plan_is_exact_unless_told_otherwise_and_split_agrees_with_it(fairshard: Shell) -> None:
+    assert fairshard.json("profile", "m", "--output", "exact.json")["approximate"] == []
+    plan = fairshard.json("plan", "m", "--nodes", "nodes.yaml", "--output", "plan.json")
+    from_metadata = fairshard.json("plan", "--metadata", "exact.json", "--nodes", "nodes.yaml")
+    assert from_metadata["split_plan"] == plan["split_plan"]
+    for node, more in (("fast", ()), ("slow", ("--metadata", "exact.json"))):
+        fairshard("split", "m", "--plan", "plan.json", "--node", node, "--output", "shards", *more)
+    folders = [f"shards/{plan['plan_id']}/{node}" for node in ("fast", "slow")]
+    assert fairshard.json("verify", *folders, "--source", "m")["complete"] is True
+
+
+def test_a_bin_checkpoint_is_converted(fairshard: Shell) -> None:
+    old = fairshard.folder / "old"
+    old.mkdir()
+    tensors: dict[str, Any] = {}
+    for path in sorted((fairshard.folder / "m").glob("*.safetensors")):
+        tensors |= load_file(path)
+    torch.save(tensors, old / "pytorch_model.bin")
+    (old / "config.json").write_bytes((fairshard.folder / "m" / "config.json").read_bytes())
+    fairshard("convert", "old", "new")
+    converted: dict[str, Any] = {}
+    for path in (fairshard.folder / "new").glob("*.safetensors"):
+        converted |= load_file(path)
+    assert converted.keys() == tensors.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
+    assert "there is nothing to convert" in fairshard("convert", "m", "again", rc=2).stderr
+    assert "is not empty" in fairshard("convert", "old", "new", rc=1).stderr
 
 
 # --- publish, download, devices
