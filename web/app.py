@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     background = overrides.pop("background", True)
     web = replace(WebSettings.from_env(), **overrides)
     settings = settings or Settings.from_env()
-    logging.getLogger("fairshard").setLevel(logging.INFO)
+    _log_to_stderr()
     app = Flask("web", static_url_path="/static")
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
     made = _services(settings, web)
@@ -74,6 +74,15 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
         replayer.ensure()
         app.before_request(replayer.ensure)  # a server that forks after loading leaves its threads behind
     return app
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("fairshard")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():  # gunicorn sets up its own loggers only; without this the audit lines would go nowhere
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        log.addHandler(handler)
 
 
 def _services(settings: Settings, web: WebSettings) -> Services:

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Flask, Response, make_response, render_template
+from flask import Blueprint, Flask, Response, current_app, make_response, render_template
 from flask_smorest import Api
+from markupsafe import Markup, escape
 
 from web.guard import needs
 
@@ -155,13 +156,20 @@ def init_app(app: Flask, api: Api) -> None:
     """Serve the document of `api` as a page."""
     spec = api.spec.to_dict()
     app.extensions[_KEY] = {"spec": spec, "operations": operations(spec), "schemas": schemas(spec)}
+    app.add_template_filter(marked)
     app.register_blueprint(blp)
+
+
+def marked(text: str) -> Markup:
+    """`text` as HTML, with what stands between backticks as code."""
+    parts = text.split("`")
+    return Markup().join(
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part) for index, part in enumerate(parts)
+    )
 
 
 @blp.get("/docs")
 @needs(None)
 def show() -> Response:
     """The API, to read."""
-    from flask import current_app
-
     return make_response(render_template("docs.html", **current_app.extensions[_KEY]))

@@ -168,5 +168,6 @@ def init_app(app: Flask) -> Api:
 def finish(api: Api) -> None:
     """What cannot be said in marshmallow, once all schemas are known to the document."""
     schemas = api.spec.components.schemas
+    schemas.pop("PaginationMetadata", None)  # flask-smorest's; nothing here uses its pages
     schemas["NodeIn"]["anyOf"] = [{"required": ["node_id"]}, {"required": ["id"]}]
     schemas["PreviewIn"]["oneOf"] = [{"required": ["model_name"]}, {"required": ["metadata"]}]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from web_cases import NODES, SEED_METADATA, error_of
 
@@ -25,9 +25,7 @@ def document(client: FlaskClient) -> dict[str, Any]:
 
 
 def _valid(document: dict[str, Any], name: str, value: Any) -> None:
-    registry: Registry[Any] = Registry().with_resource(
-        "urn:api", Resource(contents=document, specification=DRAFT202012)
-    )
+    registry: Registry[Any] = Registry().with_resource("urn:api", DRAFT202012.create_resource(document))
     Draft202012Validator({"$ref": f"urn:api#/components/schemas/{name}"}, registry=registry).validate(value)
 
 

@@ -187,3 +187,6 @@ def test_where_tokens_are_asked_for_so_does_the_page(page: Page, service: Servic
         assert token not in page.content()
         until(lambda: page.locator("#token-card").is_hidden(), what="the card is gone")
         page.close()
+    audit = [line for line in server.log.read_text().splitlines() if "fairshard.audit" in line]
+    assert any('"action": "request"' in line and '"token": "me"' in line for line in audit)
+    assert token not in server.log.read_text()

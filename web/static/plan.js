@@ -29,12 +29,15 @@ function strip(plan, tone) {
 const gauge = (label, fraction, text, node, kind = "") => h("div", {class: "gauge"},
   h("span", {class: "label"}, label), bar(fraction, `${node}: ${label}`, kind), h("span", {}, text));
 
-function share(report, part, tone) {
+const unit = (plan, count) => `${plan.unit === "tensor" ? "tensor" : "layer"}${count === 1 ? "" : "s"}`;
+
+function share(plan, report, tone) {
+  const part = plan.split_plan[report.node_id];
   const memory = report.memory_used_bytes + report.memory_free_bytes;
   return h("div", {class: `share ${tone(report.node_id)} ${report.used ? "" : "unused"}`},
     h("div", {},
       h("span", {class: "name"}, h("span", {class: "dot", "aria-hidden": "true"}), report.node_id),
-      h("span", {class: "layers"}, part ? `${part.layer_names.length} · ${ranges(part.layer_names)}` : "not used")),
+      h("span", {class: "layers"}, part ? `${part.layer_names.length} ${unit(plan, part.layer_names.length)}: ${ranges(part.layer_names)}` : "not used")),
     h("div", {},
       report.used ? gauge("compute", report.compute_utilization, `${flop(report.flop)} · ${percent(report.compute_utilization)} of ${seconds(report.seconds / Math.max(report.compute_utilization, 1e-12))}`, report.node_id) : null,
       report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, `${bytes(report.memory_used_bytes)} of ${bytes(memory)}`, report.node_id, "memory") : null,
@@ -71,13 +74,15 @@ export function comparison(plan, outcomes) {
 }
 
 export function showPlan(element, plan, outcomes) {
-  const reports = [...plan.nodes].sort((a, b) => Number(b.used) - Number(a.used) || b.flop - a.flop);
-  const order = [...new Set([...plan.stages.map((stage) => stage.node_id), ...reports.map((report) => report.node_id)])];
-  const tone = (node) => `tone${order.indexOf(node) % 8}`;
+  const order = [...new Set([...plan.stages.map((stage) => stage.node_id), ...plan.nodes.map((report) => report.node_id)])];
+  const place = new Map(order.map((node, index) => [node, index]));
+  const reports = [...plan.nodes].sort((a, b) => Number(b.used) - Number(a.used) || place.get(a.node_id) - place.get(b.node_id));
+  const tone = (node) => `tone${place.get(node) % 8}`;
   fill(element,
     facts(plan),
     strip(plan, tone),
-    h("div", {}, reports.slice(0, 200).map((report) => share(report, plan.split_plan[report.node_id], tone))),
+    h("p", {class: "hint"}, "Layers in order of execution, and below what each node holds of them."),
+    h("div", {}, reports.slice(0, 200).map((report) => share(plan, report, tone))),
     reports.length > 200 ? h("p", {class: "hint"}, `and ${reports.length - 200} nodes more`) : null,
     ...chain(plan, tone),
     h("h3", {}, "What other strategies would give"),
