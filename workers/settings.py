@@ -37,6 +37,10 @@ class Settings:
     memory_bytes_per_s: float | None
     #: FAIRSHARD_DISK_QUOTA: bytes that this node's shards may take together; None: what the disk has.
     disk_quota_bytes: int | None = None
+    #: FAIRSHARD_PEER_URL: where other nodes reach this one's shards, read-only; None: it serves none.
+    peer_url: str | None = None
+    #: FAIRSHARD_PEER_TOKEN: what nodes show each other for it.
+    peer_token: str | None = None
 
     @property
     def store_dir(self) -> Path:
@@ -74,6 +78,8 @@ class Settings:
             memory_bytes=_integer(env, "FAIRSHARD_MEMORY_BYTES"),
             memory_bytes_per_s=_number(env, "FAIRSHARD_MEMORY_BYTES_PER_S"),
             disk_quota_bytes=_integer(env, "FAIRSHARD_DISK_QUOTA"),
+            peer_url=(env.get("FAIRSHARD_PEER_URL") or "").rstrip("/") or None,
+            peer_token=env.get("FAIRSHARD_PEER_TOKEN") or None,
         )
 
 
@@ -282,6 +288,7 @@ class ClientSettings:
         url = (env.get("FAIRSHARD_URL") or "http://127.0.0.1:8080").rstrip("/")
         if not url.startswith(("http://", "https://")):
             raise InvalidInput(
-                f"FAIRSHARD_URL must start with http:// or https://, got {url!r}", details={"setting": "FAIRSHARD_URL"}
+                f"FAIRSHARD_URL must start with http:// or https://, got {url!r}",
+                details={"setting": "FAIRSHARD_URL"},
             )
         return cls(url=url, token=env.get("FAIRSHARD_TOKEN") or None)

@@ -1,0 +1,130 @@
+"""Nodes hand each other what moved; the Hub is asked last, and nothing wrong is taken from anyone."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from hub.server import TestHub
+from shard_cases import dealt, profile_of, raw_tensors
+
+from planner.errors import InvalidInput
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from workers.checkpoint import Checkpoint
+from workers.downloader import resolve
+from workers.peer_server import PeerServer
+from workers.peers import find_peers
+from workers.splitter import split, verify
+
+TOKEN = "between nodes"
+
+
+@dataclass(kw_only=True)
+class World:
+    """Node "a" holds its half of a model and serves it; node "b" is to take over all of it."""
+
+    hub: TestHub
+    source: Checkpoint
+    profile: ModelProfile
+    plan: Plan
+    server: PeerServer
+    shards: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.port}"
+
+    def peers(self, token: str = TOKEN) -> tuple:  # type: ignore[type-arg]
+        return find_peers([self.url], token=token, model_name="own/model", revision=self.source.revision)
+
+    def take_over(self, output: Path, token: str = TOKEN) -> int:
+        """Make the whole model's shard on "b"; bytes that the Hub sent for it."""
+        peers = self.peers(token)
+        self.hub.counters.clear()
+        whole = dealt(self.profile, ["b"], plan_id="whole")
+        split(self.source, self.profile, whole, node_id="b", output=output, peers=peers)
+        assert verify(output).ok
+        assert raw_tensors(output) == raw_tensors(checkpoint("llama"))
+        return self.hub.counters.body_bytes("*.safetensors")
+
+
+@pytest.fixture
+def world(hub: TestHub, tmp_path: Path) -> Iterator[World]:
+    hub.add_repo("own/model", checkpoint("llama"))
+    source = resolve("own/model")
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "c"])
+    shards = tmp_path / "a-shards"
+    split(source, profile, plan, node_id="a", output=shards / "plan")
+    with PeerServer(shards, token=TOKEN) as server:
+        yield World(hub=hub, source=source, profile=profile, plan=plan, server=server, shards=shards)
+
+
+def get(world: World, path: str, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", world.server.port, timeout=10)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"} | headers)
+    response = connection.getresponse()
+    status, body = response.status, response.read()
+    connection.close()
+    return status, body
+
+
+def test_what_a_peer_holds_does_not_come_from_the_hub(world: World, tmp_path: Path) -> None:
+    everything = sum(layer.weight_bytes for layer in world.profile.layers)
+    held = sum(len(data) for _, _, data in raw_tensors(world.shards / "plan").values())
+    header = 8192
+    assert held > everything / 3
+    assert world.take_over(tmp_path / "b") <= everything - held + 2 * header
+
+
+@pytest.mark.parametrize("trouble", ["wrong token", "gone"])
+def test_without_the_peer_the_hub_gives_all(world: World, tmp_path: Path, trouble: str) -> None:
+    everything = sum(layer.weight_bytes for layer in world.profile.layers)
+    if trouble == "gone":
+        peers = world.peers()
+        world.server.__exit__(None, None, None)
+        whole = dealt(world.profile, ["b"], plan_id="whole")
+        split(world.source, world.profile, whole, node_id="b", output=tmp_path / "b", peers=peers)
+        assert raw_tensors(tmp_path / "b") == raw_tensors(checkpoint("llama"))
+        world.server = PeerServer(world.shards, token=TOKEN).__enter__()
+        return
+    assert world.peers("wrong") == ()
+    assert world.take_over(tmp_path / "b", "wrong") >= everything
+
+
+def test_a_byte_that_went_bad_on_the_peers_disk_is_taken_from_the_hub(world: World, tmp_path: Path) -> None:
+    path = world.shards / "plan/model.safetensors"
+    with path.open("rb+") as file:
+        file.seek(path.stat().st_size - 5)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 0xFF]))
+    world.take_over(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/plan/../plan/config.json", "/plan/config.json", "/.plan.partial-x/model.safetensors", "/../../etc/passwd",
+     "//etc/passwd", "/plan/%2e%2e/%2e%2e/etc/passwd", "/nothing/manifest.json", "/plan"],
+)  # fmt: skip
+def test_only_weights_and_manifests_of_finished_shards_are_served(world: World, path: str) -> None:
+    assert get(world, path)[0] == 404
+    assert get(world, "/plan/manifest.json")[0] == 200
+
+
+def test_ranges_and_the_token_are_checked(world: World) -> None:
+    data = (world.shards / "plan/model.safetensors").read_bytes()
+    assert get(world, "/plan/model.safetensors", Range="bytes=10-19") == (206, data[10:20])
+    assert get(world, "/plan/model.safetensors", Range=f"bytes=10-{len(data) + 50}") == (206, data[10:])
+    assert get(world, "/plan/model.safetensors") == (206, data)
+    for bad in (f"bytes={len(data)}-{len(data)}", "bytes=9-3", "bytes=-5", "lines=1-2"):
+        assert get(world, "/plan/model.safetensors", Range=bad)[0] == 416
+    for token in ("", "Bearer ", f"bearer {TOKEN}", "Bearer x"):
+        assert get(world, "/", Authorization=token)[0] == 401
+    with pytest.raises(InvalidInput, match="FAIRSHARD_PEER_TOKEN"):
+        PeerServer(world.shards, token="")
