@@ -12,8 +12,8 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
 from planner.plan import Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
-from planner.wire import SCHEMA_VERSION
 from planner.wire_fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
+from planner.wire_write import SCHEMA_VERSION
 
 _PLAN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SLACK = 1e-6

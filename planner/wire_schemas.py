@@ -12,8 +12,8 @@ from planner import dtypes
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_SEQUENCE_LENGTH
 from planner.profile import KvTerms, Layer, ModelProfile, Tensor
-from planner.wire import SCHEMA_VERSION
 from planner.wire_fields import FilePath, Integer, Lenient, Many, ModelName, Number, Text, explain, shown
+from planner.wire_write import SCHEMA_VERSION
 
 
 class TensorSchema(Lenient):
