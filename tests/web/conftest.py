@@ -11,6 +11,7 @@ from checkpoints import models_dir
 from flask import Flask
 from flask.testing import FlaskClient
 from running import RedisProcess, Service
+from web_cases import Server
 
 from web.app import create_app
 from workers.settings import Settings
@@ -67,3 +68,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def live(service: Service) -> FlaskClient:
     """A client of an application whose jobs are really done."""
     return create_app(Settings.from_env(service.env | {"NODE_ID": "web"}), background=False).test_client()
+
+
+@pytest.fixture(scope="session")
+def server(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The API under gunicorn as it is on loopback, with real workers behind it."""
+    with Server(tmp_path_factory.mktemp("server"), service.env) as server:
+        yield server

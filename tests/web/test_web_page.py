@@ -42,13 +42,6 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def server(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The API as on loopback, with real workers behind it."""
-    with Server(tmp_path_factory.mktemp("page"), service.env) as server:
-        yield server
-
-
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page that must not report an error, nor ask for anything from elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from checkpoints import checkpoint
 from flask.testing import FlaskClient
 from hub.server import TestHub
 from running import Service, until
-from web_cases import NODES, SEED_METADATA, error_of
+from web_cases import NODES, SEED_METADATA, Server, error_of
 
 _ENDED = {"done", "failed", "cancelled"}
 
@@ -214,19 +215,21 @@ def test_cancel_ends_a_job_and_an_ended_one_stays(live: FlaskClient, service: Se
 class SeedClient:
     """The three calls and the upload exactly as the seed's client makes them; nothing else is known to it."""
 
-    def __init__(self, client: FlaskClient, hub: TestHub, metadata_repo: str) -> None:
+    def __init__(self, worker_url: str, hub: TestHub, metadata_repo: str) -> None:
         from huggingface_hub import HfApi
 
-        self.client, self.metadata_repo, self.node_id = client, metadata_repo, "big"
+        self.worker_url, self.metadata_repo, self.node_id = worker_url, metadata_repo, "big"
         self.hf_api, self.hf_token = HfApi(token=hub.token), hub.token
 
     def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         # requests.post(url, json=payload); response.raise_for_status(); return response.json()
-        response = self.client.post(
-            path, json=payload, headers={"Accept": "*/*", "User-Agent": "python-requests/2.32"}
+        sent = urllib.request.Request(
+            self.worker_url + path,
+            data=json.dumps(payload).encode(),
+            headers={"Content-Type": "application/json", "Accept": "*/*", "User-Agent": "python-requests/2.32.3"},
         )
-        assert response.status_code < 400, response.get_data(as_text=True)
-        found: dict[str, Any] = response.get_json()
+        with urllib.request.urlopen(sent, timeout=180) as response:  # raises on 4xx and 5xx
+            found: dict[str, Any] = json.load(response)
         return found
 
     def run(self, metadata: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -276,12 +279,12 @@ def _seed_metadata(folder: Path, model_name: str) -> dict[str, Any]:
 
 
 def test_a_client_of_the_seed_runs_unchanged(
-    live: FlaskClient, service: Service, hub: TestHub, tmp_path: Path
+    live: FlaskClient, server: Server, service: Service, hub: TestHub, tmp_path: Path
 ) -> None:
     hub.add_repo("seed/model", checkpoint("llama"))
     hub.add_repo("someone/metadata", {"README.md": "metadata"})
     metadata = _seed_metadata(checkpoint("llama"), "seed/model")
-    result = SeedClient(live, hub, "someone/metadata").run(metadata, tmp_path)
+    result = SeedClient(server.url, hub, "someone/metadata").run(metadata, tmp_path)
     assert result.get("success")
     plan: dict[str, Any] = {
         name: result.get(name) for name in ("model_name", "split_plan", "megaphone_plan", "selected_nodes")
