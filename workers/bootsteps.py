@@ -31,7 +31,15 @@ def _set_up_logging(loglevel: int | None = None, **_: object) -> None:
     )
 
 
-class ReconcileStep(bootsteps.StartStopStep):
+class _Step(bootsteps.StartStopStep):
+    """A step that does the same whether the worker stops warmly or coldly."""
+
+    def terminate(self, worker: Any) -> None:
+        """Celery's own would do nothing for a step without an `obj`."""
+        self.stop(worker)
+
+
+class ReconcileStep(_Step):
     """A reconciler in each worker, one of which holds the lock."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
@@ -50,7 +58,7 @@ class ReconcileStep(bootsteps.StartStopStep):
             self._thread.stop()
 
 
-class AnnounceStep(bootsteps.StartStopStep):
+class AnnounceStep(_Step):
     """Writes `node:<id>` (the planner: `planner`) three times within its expiry, for as long as the worker lives."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
@@ -113,7 +121,7 @@ def _once(beat: Callable[[], None]) -> None:
         logger.exception("announcing this worker failed")
 
 
-class HandBackStep(bootsteps.StartStopStep):
+class HandBackStep(_Step):
     """On the way out, steps that the grace period was too short for are handed back, no attempt counted."""
 
     requires = (AnnounceStep,)

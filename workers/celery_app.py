@@ -88,6 +88,7 @@ def create_app(
         worker_enable_soft_shutdown_on_idle=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_transport="workers.transport:Transport",
         broker_transport_options=transport,
         # No `result_extended`: it would store the arguments.
         result_expires=86400,

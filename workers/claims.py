@@ -7,6 +7,7 @@ with it. What it learns (cancelled, fenced) is raised by the work's next call of
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -26,6 +27,10 @@ BEAT_S = 1.0
 RETRY_S = 2.0
 #: How long an outcome is held for a Redis that is away, in seconds; then the step is simply done again.
 OUTCOME_S = 120.0
+#: Errors of this machine's disk and memory: trying again here mends nothing.
+_THIS_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
+)
 
 
 class Fenced(Cancelled):
@@ -245,7 +250,7 @@ def _record_failure(ledger: Ledger, claim: Claim, error: Exception) -> None:
     claimed = claim.claimed
     cause = explained(error)
     # An error that nobody foresaw may pass; what is explained says itself whether it does.
-    final = isinstance(error, FairshardError | MemoryError) and not cause.retryable
+    final = type(cause) is not FairshardError and not cause.retryable
     delay_s = RETRY_S * 2 ** (claimed.attempt - 1)
     outcome = _patiently(lambda: ledger.fail(claimed, cause, delay_s=delay_s, final=final))
     logger.warning(
@@ -264,7 +269,7 @@ def explained(error: Exception) -> FairshardError:
         return NodeFailure(
             "the step needs more memory than it may take (FAIRSHARD_STEP_MEMORY_BYTES, or the machine's)"
         )
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno in _THIS_MACHINE:
         return NodeFailure(
             f"{os.strerror(error.errno)}: {error.filename or 'no file named'}", details={"errno": error.errno}
         )

@@ -75,7 +75,8 @@ class Jobs:
         queue = queue or QueueSettings.from_env()
         # No result backend: nobody here waits for Celery.
         app = create_app(settings, queue, results=False)
-        services = Services(settings=settings, queue=queue, wake=sender(app))
+        # A caller is told within five seconds that Redis is away, whatever way it is.
+        services = Services(settings=settings, queue=queue, wake=sender(app), redis_timeout_s=2.0)
         return cls(services, journal=journal, max_queued=max_queued, max_per_submitter=max_per_submitter)
 
     def __init__(

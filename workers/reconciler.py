@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 PASS_S = 1.0
 #: Seconds after which the lock of a reconciler that died is free.
 LOCK_S = 5.0
-#: Seconds that a node is given beyond its expiry: after a restart of Redis all have expired, and all come back.
-GRACE_S = 4.0
+#: Seconds that a node is missed before its steps are given up, beyond its own expiry.
+GRACE_S = 2.0
 
 # Extend the lock only if it is still ours.
 _HOLD = """
@@ -42,20 +42,16 @@ class Reconciler:
         self._now = now
         #: node_id -> when it was first missed.
         self._missed: dict[str, float] = {}
-        self._held_since: float | None = None
+        self._last_pass: float | None = None
+        #: Until then nobody is given up: after a restart of Redis all nodes have expired, and all come back.
+        self._quiet_until = 0.0
         self._hold: Any = ledger.redis.register_script(_HOLD)
 
     def holds_lock(self) -> bool:
         """Take or keep the lock; whether it is ours."""
         with reachable():
             key = f"{self._ledger.prefix}reconciler"
-            held = bool(self._hold(keys=[key], args=[self._name, round(LOCK_S * 1000)]))
-        if not held:
-            self._held_since = None
-            self._missed.clear()
-        elif self._held_since is None:
-            self._held_since = self._now()
-        return held
+            return bool(self._hold(keys=[key], args=[self._name, round(LOCK_S * 1000)]))
 
     def once(self) -> int:
         """One pass, if the lock is ours.
@@ -63,8 +59,16 @@ class Reconciler:
         Returns:
             How many steps were overdue.
         """
+        now = self._now()
         if not self.holds_lock():
+            self._last_pass = None
+            self._missed.clear()
             return 0
+        if self._last_pass is None or now - self._last_pass > LOCK_S:
+            # The lock is new, or Redis was away: every living node must have had its turn to announce itself.
+            self._quiet_until = now + self._registry.ttl_s / 3 + GRACE_S
+            self._missed.clear()
+        self._last_pass = now
         late = 0
         # Bounded: the lock must be renewed before it expires.
         for _ in range(10):
@@ -81,6 +85,8 @@ class Reconciler:
         now = self._now()
         missing = in_use - alive
         self._missed = {node_id: self._missed.get(node_id, now) for node_id in missing}
+        if now < self._quiet_until:
+            return
         for node_id, since in sorted(self._missed.items()):
             if now - since >= GRACE_S:
                 lost = self._ledger.lose_node(node_id)

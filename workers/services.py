@@ -33,11 +33,13 @@ class Services:
     settings: Settings
     queue: QueueSettings
     wake: Callable[[Sequence[Wakeup]], None] | None = None
+    #: How long one answer of Redis may take, in seconds.
+    redis_timeout_s: float = 5.0
 
     @cached_property
     def redis(self) -> Redis:
         """The service's Redis."""
-        return connect(self.settings.redis_url)
+        return connect(self.settings.redis_url, timeout_s=self.redis_timeout_s)
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -14,7 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from planner.errors import FairshardError, NodeFailure
 from workers.celery_app import MESSAGE_VERSION
-from workers.claims import Claim, run_step
+from workers.claims import Claim, explained, run_step
 from workers.services import Services, current
 
 logger = logging.getLogger(__name__)
@@ -40,23 +40,32 @@ def step_task(name: str) -> Callable[[Work], Any]:
                     f"({name}, job {job_id}): update this worker"
                 )
             services = current()
+            hostname = str(self.request.hostname)
 
             def limited(claim: Claim) -> Mapping[str, Any]:
                 try:
                     with memory_limit(services.queue.step_memory_bytes):
                         return work(services, claim)
                 except SoftTimeLimitExceeded:
+                    limit_s = services.queue.step_time_s
                     raise NodeFailure(
-                        f"step {step} took longer than {services.queue.step_time_s:.0f} s (FAIRSHARD_STEP_TIME_S)",
-                        details={"limit_s": services.queue.step_time_s},
+                        f"{hostname}: step {step} took longer than {limit_s:.0f} s (FAIRSHARD_STEP_TIME_S)",
+                        details={"limit_s": limit_s, "node_id": services.settings.node_id},
                     ) from None
+                except (NodeFailure, MemoryError, OSError) as error:
+                    # Whoever reads the job is on another machine: which node it was must be said.
+                    cause = explained(error)
+                    if not isinstance(cause, NodeFailure):
+                        raise
+                    raise NodeFailure(
+                        f"{hostname}: {cause}", details=cause.details | {"node_id": services.settings.node_id}
+                    ) from error
 
             def tell_flower(progress: Mapping[str, Any]) -> None:
                 # Events are a courtesy: nobody but Flower reads them.
                 with contextlib.suppress(Exception):
                     self.send_event("task-progress", job_id=job_id, step=step, **progress)
 
-            hostname = str(self.request.hostname)
             return run_step(services.ledger, job_id, step, limited, owner=hostname, on_progress=tell_flower)
 
         body.__name__ = work.__name__
