@@ -9,7 +9,7 @@ compute, and what it must hand on: no code per architecture.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Call:
     number: int
     #: Results that its arguments depend on.
     needs: frozenset[Key]
-    #: How its output is built from its parts (a pytree's structure).
+    #: How (output, what it told others through mappings) is built from its parts (a pytree's structure).
     structure: Any
     #: Its parts: meta tensors, or plain values.
     parts: tuple[Any, ...]
@@ -105,10 +105,12 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
     def recorded(path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = counts[path]
         counts[path] += 1
-        needs = follower.origins((args, kwargs))
+        needs = follower.origins((args, kwargs, [dict(shared) for shared in _shared(args, kwargs)]))
+        before = _state((args, kwargs))
         with follower.paused():
-            output = run(*args, **kwargs)
-        parts, structure = pytree.tree_flatten(output)
+            output, told = observed(run, args, kwargs)
+        parts, structure = pytree.tree_flatten((output, told))
+        _refuse_side_effects(path, before, _state((args, kwargs)), parts)
         call = Call(path=path, number=number, needs=needs, structure=structure, parts=tuple(parts))
         calls.append(call)
         for at, part in enumerate(parts):
@@ -120,6 +122,48 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
     with calling(model, units, recorded), torch.no_grad(), _Truth(), follower:
         output = model(**meta)
     return Trace(calls=tuple(calls), output_needs=follower.origins(output))
+
+
+def observed(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Run a unit: its output, and what it put into each mapping among its arguments (Gemma's shared keys)."""
+    shared = _shared(args, kwargs)
+    before = [dict(mapping) for mapping in shared]
+    output = run(*args, **kwargs)
+    told = [
+        {name: value for name, value in mapping.items() if name not in old or old[name] is not value}
+        for mapping, old in zip(shared, before, strict=True)
+    ]
+    return output, told
+
+
+def replayed(call: Call, parts: Collection[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Do with these parts of its result what the unit would have done: return its output, fill the mappings."""
+    output, told = pytree.tree_unflatten(parts, call.structure)
+    for mapping, entries in zip(_shared(args, kwargs), told, strict=True):
+        mapping.update(entries)
+    return output
+
+
+def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[MutableMapping[Any, Any]]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+
+
+def _state(value: Any) -> dict[int, tuple[Any, int]]:
+    """The leaves of arguments by identity, with how often each tensor was written to."""
+    leaves = pytree.tree_leaves(value)
+    return {id(x): (x, x._version if isinstance(x, Tensor) else 0) for x in leaves}  # noqa: SLF001
+
+
+def _refuse_side_effects(path: str, before: Any, after: Any, parts: list[Any]) -> None:
+    """Refuse a unit that tells others something by changing its arguments: on another node nobody would hear it."""
+    own = {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}  # noqa: SLF001
+    for key, (leaf, version) in after.items():
+        if key in before and before[key][1] == version:
+            continue
+        if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in own:  # noqa: SLF001
+            continue
+        if not any(leaf is part for part in parts):
+            raise NotImplementedError(f"{path} writes to its arguments, which stages on other nodes would not see")
 
 
 def plan_visit(found: Trace, ready: Collection[Key], can: Callable[[str], bool]) -> Visit:

@@ -14,32 +14,27 @@ bit for bit.
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
-from planner.errors import Conflict, InvalidCheckpoint, InvalidInput, NotFound
-from workers.dataflow import Trace, Visit, calling, find_units, plan_visit, trace
+from planner.errors import Conflict, InvalidInput, NotFound
+from workers.dataflow import Trace, Visit, calling, find_units, observed, plan_visit, replayed, trace
 from workers.handoff import Handoff
 from workers.manifest import Manifest, read_manifest
-from workers.model_config import ModelConfig, parse_config
+from workers.model_config import parse_config
 from workers.skeleton import NotTraceable, build, quiet
+from workers.stage_weights import filler, load_weights, silent_bars, skeleton, switch_caches_off
 
-#: torch's class for parameters is patched while a skeleton is made, by one thread at a time.
-_BUILDING = threading.Lock()
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TRACES = 64
 
 
@@ -158,6 +153,8 @@ class _Run:
         self._compute, self._last = set(visit.compute), visit.compute[-1] if visit.next_module else None
         self._hand_on, self._ready, self._device = visit.hand_on, ready, device
         self._counts: dict[str, int] = defaultdict(int)
+        #: (identity, version) -> (what is copied, so that its identity stays its own; the copy).
+        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = (path, self._counts[path])
@@ -167,11 +164,11 @@ class _Run:
         call = self._calls[place]
         if place not in self._compute:
             parts = [self._part(call.key(at), part) for at, part in enumerate(call.parts)]
-            return pytree.tree_unflatten(parts, call.structure)
-        output = run(*args, **kwargs)
-        for at, part in enumerate(pytree.tree_leaves(output)):
+            return replayed(call, parts, args, kwargs)
+        output, told = observed(run, args, kwargs)
+        for at, part in enumerate(pytree.tree_leaves((output, told))):
             if call.key(at) in self._hand_on:
-                self.made[call.key(at)] = part
+                self.made[call.key(at)] = self._copy(part)
         if place == self._last:
             raise _Stop
         return output
@@ -179,8 +176,17 @@ class _Run:
     def _part(self, key: str, part: Any) -> Any:
         if not isinstance(part, Tensor):
             return part
-        found = self._ready.get(key)
-        return _hollow(part, self._device) if found is None else found
+        if key in self._ready:
+            return self._copy(self._ready[key])
+        # Real memory, unlike weights that are not here: models write to hidden states in place.
+        return torch.full(part.shape, filler(part.dtype), dtype=part.dtype, device=self._device)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        """A copy that in-place code between the layers cannot reach; the same one for the same value."""
+        place = (id(value), value._version)  # noqa: SLF001 (how often it was written to)
+        if place not in self._copies:
+            self._copies[place] = (value, value.clone())
+        return self._copies[place][1]
 
 
 def load_stage(
@@ -214,109 +220,9 @@ def load_stage(
         whole = build(config)
     except NotTraceable as error:
         raise InvalidInput(f"{manifest.model_name} cannot be run in stages: {error}") from error
-    _forget_nothing(whole)
-    with quiet(), _silent_bars():
-        model = _skeleton(type(whole), config, manifest, attn_implementation)
-        held = _load(model, manifest, folder, torch.device(device))
+    switch_caches_off(whole)
+    with quiet(), silent_bars():
+        model = skeleton(type(whole), config, manifest, attn_implementation)
+        held = load_weights(model, manifest, folder, torch.device(device))
     model.eval()
     return Stage(manifest, model, whole, held)
-
-
-def _skeleton(kind: type[Any], config: ModelConfig, manifest: Manifest, attention: str | None) -> Any:
-    """The whole model, its parameters on the meta device and its computed buffers real."""
-    described = transformers.CONFIG_MAPPING[str(config.model_type)].from_dict(dict(config.values))
-    stored = [_DTYPES[t.dtype] for t in manifest.tensors if t.dtype in _DTYPES]
-    dtype = described.dtype or (stored[0] if stored else torch.float32)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_on_meta(), init.no_init_weights():
-        model = kind._from_config(described, dtype=dtype, **chosen)  # noqa: SLF001 (from_config without downloads)
-    _forget_nothing(model)
-    return model
-
-
-def _forget_nothing(model: nn.Module) -> None:
-    """Switch caches off: what they hold would be lost between stages."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "use_cache", None):
-            config.use_cache = False
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within, modules get their parameters without memory (as accelerate's init_empty_weights, buffers real)."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        original(module, name, param)
-        made = module._parameters.get(name)  # noqa: SLF001
-        if made is not None and not made.is_meta:
-            empty = nn.Parameter(made.to("meta"), requires_grad=False)
-            empty.__dict__.update(made.__dict__)
-            module._parameters[name] = empty  # noqa: SLF001
-
-    with _BUILDING:
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def _load(model: Any, manifest: Manifest, folder: Path, device: torch.device) -> frozenset[str]:
-    """Load the shard's weights by transformers' own rules; the names of those that the model has now."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    dtype = model.dtype
-    settings = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),  # noqa: SLF001
-        weight_mapping=cast("Any", get_model_conversion_mapping(model)),
-    )
-    with ExitStack() as files:
-        state: dict[str, Any] = {}
-        for file in manifest.files:
-            opened = files.enter_context(safe_open(folder / file.name, framework="pt", device="cpu"))
-            state |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        info, _ = convert_and_load_state_dict_in_model(model, state, settings)
-    wrong = sorted(str(name) for name in info.mismatched_keys) + sorted(map(str, info.conversion_errors))
-    if wrong:
-        raise InvalidCheckpoint(
-            f"{len(wrong)} weights of {folder} do not fit {type(model).__name__}, such as {wrong[0]}",
-            details={"weights": wrong[:20]},
-        )
-    missing = set(info.missing_keys)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            # Not on meta: models ask their weights for device and dtype.
-            hollow = nn.Parameter(_hollow(parameter, device), requires_grad=False)
-            model.get_submodule(owner)._parameters[leaf] = hollow  # noqa: SLF001
-            missing.add(name)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():  # noqa: SLF001
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)  # noqa: SLF001
-    return frozenset(model.state_dict()) - missing
-
-
-def _hollow(like: Tensor, device: torch.device) -> Tensor:
-    """A tensor of that shape and dtype that takes one element's memory: NaN, so that a use of it is seen."""
-    fill = float("nan") if like.is_floating_point() or like.is_complex() else 0
-    return torch.full((), fill, dtype=like.dtype, device=device).expand(like.shape)
-
-
-@contextmanager
-def _silent_bars() -> Iterator[None]:
-    bars: Any = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +154,51 @@ def test_what_asks_for_values_cannot_be_traced_but_truth_is_assumed() -> None:
 
     with pytest.raises(RuntimeError):
         traced(counts)
+
+
+class Keeper(nn.Linear):
+    """Shares something with later layers, in a mapping or by writing to a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def forward(self, x: Tensor, shared: Any) -> Tensor:  # type: ignore[override]
+        if isinstance(shared, Tensor):
+            shared += x
+            return super().forward(x) + shared
+        if "keys" not in shared:
+            shared["keys"] = x * 2
+        shared_keys: Tensor = shared["keys"]
+        return super().forward(x) + shared_keys
+
+
+class Keepers(nn.Module):
+    def __init__(self, share: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Keeper(), Keeper(), Keeper()])
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.share(x)
+        for layer in self.layers:
+            x = x + layer(x, shared)
+        return x
+
+
+@pytest.mark.parametrize("share", [lambda _: {}, lambda _: UserDict()])
+def test_what_layers_share_in_a_mapping_is_part_of_their_results(share: Any) -> None:
+    with torch.device("meta"):
+        model = Keepers(share)
+    found = trace(model, find_units(model, ()), {"x": torch.ones(1, 2)})
+    assert needs(found) == {
+        "layers.0": set(),
+        "layers.1": {"layers.0#0:0", "layers.0#0:1"},
+        "layers.2": {"layers.0#0:0", "layers.0#0:1", "layers.1#0:0"},
+    }
+
+
+def test_what_is_written_into_a_shared_tensor_is_refused() -> None:
+    with torch.device("meta"):
+        model = Keepers(torch.zeros_like)
+    with pytest.raises(NotImplementedError, match=r"layers\.0 writes to its arguments"):
+        trace(model, find_units(model, ()), {"x": torch.ones(1, 2)})

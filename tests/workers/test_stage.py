@@ -54,10 +54,10 @@ def scattered(profile: ModelProfile, parts: int) -> dict[str, tuple[int, ...]]:
     return {f"n{at}": tuple(range(at, len(profile.layers), parts)) for at in range(parts)}
 
 
-def cut(source: Path, target: Path, allocation: Any, parts: int) -> list[Path]:
-    """The shards of a plan that gives each node its layers."""
+def cut(source: Path, target: Path, allocation: Any, parts: int, *, exact: bool = False) -> list[Path]:
+    """The shards of a plan that gives each node its layers, of the exact profile or of the general one."""
     found = resolve(source)
-    profile = generate(found, compute=False)
+    profile = generate(found, compute=exact)
     nodes = tuple(Node(node_id=f"n{at}", flop_per_s=1e12, memory_bytes=2**40) for at in range(parts))
     plan = plan_for(profile, Cluster(nodes=nodes), PlanOptions(), allocation(profile, parts))
     for node in plan.allocation:
@@ -112,7 +112,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_of_stages_is_the_whole_model_bit_for_bit(name: str, tmp_path: Path) -> None:
-    stages = [load_stage(shard) for shard in cut(checkpoint(name), tmp_path, contiguous, 3)]
+    stages = [load_stage(shard) for shard in cut(checkpoint(name), tmp_path, contiguous, 3, exact=True)]
     model = whole(checkpoint(name))
     inputs = example(model)
     output, ran = chain(stages, inputs)
@@ -131,6 +131,39 @@ def test_layers_dealt_out_like_cards_still_make_the_model(name: str, tmp_path: P
     assert len(ran) > 3, "the request comes by each node more than once"
     with torch.no_grad():
         assert_equal(output, model(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "settings"),
+    [
+        # The last layers use keys that earlier ones left in a mapping.
+        ("gemma3n_text", "Gemma3nForCausalLM", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160,
+            "laurel_rank": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 8}),
+        # Positions by formula, which no checkpoint holds.
+        ("marian", "MarianMTModel", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}),
+        # One layer's weights, run four times.
+        ("albert", "AlbertForMaskedLM", {"embedding_size": 16}),
+    ],
+)  # fmt: skip
+def test_what_other_architectures_do(
+    model_type: str, architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    import transformers
+
+    common = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 8,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+              "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    config = transformers.AutoConfig.for_model(model_type, **(common | settings))
+    source = tmp_path / "own" / model_type
+    torch.manual_seed(0)
+    getattr(transformers, architecture)(config).save_pretrained(source)
+    stages = [load_stage(shard) for shard in cut(source, tmp_path / "shards", contiguous, 3, exact=True)]
+    model = whole(source)
+    inputs = example(model)
+    with torch.no_grad():
+        assert_equal(chain(stages, inputs)[0], model(**inputs))
 
 
 def _answer(shard: Path, step: bytes) -> tuple[str | None, bytes]:
