@@ -78,10 +78,17 @@ def open_folder(folder: Path, *, model_name: str | None = None, revision: str | 
 
     Raises:
         NotFound: If there is no such folder.
-        InvalidCheckpoint: If a weight file cannot be what its name says.
+        NodeFailure: If a file in it cannot be read.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 - a name that is too long is no folder, and no error of its own
         raise NotFound(f"there is no folder {str(folder)[:200]}", details={"folder": str(folder)[:200]})
+    try:
+        return _opened(folder, model_name, revision)
+    except OSError as error:
+        raise NodeFailure(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _opened(folder: Path, model_name: str | None, revision: str | None) -> FolderCheckpoint:
     files = {file.name: file for file in _walk(folder)}
     snapshot = _SNAPSHOT.search(folder.absolute().as_posix())
     if snapshot:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from planner.errors import AccessDenied, IntegrityError, NodeFailure, NotFound
-from workers.retry import RetryPolicy, Transient, parse_retry_after, retrying
+from workers.retry import RetryPolicy, Transient, asked_s, retrying
 
 _BUFFER_BYTES = 512 * 1024
 _REDIRECTS = 5
@@ -181,7 +181,7 @@ class RangeReader:
         reason = f"HTTP {status} {response.getheader('X-Error-Message') or response.reason}".strip()
         details = {"url": _shown(file.url), "status": status, "hub_code": response.getheader("X-Error-Code")}
         if status in _TRANSIENT:
-            raise Transient(reason, retry_after_s=parse_retry_after(response.getheader("Retry-After")))
+            raise Transient(reason, retry_after_s=asked_s(response.getheader))
         if not own and status in _EXPIRED:
             self._server.expired(file.url, url)
             raise Transient(f"{reason} from {_shown(url)}: the signed address has ended")

@@ -15,7 +15,7 @@ from planner.errors import AccessDenied, FairshardError, IntegrityError, NotFoun
 from workers.checkpoint import Checkpoint, CheckpointFile
 from workers.folder import check_range, open_folder, read_local
 from workers.http_ranges import RangeReader, RemoteFile, Server
-from workers.retry import RetryPolicy, Transient, parse_retry_after, retrying
+from workers.retry import RetryPolicy, Transient, asked_s, retrying
 from workers.settings import HubSettings
 
 #: Times that a whole file is read before its bytes are given up as wrong.
@@ -198,9 +198,11 @@ def _listing(
         raise Transient("the server names no commit")
     files = {}
     for item in info.siblings or []:
+        if item.size is None:
+            raise Transient(f"the server states no size of {item.rfilename}")
         sha256 = item.lfs.sha256 if item.lfs else None
         files[item.rfilename] = CheckpointFile(
-            name=item.rfilename, size_bytes=item.size or 0, etag=sha256 or item.blob_id, sha256=sha256
+            name=item.rfilename, size_bytes=item.size, etag=sha256 or item.blob_id, sha256=sha256
         )
     return info.sha, files
 
@@ -226,7 +228,7 @@ def _explained(error: Exception, name: str, revision: str | None, endpoint: str,
     elif status == 404:
         answer, text = NotFound, f"{endpoint} shows no model {name}"
     else:
-        return Transient(f"HTTP {status}", retry_after_s=parse_retry_after(headers.get("Retry-After")))
+        return Transient(f"HTTP {status}", retry_after_s=asked_s(headers.get))
     return answer(text, details=details)
 
 

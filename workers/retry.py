@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ class RetryPolicy:
     #: The first pause; each further one is twice as long, up to `longest_s`.
     first_s: float = 0.5
     longest_s: float = 20.0
-    #: A server that asks (Retry-After) for more than this is not waited for.
-    longest_retry_after_s: float = 120.0
+    #: A server that asks for more than this is not waited for; the Hub counts in windows of 300 s.
+    longest_retry_after_s: float = 300.0
     #: A connection must be made, and answer, within this.
     connect_s: float = 10.0
     #: A connection that brings fewer than `stall_bytes` in `stall_s` is given up for a new one.
@@ -90,6 +91,20 @@ def retrying(
             if failures >= policy.attempts:
                 raise Unavailable(f"{what}: {error} (tried {failures} times)", details=details) from error
             pause(wait)
+
+
+def asked_s(header: Callable[[str], str | None]) -> float | None:
+    """Seconds that an answer asks to wait: by Retry-After, or by the RateLimit header that the Hub sends.
+
+    Args:
+        header: Gives the answer's header of a name, whatever its case.
+    """
+    found = parse_retry_after(header("Retry-After"))
+    if found is not None:
+        return found
+    # draft-ietf-httpapi-ratelimit-headers: "api";r=0;t=55 means none remaining for 55 s.
+    spent = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})", header("RateLimit") or "")
+    return float(spent[1]) if spent else None
 
 
 def parse_retry_after(value: str | None, *, now_s: float | None = None) -> float | None:

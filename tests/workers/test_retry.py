@@ -8,7 +8,7 @@ import time
 import pytest
 
 from planner.errors import Unavailable
-from workers.retry import RetryPolicy, Transient, parse_retry_after, retrying
+from workers.retry import RetryPolicy, Transient, asked_s, parse_retry_after, retrying
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,20 @@ def test_pauses_double_up_to_the_longest(failures: int, asked: float | None, jit
 )
 def test_retry_after_in_seconds(header: str | None, expected: float | None) -> None:
     assert parse_retry_after(header) == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Retry-After": "3", "RateLimit": '"api";r=0;t=55'}, 3.0),
+        ({"RateLimit": '"resolvers";r=0;t=120'}, 120.0),
+        ({"RateLimit": '"resolvers"; r=12; t=120'}, None),
+        ({"RateLimit": "none"}, None),
+        ({}, None),
+    ],
+)
+def test_the_hubs_rate_limit_is_understood(headers: dict[str, str], expected: float | None) -> None:
+    assert asked_s(headers.get) == expected
 
 
 def test_retry_after_as_a_date() -> None:
