@@ -102,7 +102,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        args = _on_meta(args)
+        args = on_meta(args)
         out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
@@ -220,7 +220,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.counts
 
 
-def _on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with real tensors (grids of image patches) made meta where they meet meta tensors."""
     real = [at for at, value in enumerate(args) if isinstance(value, Tensor) and not value.is_meta and value.ndim]
     if not real or not any(value.is_meta for value in tensors_in(args)):

@@ -41,7 +41,7 @@ def exact_layers(
             trace=trace,
             logical=contents.logical,
             tied=[(stored_in, by_logical[name]) for stored_in, name in ties[index]],
-            at=(batch_size, sequence_length),
+            at=(batch_size, min(sequence_length, trace.longest or sequence_length)),
             kv_dtype=kv_dtype,
         )
         for index, traced in enumerate(trace.layers)

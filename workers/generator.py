@@ -70,7 +70,7 @@ def generate(
         )
         approximate = list(trace.reasons)
         last = trace.last()
-        if last is not None and sequence_length > last:
+        if last is not None and min(sequence_length, trace.longest or sequence_length) > last:
             approximate.append(f"FLOP beyond {last} tokens, which the model's positions end at, are extrapolated")
     method = unknown_method(contents.config.quantization)
     if method:

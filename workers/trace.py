@@ -76,12 +76,14 @@ class ModelTrace:
     tensors: Mapping[str, tuple[int, int, float]]
     #: (layer, layer that stores its weight, logical name of the stored tensor), for weights stored elsewhere.
     ties: tuple[tuple[int, int, str], ...] = ()
+    #: Tokens that the model takes at most: of a longer sequence it reads so many. None: any number.
+    longest: int | None = None
     #: Why something is not exact; empty if all is.
     reasons: tuple[str, ...] = ()
 
     def covers(self, batch_size: int, sequence_length: int) -> bool:
         """Whether another trace could not tell more of that batch size and sequence length."""
-        at = f"{batch_size}x{sequence_length}"
+        at = f"{batch_size}x{min(sequence_length, self.longest or sequence_length)}"
         return all(at in layer.exact or not layer.chunked for layer in self.layers)
 
     def last(self) -> int | None:
@@ -101,6 +103,7 @@ def to_json(trace: ModelTrace) -> dict[str, Any]:
         ],
         "tensors": {name: list(place) for name, place in trace.tensors.items()},
         "ties": [list(tie) for tie in trace.ties],
+        "longest": trace.longest,
         "reasons": list(trace.reasons),
     }
 
@@ -119,6 +122,7 @@ def from_json(data: Any) -> ModelTrace:
                 for name, (at, is_parameter, share) in data["tensors"].items()
             },
             ties=tuple((int(layer), int(stored), str(name)) for layer, stored, name in data["ties"]),
+            longest=data["longest"],
             reasons=tuple(data["reasons"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -36,6 +36,8 @@ _FIT_CHUNKED = (256, 512, 1024)
 #: Lengths to check at: no multiples of a chunk; the first beyond most windows and tables of positions.
 _CHECKS = (1153, 509, 97, 29)
 _CHECK_LOOPING = 97
+#: Not the batch of two that tells what a pass executes once: contrastive heads cost the square of it.
+_CHECK_BATCH = 3
 # Hooks and the watched cache are the process's: one trace at a time.
 _LOCK = threading.Lock()
 
@@ -105,12 +107,13 @@ class _Tracer:
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
         if wrong:
-            reasons += self._chunked(layers, wrong, order, batch_size, sequence_length)
+            reasons += self._chunked(layers, wrong, order, batch_size, min(sequence_length, limit or sequence_length))
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
             tensors=self._tensors(places, position, fits[0]),
             ties=self._ties(places, position),
+            longest=limit,
             reasons=tuple(reasons),
         )
 
@@ -119,7 +122,15 @@ class _Tracer:
 
         The longest is the length that is asked for, so that peaks, which no polynomial describes, are right there.
         """
-        lengths = _FIT if limit is None or limit > _FIT[2] else _FIT_SHORT
+        shortest = min(limit or _FIT[2], _positions(self.model.config) or _FIT[2])
+        try:
+            return self._fits_at(_FIT if shortest >= _FIT[2] else _FIT_SHORT, sequence_length, limit)
+        except NotTraceable:  # a table of positions that no known field tells
+            return self._fits_at(_FIT_SHORT, sequence_length, limit)
+
+    def _fits_at(
+        self, lengths: tuple[int, int, int], sequence_length: int, limit: int | None
+    ) -> tuple[list[_Pass], bool]:
         fits = [self._first(lengths[0]), self._pass(1, lengths[1])]
         looping = fits[1].counts.operators > fits[0].counts.operators * 1.2
         asked = min(sequence_length, limit or sequence_length)
@@ -228,7 +239,7 @@ class _Tracer:
                 continue
             for at in list(wrong):
                 layer = layers[at]
-                if check.flop(at) == value(layer.once, length) + 2 * value(layer.terms, length):
+                if check.flop(at) == value(layer.once, length) + _CHECK_BATCH * value(layer.terms, length):
                     wrong.remove(at)
                     # What failed at a longer length holds up to this one.
                     last = limit if longest_run is None else length
@@ -239,9 +250,9 @@ class _Tracer:
         return wrong, done
 
     def _checked(self, done: list[_Pass], length: int) -> _Pass | None:
-        """Add a pass of a batch of two; None where a table of positions ends before its length."""
+        """Add a pass of a larger batch; None where a table of positions ends before its length."""
         try:
-            done.append(self._pass(2, length))
+            done.append(self._pass(_CHECK_BATCH, length))
         except NotTraceable:
             return None
         return done[-1]

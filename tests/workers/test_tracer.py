@@ -1,0 +1,199 @@
+"""The traced FLOP are FlopCounterMode's: every layer and part, at full published size, for every architecture.
+
+The reference runs every layer, unmemoised, under torch's own counter; only the answers to what data alone could tell
+(`bool` of a meta tensor) are shared with the tracer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from architectures import PUBLISHED
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from workers.counting import Truth, count, on_meta
+from workers.exact import flop_at
+from workers.inputs import make_inputs
+from workers.model_config import ModelConfig
+from workers.parts import part_of
+from workers.skeleton import build, quiet
+from workers.trace import LayerTrace, ModelTrace
+from workers.tracer import trace
+
+#: Models that loop over tokens in Python: a short sequence is as telling and takes a second, not twenty.
+LOOPING = {"state-spaces/mamba-2.8b-hf", "ai21labs/Jamba-v0.1"}
+BATCH = 3
+
+
+def config_of(values: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(values=values, model_type=values["model_type"], architecture=values["architectures"][0])
+
+
+class _OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Moves what a model makes on the CPU (grids of patches) to where its weights are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*on_meta(args), **(kwargs or {}))
+
+
+def reference(values: dict[str, Any], batch: int, length: int) -> tuple[dict[str, int], int]:
+    """FLOP by module path as FlopCounterMode counts them, and in all."""
+    model = build(config_of(values))
+    model.requires_grad_(requires_grad=False)
+    inputs = make_inputs(model, batch, length)
+    moving = _OnMeta()  # type: ignore[no-untyped-call]
+    with quiet(), torch.no_grad(), Truth(), moving, FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    root = type(model).__name__
+    paths = {
+        path.removeprefix(f"{root}."): sum(counts.values())
+        for path, counts in counter.get_flop_counts().items()
+        if path.startswith(f"{root}.")
+    }
+    return paths, counter.get_total_flops()
+
+
+def names_of(values: dict[str, Any]) -> dict[str, int]:
+    return {name: each.numel() for name, each in build(config_of(values)).named_parameters()}
+
+
+def parts_of(layer: LayerTrace, paths: Mapping[str, int]) -> dict[str, int]:
+    """The layer's FLOP by part, from the counter's own paths: each path's without those of the paths below it."""
+    mine = {path: flop for path, flop in paths.items() if path == layer.name or path.startswith(f"{layer.name}.")}
+    direct = dict(mine)
+    for path, flop in mine.items():
+        above = path.rpartition(".")[0]
+        while above and above not in mine:
+            above = above.rpartition(".")[0]
+        if above:
+            direct[above] -= flop
+    parts: dict[str, int] = defaultdict(int)
+    for path, flop in direct.items():
+        parts[part_of(path[len(layer.name) + 1 :], layer.layer_type)] += flop
+    return {part: flop for part, flop in parts.items() if flop}
+
+
+def total(traced: ModelTrace, batch: int, length: int) -> float:
+    length = min(length, traced.longest or length)
+    return sum(flop_at(layer, batch, length)[0] for layer in traced.layers)
+
+
+def test_at_least_forty_architectures_are_proven() -> None:
+    wanted = """llama mistral mixtral qwen2 qwen3 qwen3_moe qwen3_next gemma2 gemma3 phi3 gpt2 gpt_neox gptj opt bloom
+        falcon mpt olmo2 cohere2 deepseek_v3 gpt_oss glm4_moe llama4 granite starcoder2 stablelm mamba mamba2 jamba
+        zamba2 t5 bart whisper bert roberta distilbert deberta modernbert vit clip siglip qwen2_5_vl llava"""
+    assert set(wanted.split()) <= {values["model_type"] for values in PUBLISHED.values()}
+    assert len({values["model_type"] for values in PUBLISHED.values()}) >= 40
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_layer_and_part_is_flop_counter_modes(name: str) -> None:
+    values = PUBLISHED[name]
+    length = 53 if name in LOOPING else 331
+    traced = trace(config_of(values), names_of(values), batch_size=BATCH, sequence_length=length)
+    paths, all_flop = reference(values, BATCH, length)
+    assert traced.reasons == ()
+    assert all_flop > 0
+    assert total(traced, BATCH, length) == all_flop
+    for layer in traced.layers:
+        flop, parts = flop_at(layer, BATCH, min(length, traced.longest or length))
+        assert sum(parts.values()) == flop
+        if layer.number is not None:
+            assert flop == paths.get(layer.name, 0), layer.name
+            # zamba2's layers share modules, which the counter knows by one path only.
+            if values["model_type"] != "zamba2":
+                assert {part: each for part, each in parts.items() if each} == parts_of(layer, paths), layer.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta-llama/Llama-3.2-1B",
+        "google-t5/t5-large",
+        "microsoft/deberta-base",
+        "openai/whisper-large-v3",
+        "google/gemma-3-4b-it",
+        "openai/gpt-oss-20b",
+    ],
+)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 333), (7, 2), (2, 447)])
+def test_one_trace_answers_any_batch_and_length(name: str, batch: int, length: int) -> None:
+    traced = trace(config_of(PUBLISHED[name]), names_of(PUBLISHED[name]), sequence_length=256)
+    assert total(traced, batch, length) == reference(PUBLISHED[name], batch, length)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistralai/Mamba-Codestral-7B-v0.1", "Qwen/Qwen3-Next-80B-A3B-Instruct"])
+def test_chunked_scans_are_exact_where_asked_and_say_that_the_polynomial_is_not(name: str) -> None:
+    values = PUBLISHED[name]
+    traced = trace(config_of(values), names_of(values), batch_size=2, sequence_length=300)
+    chunked = [layer for layer in traced.layers if layer.chunked]
+    assert chunked
+    assert traced.covers(2, 300)
+    assert not traced.covers(1, 300)
+    assert total(traced, 2, 300) == reference(values, 2, 300)[1]
+    # Between multiples of the chunk the polynomial itself is not exact; at them it is.
+    assert total(traced, 2, 300) != 2 * total(traced, 1, 300)
+    assert total(traced, 1, 768) == reference(values, 1, 768)[1]
+
+
+def test_positions_end_where_the_model_says() -> None:
+    traced = trace(config_of(PUBLISHED["google-bert/bert-large-uncased"]),
+                   names_of(PUBLISHED["google-bert/bert-large-uncased"]))  # fmt: skip
+    assert {layer.terms_range for layer in traced.layers} == {(1, 512)}
+
+
+#: name -> (parameters, those that one token uses), in billions, as their publishers state them.
+_STATED = {
+    "mistralai/Mixtral-8x7B-v0.1": (46.7, 12.9),
+    "deepseek-ai/DeepSeek-V3": (671, 37.5),
+    "Qwen/Qwen3-30B-A3B": (30.5, 3.3),
+    "openai/gpt-oss-20b": (20.9, 3.6),
+    "zai-org/GLM-4.5-Air": (106.9, 12.6),
+    "meta-llama/Llama-3.1-8B": (8.03, 8.03),
+    "state-spaces/mamba-2.8b-hf": (2.77, 2.77),
+}
+
+
+@pytest.mark.parametrize("name", _STATED)
+def test_total_and_active_parameters_are_the_published_ones(name: str) -> None:
+    names = names_of(PUBLISHED[name])
+    traced = trace(config_of(PUBLISHED[name]), names, sequence_length=64)
+    all_parameters, active = _STATED[name]
+    assert sum(names.values()) / 1e9 == pytest.approx(all_parameters, rel=0.01)
+    used = sum(size * traced.tensors[tensor][2] for tensor, size in names.items())
+    # Publishers count the embedding table or leave it out; both stay within its size.
+    table = max(size for tensor, size in names.items() if "embed" in tensor)
+    assert active * 0.98e9 <= used <= active * 1.02e9 + table
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta-llama/Llama-3.2-1B",
+        "deepseek-ai/DeepSeek-V2-Lite",
+        "google/gemma-2-9b",
+        "google-t5/t5-large",
+        "facebook/bart-large",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+    ],
+)
+def test_memoising_changes_no_activation_cache_or_peak(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, names = PUBLISHED[name], names_of(PUBLISHED[name])
+    memoised = trace(config_of(values), names, sequence_length=128)
+    monkeypatch.setattr("workers.tracer.count", lambda *args, **kwargs: count(*args, **{**kwargs, "memoise": False}))
+    full = trace(config_of(values), names, sequence_length=128)
+    for one, other in zip(memoised.layers, full.layers, strict=True):
+        assert (one.terms, one.parts, one.once) == (other.terms, other.parts, other.once)
+        assert (one.kv_per_token, one.kv_fixed, one.kv_window) == (
+            other.kv_per_token,
+            other.kv_fixed,
+            other.kv_window,
+        )
+        assert one.activation == other.activation, one.name
+        assert one.peak == other.peak, one.name
