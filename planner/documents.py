@@ -47,6 +47,11 @@ def dumps_yaml(obj: object) -> bytes:
         def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
             return True
 
+        def represent_str(self, data: str) -> yaml.ScalarNode:
+            # Other styles would write a line separator as it is, and readers take it for a line's end.
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+    Dumper.add_representer(str, Dumper.represent_str)
     return str(yaml.dump(obj, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)).encode()
 
 
