@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flask import Response
 
 from planner.errors import FairshardError, Unavailable
 from web.errors import Refused
-from web.services import services
+from web.services import services, stopping
 from workers.jobs import Jobs
 from workers.ledger import ENDED
 
@@ -55,17 +55,20 @@ def stream(job_id: str, *, after: str) -> Response:
             code="too_many_listeners",
             details={"listeners": made.web.listeners},
         )
-    response = Response(_lines(made.jobs, job_id, start, made.web.max_stream_s), mimetype="text/event-stream")
+    response = Response(
+        _lines(made.jobs, job_id, start, longest_s=made.web.max_stream_s, gone=stopping()),
+        mimetype="text/event-stream",
+    )
     # Not the generator's `finally`: a generator that never started has none.
     response.call_on_close(made.listeners.release)
     response.headers["X-Accel-Buffering"] = "no"
     return response
 
 
-def _lines(jobs: Jobs, job_id: str, after: str, longest_s: float) -> Iterator[str]:
+def _lines(jobs: Jobs, job_id: str, after: str, *, longest_s: float, gone: Callable[[], bool]) -> Iterator[str]:
     begun = beat = time.monotonic()
     yield "retry: 2000\n\n"
-    while time.monotonic() - begun < longest_s:
+    while time.monotonic() - begun < longest_s and not gone():
         try:
             found = jobs.events(job_id, after=after)
         except Unavailable:

@@ -7,7 +7,9 @@ together leave threads over for everyone else.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from web.services import stop_when
 from workers.settings import WebSettings
 
 _web = WebSettings.from_env()
@@ -27,3 +29,8 @@ limit_request_line = 4094
 limit_request_fields = 64
 accesslog = None
 errorlog = "-"
+
+
+def post_worker_init(worker: Any) -> None:
+    """Let event streams and waits end when the process is asked to: else it stays for the whole grace period."""
+    stop_when(worker.wsgi, lambda: not worker.alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from flask import Response, jsonify, request, url_for
@@ -13,12 +14,15 @@ from web.errors import job_failed
 from web.guard import caller_name, hub_token, needs
 from web.openapi import LOCATION, Blueprint
 from web.prefer import Waiting, waiting
-from web.services import services
+from web.services import services, stopping
+from workers.ledger import ENDED
 
 blp = Blueprint("process", __name__, url_prefix="/api", description="Plan and split profiled models.")
 
 #: Without a `Prefer` header, in seconds.
 DEFAULT_WAIT_S = 30.0
+#: Between two looks at whether the server wants to go, in seconds.
+_SLICE_S = 2.0
 _PREFER = {
     "in": "header",
     "name": "Prefer",
@@ -60,7 +64,7 @@ def _when_planned(job: dict[str, Any], wanted: Waiting) -> Response:
     # A thread each: with all places taken, the caller gets 202 at once instead of blocking everyone else.
     if wanted.seconds > 0 and places.acquire(blocking=False):
         try:
-            job = jobs.wait(job["job_id"], step="plan", timeout_s=wanted.seconds)
+            job = _wait(job, wanted.seconds)
             plan_id = (job.get("result") or {}).get("plan_id")
             if plan_id:
                 plan = {"success": True, **jobs.plan(plan_id), "job_id": job["job_id"]}
@@ -79,6 +83,17 @@ def _when_planned(job: dict[str, Any], wanted: Waiting) -> Response:
     response.status_code = 202
     response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
     return response
+
+
+def _wait(job: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The job once it is planned or over, or as it is after `seconds`, or when the server wants to go."""
+    jobs, gone, deadline = services().jobs, stopping(), time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        job = jobs.wait(job["job_id"], step="plan", timeout_s=min(_SLICE_S, max(0.0, left)))
+        planned = (job.get("result") or {}).get("plan_id")
+        if planned or job["state"] in ENDED or left <= _SLICE_S or gone():
+            return job
 
 
 @blp.post("/get-plan")

@@ -15,6 +15,7 @@ from workers.metadata_store import MetadataStore
 from workers.settings import Settings, WebSettings
 
 _KEY = "fairshard"
+_STOPPING = "fairshard-stopping"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,16 @@ class Services:
 def install(app: Flask, made: Services) -> None:
     """Make `made` what `services()` gives within requests to `app`."""
     app.extensions[_KEY] = made
+
+
+def stop_when(app: Flask, stopping: Callable[[], bool]) -> None:
+    """Have streams and waits of `app` end once `stopping()`: its server wants to go and waits for them."""
+    app.extensions[_STOPPING] = stopping
+
+
+def stopping() -> Callable[[], bool]:
+    """What tells whether the server of this request wants to go; works outside the request too."""
+    return cast("Callable[[], bool]", current_app.extensions.get(_STOPPING, lambda: False))
 
 
 def services_of(app: Flask) -> Services:

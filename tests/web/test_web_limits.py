@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 from running import until
-from web_cases import NODES, SEED_METADATA, error_of
+from web_cases import NODES, SEED_METADATA, Server, error_of
 
 from planner.errors import InvalidInput
 from web.app import create_app
@@ -137,6 +140,32 @@ def test_whoever_waits_leaves_room_for_the_others(make_app: Any) -> None:
     wait.join(timeout=60)
     assert answers == [409]  # cancelled
     assert places._value == 1
+
+
+def test_a_server_that_is_asked_to_go_waits_for_no_stream(settings: Settings, tmp_path: Any) -> None:
+    env = {"REDIS_URL": settings.redis_url, "FAIRSHARD_DATA": str(settings.data_dir)}
+    with Server(tmp_path, env) as server:
+        body = json.dumps({"model_name": "a/b"}).encode()
+        sent = urllib.request.Request(
+            f"{server.url}/api/request", data=body, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(sent, timeout=60) as answer:
+            job_id = json.load(answer)["job_id"]
+        wait = urllib.request.Request(
+            f"{server.url}/api/process", data=body, headers={"Content-Type": "application/json", "Prefer": "wait=100"}
+        )
+        with (
+            ThreadPoolExecutor() as pool,
+            urllib.request.urlopen(f"{server.url}/api/jobs/{job_id}/events", timeout=60) as stream,
+        ):
+            waiting = pool.submit(lambda: urllib.request.urlopen(wait, timeout=60).status)
+            assert stream.readline() == b"retry: 2000\n"
+            until(lambda: len(json.loads(server.get("/api/jobs")[1])["jobs"]) == 2, what="the second job is there")
+            assert server.process is not None
+            server.process.terminate()
+            assert server.process.wait(timeout=20) == 0  # gunicorn's grace is 30 s
+            assert b"event: submitted" in stream.read()
+            assert waiting.result() == 202
 
 
 @pytest.mark.parametrize(
