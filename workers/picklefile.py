@@ -185,7 +185,7 @@ def _read_legacy(checkpoint: Checkpoint, name: str, size: int) -> tuple[Any, dic
     return state, places
 
 
-class _Incomplete(Exception):
+class _Incomplete(InvalidCheckpoint):
     """The pickle goes on beyond the bytes at hand."""
 
 
@@ -221,7 +221,9 @@ class _Machine:
             try:
                 opcode, argument, _ = next(operations)
             except (ValueError, StopIteration, UnicodeDecodeError) as error:
-                raise _Incomplete(str(error)[:120]) from error
+                raise _Incomplete(
+                    f"{self._file}: the pickle is malformed or cut short: {str(error)[:120]}"
+                ) from error
             if opcode.name == "STOP":
                 return self._pop(stack)
             try:

@@ -102,7 +102,7 @@ def read_archive(checkpoint: Checkpoint, name: str) -> Archive:
         with zipfile.ZipFile(_Ranges(checkpoint, name)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             offsets = [*sorted(entry.header_offset for entry in entries.values()), archive.start_dir]
-    except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, struct.error) as error:
         raise InvalidCheckpoint(f"{name} is no zip archive of torch.save, or is cut short: {error}") from error
     pickles = [path for path in entries if path.endswith("/data.pkl") and path.count("/") == 1]
     if len(pickles) != 1:

@@ -1,0 +1,214 @@
+"""`.bin` checkpoints are read without running them, and converted bit for bit."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import Memory
+from safetensors.torch import load_file
+
+from planner.errors import Conflict, FairshardError, InvalidCheckpoint, InvalidInput
+from workers.convert import convert
+from workers.folder import open_folder
+from workers.generator import generate
+from workers.headers import read_headers
+from workers.picklefile import read_bin
+
+
+def save(state: Any, folder: Path, *, legacy: bool = False, name: str = "pytorch_model.bin") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / name, _use_new_zipfile_serialization=not legacy)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text("{}")
+    return folder
+
+
+def tensors_of(name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.checkpoint(name) / "model.safetensors")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["llama_bf16", "bert", "mamba2"])
+def test_every_range_holds_its_tensors_bytes(name: str, legacy: bool, tmp_path: Path) -> None:
+    state = tensors_of(name)
+    folder = save(state, tmp_path, legacy=legacy)
+    data = (folder / "pytorch_model.bin").read_bytes()
+    found = {t.name: t for t in read_headers(open_folder(folder)).tensors}
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        assert found[key].shape == tuple(tensor.shape)
+        assert data[found[key].begin : found[key].end] == tensor.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_bin_profile_is_its_safetensors_profile(legacy: bool, tmp_path: Path) -> None:
+    state = tensors_of("llama_tied")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    folder = save(state, tmp_path / "x" / "y", legacy=legacy)
+    source = checkpoints.checkpoint("llama_tied")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    mine, its = generate(open_folder(folder)), generate(open_folder(source))
+    assert [
+        (a.name, a.num_params, a.weight_bytes, a.compute_required, a.tied_to, a.tied_bytes) for a in mine.layers
+    ] == [(b.name, b.num_params, b.weight_bytes, b.compute_required, b.tied_to, b.tied_bytes) for b in its.layers]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_conversion_is_bit_identical(legacy: bool, tmp_path: Path) -> None:
+    state = tensors_of("llama_bf16")
+    strided = torch.arange(12.0).view(3, 4).t()
+    extra = {
+        "strided": strided,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3),
+        "flags": torch.tensor([True, False]),
+        "wide": torch.rand(2, 2, dtype=torch.float64),
+    }
+    folder = save({**state, **extra, "twin": state["lm_head.weight"]}, tmp_path / "in", legacy=legacy)
+    out = convert(open_folder(folder), tmp_path / "out")
+    converted = load_file(out / "model.safetensors")
+    assert converted.keys() == {*state, *extra}
+    for name, tensor in {**state, **extra}.items():
+        assert converted[name].dtype == tensor.dtype
+        assert torch.equal(converted[name], tensor), name
+    read_headers(open_folder(out))
+    assert sorted(each.name for each in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_several_files_become_several_with_an_index(tmp_path: Path) -> None:
+    state = tensors_of("llama_bf16")
+    names = sorted(state)
+    save({n: state[n] for n in names[:9]}, tmp_path / "in", name="pytorch_model-00001-of-00002.bin")
+    save({n: state[n] for n in names[9:]}, tmp_path / "in", name="pytorch_model-00002-of-00002.bin")
+    out = convert(open_folder(tmp_path / "in"), tmp_path / "out")
+    headers = read_headers(open_folder(out))
+    assert set(headers.files) == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert sorted(t.name for t in headers.tensors) == names
+
+
+def test_what_is_safetensors_is_not_converted_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="safetensors already"):
+        convert(open_folder(checkpoints.checkpoint("llama")), tmp_path / "out")
+    folder = save({"a": torch.zeros(1)}, tmp_path / "in")
+    with pytest.raises(Conflict, match="not empty"):
+        convert(open_folder(folder), folder)
+
+
+class _Call:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("function", "argument", "says"),
+    [
+        (os.system, "touch {}", "calls posix.system"),
+        (eval, "open('{}', 'w')", "calls __builtin__.eval"),
+        (exec, "open('{}', 'w')", "calls __builtin__.exec"),
+        (open, "{}", "calls io.open"),
+        (torch.load, "{}", "calls torch.serialization.load"),
+    ],
+)
+def test_a_pickle_that_calls_anything_else_is_refused_by_name_and_not_run(
+    function: Any, argument: str, says: str, legacy: bool, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    folder = save({"a": _Call(function, argument.format(victim))}, tmp_path / "in", legacy=legacy)
+    with pytest.raises(InvalidCheckpoint) as error:
+        generate(open_folder(folder), compute=False)
+    assert says in str(error.value)
+    assert not victim.exists()
+
+
+def test_strided_and_overlapping_tensors_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    whole = torch.arange(12.0)
+    folder = save({"t": whole.view(3, 4).t()}, tmp_path / "a")
+    with pytest.raises(InvalidCheckpoint, match="fairshard convert"):
+        read_headers(open_folder(folder))
+    folder = save({"a": whole[:8], "b": whole[4:]}, tmp_path / "b")
+    with pytest.raises(InvalidCheckpoint, match="overlap in part"):
+        read_headers(open_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [([1, 2], "holds a list"), ({"a": 1}, "'a' is a int"), ({1: torch.zeros(1)}, "'1' is a View"),
+     ({"epoch": 3, "state_dict": {}}, "'epoch' is a int")],
+)  # fmt: skip
+def test_what_is_no_state_dict_is_refused(state: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint) as error:
+        read_headers(open_folder(save(state, tmp_path)))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_cut_short_is_refused_at_any_length(legacy: bool, tmp_path: Path) -> None:
+    folder = save({"a": torch.arange(40.0), "b": torch.arange(5)}, tmp_path, legacy=legacy)
+    data = (folder / "pytorch_model.bin").read_bytes()
+    for length in {0, 1, 3, 8, 40, len(data) // 3, len(data) // 2, len(data) - 30, len(data) - 1}:
+        (folder / "pytorch_model.bin").write_bytes(data[:length])
+        with pytest.raises(InvalidCheckpoint):
+            read_headers(open_folder(folder))
+
+
+def test_a_compressed_archive_and_a_git_lfs_pointer_are_refused(tmp_path: Path) -> None:
+    save({"a": torch.zeros(100)}, tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(InvalidCheckpoint, match="compressed"):
+        read_headers(open_folder(tmp_path))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(InvalidCheckpoint, match=r"torch\.save"):
+        read_headers(open_folder(tmp_path))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4), st.booleans())
+def test_fuzz_a_damaged_file_is_read_or_refused(at: int, patch: bytes, legacy: bool) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.arange(6.0), "b": torch.arange(3)}, buffer, _use_new_zipfile_serialization=not legacy)
+    data = bytearray(buffer.getvalue())
+    at %= len(data)
+    data[at : at + len(patch)] = patch
+    try:
+        tensors, _, _ = read_bin(Memory({"pytorch_model.bin": bytes(data)}), "pytorch_model.bin")
+    except FairshardError:
+        return
+    assert all(0 <= t.begin <= t.end <= len(data) for t in tensors)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=120))
+def test_fuzz_any_bytes_are_refused(data: bytes) -> None:
+    for prefix in (b"", b"PK\x03\x04", b"\x80\x02", struct.pack("<BB", 0x80, 4)):
+        with pytest.raises(InvalidCheckpoint):
+            read_bin(Memory({"pytorch_model.bin": prefix + data}), "pytorch_model.bin")
+
+
+def test_a_remote_archive_costs_its_directory_and_its_pickle(tmp_path: Path) -> None:
+    state = {f"layer.{n}.weight": torch.zeros(1000) for n in range(300)}
+    data = (save(state, tmp_path) / "pytorch_model.bin").read_bytes()
+    remote = Memory({"pytorch_model.bin": data}, remote=True)
+    local = Memory({"pytorch_model.bin": data})
+    assert read_bin(remote, "pytorch_model.bin") == read_bin(local, "pytorch_model.bin")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        pickled = archive.getinfo("pytorch_model/data.pkl").file_size
+    assert remote.read_bytes["pytorch_model.bin"] <= (pickled + 300 * 100) * 1.1 + 64 * 1024
