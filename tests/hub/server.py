@@ -330,10 +330,11 @@ class _Handler(BaseHTTPRequestHandler):
             at = begin + sent
             if flip is not None and at <= flip < at + len(data):
                 data = data[: flip - at] + bytes([data[flip - at] ^ 0xFF]) + data[flip - at + 1 :]
-            self.wfile.write(data)
             sent += len(data)
             if log is not None:
+                # Before the write: a client that has the last byte may look at the counters at once.
                 log.sent_bytes = sent
+            self.wfile.write(data)
             if rate is not None and self.server.hub.closing.wait(max(0.0, started + sent / rate - time.monotonic())):
                 break
         if sent < end - begin:

@@ -356,3 +356,14 @@ def test_the_same_published_by_many_is_one_commit(hub: TestHub) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(publish, range(4)))) == 1
     assert len(hub.repo(REPO).history("main")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own use of httpx2
+def test_metadata_beyond_ten_megabytes_goes_through_lfs(hub: TestHub) -> None:
+    hub.lfs_uploads = True
+    store = hub_store(hub)
+    large = b'{"a": "' + b"x" * (10 * 2**20) + b'"}'
+    commit = store.write({"large.json": large, "small.json": b"{}"}, message="m")
+    assert hub.repo(REPO).history("main")[0].entries["large.json"].lfs
+    assert store.write({"large.json": large, "small.json": b"{}"}, message="again") == commit
+    assert store.read("large.json", revision=commit) == large
