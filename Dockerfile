@@ -39,8 +39,8 @@ EXPOSE 5555
 CMD ["celery", "-A", "workers.celery_app", "flower", "--address=0.0.0.0", "--port=5555"]
 
 FROM base AS node
-# An index that has torch without CUDA, or with the CUDA of your machines; empty: PyPI's.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index with the torch build that you want, without CUDA or with that of your machines; empty: PyPI's, with CUDA.
+ARG TORCH_INDEX=
 RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c constraints.txt ".[queue,workers]"
 USER 10001:10001
 VOLUME /data

@@ -45,20 +45,11 @@ have_torch() { "$venv/bin/python" -c "import importlib.metadata as m; assert m.v
 case "$extras" in
 *workers*)
   # On Linux, PyPI's torch brings gigabytes of CUDA libraries; a CPU file, where pip can see one, brings none.
-  if [ "$(uname -s)" = Linux ] && [ -z "${TORCH_INDEX:-}" ] && ! have_torch; then
-    if ! pip download --quiet --no-deps --only-binary :all: --dest "$venv/torch" "torch==$torch+cpu" 2>/dev/null; then
-      public=https://download.pytorch.org/whl/cpu
-      if "$venv/bin/python" - "$public/torch/" <<'PY' 2>/dev/null; then
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1], timeout=5).close()
-PY
-        TORCH_INDEX=$public
-      else
-        echo "No CPU build of torch $torch is in reach (pip knows none, and $public does not answer)." >&2
-        echo "pip takes PyPI's build instead, which on Linux brings CUDA: about 3 GB to download, 7 GB on disk." >&2
-        echo "To avoid that, name an index or a folder of wheels that has it: TORCH_INDEX=URL or PIP_FIND_LINKS=DIR." >&2
-      fi
-    fi
+  if [ "$(uname -s)" = Linux ] && [ -z "${TORCH_INDEX:-}" ] && ! have_torch \
+    && ! pip download --quiet --no-deps --only-binary :all: --dest "$venv/torch" "torch==$torch+cpu" > /dev/null 2>&1; then
+    echo "pip knows no CPU build of torch $torch for this Python, so it takes PyPI's build, which on Linux brings CUDA:" >&2
+    echo "about 3 GB to download and 7 GB on disk, once. To avoid that, stop here and name an index or a folder of" >&2
+    echo "wheels that has it (pytorch.org names its own under 'Get started'): TORCH_INDEX=URL or PIP_FIND_LINKS=DIR." >&2
   fi
   [ -z "${TORCH_INDEX:-}" ] || index=(--extra-index-url "$TORCH_INDEX")
   [ ! -d "$venv/torch" ] || index+=(--find-links "$venv/torch")

@@ -129,8 +129,8 @@ def test_every_dependency_is_pinned() -> None:
     assert names <= pinned
 
 
-def modules_doc() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("modules_doc", ROOT / "scripts" / "modules_doc.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -139,11 +139,32 @@ def modules_doc() -> ModuleType:
 
 
 def test_every_module_is_documented_as_it_is() -> None:
-    module = modules_doc()
+    module = script("modules_doc")
     assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run 'make docs'"
     for floor in FLOORS:
         for path in (ROOT / floor).rglob("*.py"):
             assert module.summary(path), f"{path} has no docstring"
+
+
+def test_every_call_is_documented_as_it_is() -> None:
+    module = script("api_doc")
+    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run 'make docs'"
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [
+        ("", 0, "NOT CHECKED"),
+        ("{}", 0, "NOT CHECKED"),
+        ('{"dependencies": [{"name": "a", "skip_reason": "not found"}]}', 0, "NOT CHECKED"),
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "No known hole in 1"),
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}]}', 1, "a 1: CVE-1"),
+    ],
+)
+def test_an_audit_without_advisories_is_no_all_clear(output: str, status: int, said: str) -> None:
+    judged, sentence = script("audit").judge(output)
+    assert judged == status
+    assert said in sentence
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
