@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from planner import dtypes
@@ -235,7 +235,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 @cache
 def _entries() -> tuple[tuple[Device, tuple[str, ...]], ...]:
     """Each device with all names it goes by."""
-    rows: list[dict[str, Any]] = json.loads(files("planner").joinpath("devices.json").read_bytes())
+    rows: list[dict[str, Any]] = json.loads(Path(__file__).with_name("devices.json").read_bytes())
     return tuple(
         (
             Device(

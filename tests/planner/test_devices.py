@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,7 +189,7 @@ def test_the_models_dtype_decides_the_rate_of_a_catalogued_node() -> None:
 
 
 def test_the_catalogues_file_has_only_fields_that_are_read() -> None:
-    rows = json.loads(files("planner").joinpath("devices.json").read_bytes())
+    rows = json.loads(Path(devices.__file__).with_name("devices.json").read_bytes())
     known = {"name", "names", "cores", "memory_gib", "memory_gb_per_s", "tflop_per_s", "source"}
     columns = {"fp32", "tf32", "fp16", "bf16", "fp8", "int8"}
     for row in rows:
