@@ -36,6 +36,7 @@ def _health(*, live_only: bool = False) -> Response:
 @blp.get("")
 @blp.response(200, answers.HealthOut)
 @blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@blp.doc(security=[])
 @needs(None)
 def health() -> Response:
     """Whether it can accept work: `ready` with Redis, `healthy` with a planner and a node as well."""
@@ -45,6 +46,7 @@ def health() -> Response:
 @blp.get("/ready")
 @blp.response(200, answers.HealthOut)
 @blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@blp.doc(security=[])
 @needs(None)
 def ready() -> Response:
     """The same, by the name that orchestrators look for."""
@@ -53,6 +55,7 @@ def ready() -> Response:
 
 @blp.get("/live")
 @blp.response(200, answers.HealthOut)
+@blp.doc(security=[])
 @needs(None)
 def live() -> Response:
     """Whether this process answers at all; asks nobody else."""

@@ -25,7 +25,7 @@ export const seconds = known((value) => {
 /** Done and total of a step: bytes are written as bytes. */
 export function progress(step) {
   if (!step) return "";
-  const size = /layer|tensor|file|node|step/i.test(step.what || "") ? String : bytes;
+  const size = /^(headers|layers|trace)/.test(step.what || "") ? String : bytes;
   const total = step.total ? ` of ${size(step.total)}` : "";
   return `${size(step.done ?? 0)}${total}${step.what ? ` · ${step.what}` : ""}`;
 }
