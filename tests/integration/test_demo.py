@@ -16,11 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import checkpoint
+from checkpoints import checkpoint, minilm
+from hub.server import TestHub
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# One process for all: the copy is installed once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("fresh clone")]
 
 
 def load_readme() -> ModuleType:
@@ -85,6 +87,7 @@ def test_the_readme_keeps_its_word_from_a_bare_clone(live: Any) -> None:
 
 def test_a_second_demo_starts_in_seconds_and_takes_a_folder(live: Any) -> None:
     """After the first: nothing is installed again. The times are printed, and judged by a person."""
+    live.run(readme.Command("make install"))  # nothing to do, if the test above ran
     command = readme.Command(f"make demo MODEL={checkpoint('qwen2')}")
     live.run(command)
     printed = "\n".join(command.printed)
@@ -92,6 +95,19 @@ def test_a_second_demo_starts_in_seconds_and_takes_a_folder(live: Any) -> None:
     assert "Installing" not in printed
     assert f"Model: local/qwen2, the folder {checkpoint('qwen2').resolve()}" in printed
     assert "complete and bit-identical" in printed
+    assert processes_below(live.clone) == []
+
+
+def test_where_the_hub_answers_the_demo_takes_the_model_from_there(live: Any, hub: TestHub) -> None:
+    commit = hub.add_repo("sentence-transformers/all-MiniLM-L6-v2", minilm())
+    command = readme.Command(f"HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1 make demo")
+    live.run(command)
+    printed = "\n".join(command.printed)
+    assert command.status == 0, printed
+    assert f"Model: sentence-transformers/all-MiniLM-L6-v2 from the Hub ({hub.url})" in printed
+    assert f"revision {commit[:12]}" in printed
+    assert "complete and bit-identical" in printed
+    assert hub.counters.requests("*/model.safetensors") > 0
     assert processes_below(live.clone) == []
 
 
