@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -219,7 +220,9 @@ class _Machine:
         operations = pickletools.genops(data)
         while True:
             try:
-                opcode, argument, _ = next(operations)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # pickletools decodes texts of old protocols with a warning
+                    opcode, argument, _ = next(operations)
             except (ValueError, StopIteration, UnicodeDecodeError) as error:
                 raise _Incomplete(
                     f"{self._file}: the pickle is malformed or cut short: {str(error)[:120]}"
