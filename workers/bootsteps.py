@@ -130,15 +130,11 @@ class HandBackStep(_Step):
         """Nothing to start."""
 
     def stop(self, worker: Any) -> None:
-        """Hand back what still runs."""
-        from celery.worker import state
-
-        services = current()
-        for request in list(state.active_requests):
-            arguments = request.args
-            if len(arguments) < 2:
-                continue
-            try:
-                services.ledger.hand_back(str(arguments[0]), str(arguments[1]), owner=str(worker.hostname))
-            except FairshardError as error:
-                logger.warning("a step was not handed back: %s", error)
+        """Hand back what still runs: celery forgot its own list when it stopped the children."""
+        ledger, mine = current().ledger, str(worker.hostname)
+        try:
+            for job_id, step, owner in ledger.running():
+                if owner == mine and ledger.hand_back(job_id, step, owner=mine):
+                    logger.info("job %s, step %s: handed back", job_id, step)
+        except FairshardError as error:
+            logger.warning("nothing was handed back, the leases will run out: %s", error)

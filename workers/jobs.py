@@ -458,8 +458,8 @@ class Jobs:
         services = self._services
         infos = services.registry.alive()
         running: dict[str, list[dict[str, str]]] = {}
-        for job_id, step, node in services.ledger.running():
-            running.setdefault(node, []).append({"job_id": job_id, "step": step})
+        for job_id, step, worker in services.ledger.running():
+            running.setdefault(worker.partition("@")[0], []).append({"job_id": job_id, "step": step})
         lengths = self._queue_lengths([f"node.{info['node_id']}" for info in infos])
         views = []
         for info, length in zip(infos, lengths, strict=True):

@@ -408,9 +408,9 @@ class Ledger:
         return json.loads(text) if text else {}
 
     def running(self) -> list[tuple[str, str, str]]:
-        """(job, step, node) of the steps that run now; of at most 1,000 jobs."""
+        """(job, step, worker) of the steps that run now; of at most 10,000 jobs."""
         with reachable():
-            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, 999)
+            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, 9999)
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hget(f"{self.prefix}job:{job_id}", "steps")
@@ -421,7 +421,7 @@ class Ledger:
                 pipeline.hmget(f"{self.prefix}step:{job_id}:{step}", "state", "owner")
             found = pipeline.execute()
         return [
-            (job_id, step, str(owner).partition("@")[0])
+            (job_id, step, str(owner).partition("#")[0])
             for (job_id, step), (state, owner) in zip(pairs, found, strict=True)
             if state == "running" and owner
         ]

@@ -21,7 +21,7 @@ class Channel(base.Channel):
     def _receive_one(self, c: Any) -> Any:
         if c.connection is not None:
             c.connection.retry = Retry(NoBackoff(), 0)
-        return super()._receive_one(c)  # type: ignore[misc]  (the stubs lack it)
+        return super()._receive_one(c)  # type: ignore[misc]
 
 
 class Transport(base.Transport):
