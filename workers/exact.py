@@ -92,6 +92,7 @@ def _layer(
         parts=parts,
         tied_to=trace.layers[tied[0][0]].name if tied else None,
         tied_bytes=sum(tensor.end - tensor.begin for _, stored in tied for tensor in stored),
+        tied_tensors=tuple(tensor.name for _, stored in tied for tensor in stored),
         tensors=tensors,
     )
 

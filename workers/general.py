@@ -27,6 +27,8 @@ _WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
 #: Architectures that end in a head over the vocabulary.
 _WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
 _HEAD_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight", "head.weight")
+#: A head whose own tensors are only these is named for the tied matrix it applies.
+_FINAL_NORMS = {"norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_logits_bias"}
 _TOKEN_EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight",
     "embeddings.weight", "embedding.weight", "tok_embeddings.weight",
@@ -185,15 +187,14 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
     stored = {name: layer for layer in layers for name in (t.name for t in layer.tensors)}
     flagged = config.flag("tie_word_embeddings")
     has_head = (config.architecture or "").endswith(_WITH_HEAD)
-    embedding = next(
-        (
-            tensor
-            for layer in layers
-            for tensor in layer.tensors
-            if layer.layer_type == "embedding" and tensor.name.endswith(_TOKEN_EMBEDDINGS)
-        ),
-        None,
-    )
+    candidates = [
+        tensor
+        for layer in layers
+        for tensor in layer.tensors
+        if layer.layer_type == "embedding" and tensor.name.endswith(_TOKEN_EMBEDDINGS) and len(tensor.shape) == 2
+    ]
+    # The table of tokens is larger than those of positions and types.
+    embedding = max(candidates, key=lambda tensor: tensor.end - tensor.begin, default=None)
     head_weight = next(
         (name for name in stored if name.endswith(_HEAD_WEIGHTS) and name not in _TOKEN_EMBEDDINGS), None
     )
@@ -209,9 +210,10 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
     terms = (0.0, (old.compute_terms or (0.0, 0.0, 0.0))[1] + 2.0 * count, 0.0)
     head = replace(
         old,
-        name="lm_head" if old.name.rpartition(".")[2] in {"norm", "ln_f", "final_layernorm", "norm_f"} else old.name,
+        name="lm_head" if old.name.rpartition(".")[2] in _FINAL_NORMS else old.name,
         tied_to=stored[embedding.name].name,
         tied_bytes=embedding.end - embedding.begin,
+        tied_tensors=(embedding.name,),
         active_params=old.active_params + count,
         compute_terms=terms,
         compute_required=sum(terms),

@@ -448,3 +448,24 @@ def test_one_process_profiles_many_models_without_growing() -> None:
     sizes = run(_GROWTH, str(checkpoints.checkpoint("llama")))
     assert sizes[3][0] - sizes[1][0] < 8 * 2**20, sizes
     assert sizes[3][1] - sizes[1][1] < 2_000, sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("llama_tied", "model.embed_tokens.weight"),
+        ("bert_mlm", "bert.embeddings.word_embeddings.weight"),
+        ("bart", "model.shared.weight"),
+        ("t5", "shared.weight"),
+        ("gpt2", "transformer.wte.weight"),
+    ],
+)
+@pytest.mark.parametrize("compute", [True, False])
+def test_a_tied_head_names_the_tensor_it_needs(name: str, tied: str, compute: bool) -> None:
+    profile = generate(open_folder(checkpoints.checkpoint(name)), compute=compute)
+    head = profile.layers[-1]
+    assert head.layer_type == "head"
+    assert head.tied_tensors == (tied,)
+    (stored,) = [t for layer in profile.layers for t in layer.tensors if t.name == tied]
+    assert head.tied_bytes == stored.size_bytes
+    assert next(layer for layer in profile.layers if stored in layer.tensors).name == head.tied_to
