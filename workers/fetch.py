@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from planner.errors import FairshardError, IntegrityError
-from workers.copying import write_all
+from workers.copying import reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
@@ -113,9 +113,7 @@ class _Fetch:
                 file = _File(output=output, descriptor=descriptor, segments=by_output[index], digest=digest)
                 self._files.append(file)
                 os.ftruncate(descriptor, output.size_bytes)
-                if output.size_bytes:
-                    # A full disk is known now, not after an hour; and the extents are not scattered by 16 writers.
-                    os.posix_fallocate(descriptor, 0, output.size_bytes)
+                reserve(descriptor, output.size_bytes)
                 write_all(descriptor, output.header, 0)
             self._crew.advance(len(output.header))
             for number in range(len(file.segments)):
@@ -135,6 +133,7 @@ class _Fetch:
                 if round_ or not self._kept(file, segment):
                     digest = self._bring(file, segment, round_, readers)
                     with explained(self._journal.folder):
+                        send_to_disk(file.descriptor, segment.begin, segment.end - segment.begin)
                         self._journal.record(file.output, segment.begin, segment.end, digest)
                 self._crew.advance(0 if round_ else segment.end - segment.begin)
                 self._arrived(file, number)

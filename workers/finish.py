@@ -6,19 +6,20 @@ import datetime as dt
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from planner.errors import NodeFailure
+from planner.errors import FairshardError, NodeFailure
 from planner.plan import Plan
 from workers.checkpoint import Checkpoint
 from workers.digester import explained
 from workers.digests import Digests, digest_of
-from workers.journal import Journal, discard_partials, state_file
+from workers.journal import Journal, discard_partials, install_lock, state_file
 from workers.layout import Layout
-from workers.manifest import Manifest, ShardFile, ShardTensor, SourceFile, sync_folder, write_manifest
+from workers.manifest import Manifest, ShardFile, ShardTensor, SourceFile, read_manifest, sync_folder, write_manifest
 from workers.outputs import Output
-from workers.shards import is_shard_folder
+from workers.shards import file_is_whole, is_shard_folder
 
 
 def finish(
@@ -83,25 +84,43 @@ def finish(
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
         write_manifest(manifest, folder)
-        _install(folder, output)
+        return _install(journal, output, manifest)
+
+
+def _install(journal: Journal, output: Path, manifest: Manifest) -> Manifest:
+    """Give the finished folder its name; the manifest that stands there then.
+
+    Of two processes that made the same shard the first wins, and the second's work is thrown away: whoever was told
+    that the shard is there must not find it gone for a moment.
+    """
+    folder = journal.folder
+    with install_lock(output):
+        if is_shard_folder(output) and any(output.iterdir()):
+            theirs = _same(output, manifest)
+            if theirs is not None:
+                shutil.rmtree(folder)
+                return theirs
+            old = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
+            output.rename(old)
+        state_file(folder).unlink()
+        folder.rename(output)
+        sync_folder(output.parent)
+    discard_partials(output)
     return manifest
 
 
-def _install(folder: Path, output: Path) -> None:
-    """Give the finished folder its name; a shard that stood there goes only now."""
-    state_file(folder).unlink()
+def _same(output: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest at `output`, if it is of the same shard, finished and not written to since."""
     try:
-        folder.rename(output)
-    except OSError:
-        if not is_shard_folder(output):
-            raise
-        old = output.with_name(f".{output.name}.partial-replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        folder.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(output.parent)
-    discard_partials(output)
+        theirs = read_manifest(output)
+    except FairshardError:
+        return None
+    mine = (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes)
+    if (theirs.plan_id, theirs.revision, theirs.node_id, theirs.max_shard_bytes) != mine:
+        return None
+    if any(ours.sha256 and not file.sha256 for ours, file in zip(manifest.files, theirs.files, strict=False)):
+        return None
+    return theirs if all(file_is_whole(output, file) for file in (*theirs.files, *theirs.extras)) else None
 
 
 def _index(layout: Layout) -> bytes:

@@ -6,12 +6,14 @@ reads the bytes back and compares them with the line's digest.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from planner.errors import NodeFailure
@@ -68,15 +70,27 @@ def open_journal(target: Path, *, key: str) -> Journal:
             journal = _take(folder, key)
             if journal is not None:
                 return journal
-        folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
-        folder.mkdir()
-        journal = _take(folder, key)
+        journal = None
+        while journal is None:  # another process may take, or clear away, a folder before it is locked here
+            folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+            folder.mkdir()
+            journal = _take(folder, key)
     except OSError as error:
         raise NodeFailure(
             f"no shard can be written to {target}: {error.strerror}", details={"path": str(target)}
         ) from error
-    assert journal is not None, "a folder of our own making is free"
     return journal
+
+
+@contextlib.contextmanager
+def install_lock(target: Path) -> Iterator[None]:
+    """Let one process at a time give folders beside `target` their names."""
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def discard_partials(target: Path) -> None:

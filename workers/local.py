@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from planner.errors import IntegrityError, NodeFailure
-from workers.copying import clone_run, copy_range, write_all
+from workers.copying import clone_run, copy_range, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
@@ -87,6 +87,8 @@ class _Copier:
                 self._close(target)
                 return
             os.ftruncate(target, 0)
+            if not self.clone:
+                reserve(target, output.size_bytes)
             write_all(target, output.header, 0)
             self.crew.advance(len(output.header))
             if self.clone and self._cloned(output, path):
@@ -98,6 +100,7 @@ class _Copier:
 
             def step(count: int) -> None:
                 nonlocal at
+                send_to_disk(target, at, count)
                 at += count
                 if digest is not None:
                     reached = at

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from planner.errors import Conflict, FairshardError, NodeFailure
 from workers.digester import explained
-from workers.journal import discard_partials
+from workers.journal import discard_partials, install_lock
 from workers.layout import Layout
 from workers.manifest import MANIFEST, Manifest, ShardFile, read_manifest
 
@@ -111,9 +112,11 @@ def delete_shard(folder: Path) -> int:
             return 0
         freed = used_bytes(folder)
         # Renamed first, so that an interrupted removal never leaves half a shard under its name.
-        gone = folder.with_name(f".{folder.name}.partial-deleted")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
+        gone = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+        with install_lock(folder):
+            if not folder.exists():
+                return 0
+            folder.rename(gone)
         shutil.rmtree(gone)
     return freed
 
