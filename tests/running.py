@@ -26,7 +26,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], Any], *, what: str, timeout_s: float = 60.0, every_s: float = 0.05) -> Any:
+def until(
+    condition: Callable[[], Any], *, what: str | Callable[..., str], timeout_s: float = 60.0, every_s: float = 0.05
+) -> Any:
     """Poll until `condition()` is true, and return it; AssertionError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
