@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -18,6 +19,7 @@ from workers.source import Source, read_source
 _CONFIGS = ("config.json", "generation_config.json", "quantization_config.json", "quantize_config.json")
 #: The first node takes the rest of these: tokenizer, processor, chat template.
 _EXTRA_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
+_PARALLEL_FILES = 8
 _LARGEST_EXTRA_BYTES = 256 * 1024 * 1024
 
 
@@ -91,9 +93,7 @@ def lay_out(
     begins: dict[str, int] = {}
     for tensor in (tensor for layer in profile.layers for tensor in layer.tensors):
         begins[tensor.file] = min(begins.get(tensor.file, tensor.begin), tensor.begin)
-    sources = {
-        name: read_source(checkpoint, name, header_bytes=begins[name]) for name in sorted({t.file for t, _ in wanted})
-    }
+    sources = _read_sources(checkpoint, {name: begins[name] for name in sorted({t.file for t, _ in wanted})})
     _check_headers(wanted, sources)
     wanted, aliases = _without_twins(wanted)
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)
@@ -106,6 +106,16 @@ def lay_out(
         unused=tuple(t.name for layer in held if layer.layer_type == "unused" for t in layer.tensors),
         duplicated=duplicated,
     )
+
+
+def _read_sources(checkpoint: Checkpoint, header_bytes: Mapping[str, int]) -> dict[str, Source]:
+    """The headers of the files concerned; those of a server several at once, for each costs a round trip or three."""
+    there = [name for name in header_bytes if name in checkpoint.files]
+    if len(there) < 2 or checkpoint.local_path(there[0]) is not None:
+        return {name: read_source(checkpoint, name, header_bytes=size) for name, size in header_bytes.items()}
+    with ThreadPoolExecutor(_PARALLEL_FILES, "headers") as pool:
+        found = pool.map(lambda item: read_source(checkpoint, item[0], header_bytes=item[1]), header_bytes.items())
+        return {source.name: source for source in found}
 
 
 def _check_revisions(checkpoint: Checkpoint, profile: ModelProfile, plan: Plan) -> None:

@@ -310,3 +310,16 @@ def test_extents_are_shared_where_the_filesystem_can(tmp_path: Path, kind: str) 
         assert verify(folders, checkpoint=source).complete
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_node_whose_layers_have_no_weights_still_gets_a_shard(tmp_path: Path) -> None:
+    source = resolve(folder_of(tmp_path, {"a.0.w": tensor("F32", 2), "a.1.w": tensor("F32", 2)}))
+    profile = profile_of(source)
+    pool = Layer(name="pool", index=2, layer_type="pooler", compute_required=1)
+    profile = replace(profile, layers=(*profile.layers, pool))
+    plan = plan_of(profile, {"n0": ["a.0", "a.1"], "n1": ["pool"]})
+    for node in plan.allocation:
+        split(source, profile, plan, node_id=node, output=tmp_path / node)
+    assert read_manifest(tmp_path / "n1").tensors == ()
+    assert raw_tensors(tmp_path / "n1") == {}
+    assert verify([tmp_path / "n0", tmp_path / "n1"], checkpoint=source).complete
