@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 _BITS = {
@@ -20,6 +20,10 @@ _TORCH = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
 }  # fmt: skip
+
+
+#: Bits that a value takes, by safetensors' own name of the dtype.
+SAFETENSORS_BITS: Mapping[str, int] = _BITS
 
 
 def bits(name: str) -> int | None:
