@@ -114,12 +114,8 @@ def submit(service: Service, model_name: str) -> str:
     Raises:
         FairshardError: If the API refuses; with its message.
     """
-    body = json.dumps({"model_name": model_name, "process": True}).encode()
-    url = f"{service.at.api}/api/request"
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310  (our own http)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            return str(json.load(answer)["job_id"])
+        return str(service.call("/api/request", {"model_name": model_name, "process": True}, timeout_s=30)["job_id"])
     except urllib.error.HTTPError as error:
         raise FairshardError(f"the API refused: {error.read().decode('utf-8', 'replace')}") from error
 
@@ -137,7 +133,7 @@ def follow(service: Service, job_id: str) -> dict[str, Any]:
         if not service.poll():
             raise KeyboardInterrupt
         try:
-            job: dict[str, Any] = service.get(f"/api/jobs/{job_id}")
+            job: dict[str, Any] = service.call(f"/api/jobs/{job_id}")
         except (OSError, ValueError):  # a role that is being restarted
             job = {"state": "unknown", "steps": []}
         for step in job["steps"]:
@@ -184,7 +180,7 @@ def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
         job_id = submit(service, name)
         print(f"\nPOST {service.at.api}/api/request -> job {job_id}", flush=True)
         job = follow(service, job_id)
-        plan = service.get(f"/api/plans/{job['result']['plan_id']}")
+        plan = service.call(f"/api/plans/{job['result']['plan_id']}")
         show_plan(plan)
         folders = [data / "nodes" / node_id / "shards" / plan["plan_id"] for node_id in plan["split_plan"]]
         show_shards(folders)

@@ -58,6 +58,8 @@ class Roles:
             "NODE_ID": node.node_id,
             "FAIRSHARD_FLOP_PER_S": repr(node.flop_per_s),
             "FAIRSHARD_MEMORY_BYTES": str(node.memory_bytes),
+            # One address can't be that of all nodes here.
+            "FAIRSHARD_PEER_URL": "",
         }
         if node.memory_bytes_per_s is not None:
             env["FAIRSHARD_MEMORY_BYTES_PER_S"] = repr(node.memory_bytes_per_s)

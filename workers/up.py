@@ -18,16 +18,20 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from planner.cluster import Node
-from planner.errors import Conflict, Unavailable
+from planner.errors import Conflict, FairshardError, Unavailable
 from workers import redis_server
+from workers.connection import connect
 from workers.data_lock import DataLock
+from workers.registry import Registry
 from workers.roles import HOST, Roles
+from workers.settings import ClientSettings, QueueSettings
 from workers.stated_nodes import stated_nodes
 from workers.supervisor import Supervisor
 
@@ -95,13 +99,19 @@ class Service:
         self.supervisor.poll()
         return not self.stop_asked.wait(0.1)
 
-    def get(self, path: str, *, timeout_s: float = 5.0) -> Any:
-        """JSON of the API's `path`.
+    def call(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0) -> Any:
+        """JSON of the API's answer to a GET of `path`, or to a POST of `body`; with FAIRSHARD_TOKEN where it is set.
 
         Raises:
             urllib.error.URLError: If it does not answer with success.
         """
-        with urllib.request.urlopen(self.at.api + path, timeout=timeout_s) as answer:  # noqa: S310  (our own http)
+        headers = {"Content-Type": "application/json"}
+        token = ClientSettings.from_env().token
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.at.api + path, data, headers)  # noqa: S310  (our own http)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
             return json.load(answer)
 
 
@@ -125,6 +135,7 @@ def running(
     """
     data = data.absolute()
     stated = stated_nodes(nodes)
+    queue = QueueSettings.from_env()
     binary, which = redis_server.find_binary()
     stop, hurry = threading.Event(), threading.Event()
     with DataLock(data) as lock, _signals(stop, hurry):
@@ -135,7 +146,7 @@ def running(
         service = Service(data=data, nodes=stated, at=at, supervisor=supervisor, stop_asked=stop, hurry_asked=hurry)
         say(f"fairshard up: data in {data}, logs in {data / 'logs'}")
         try:
-            _start(service, binary=binary, which=which, lock=lock, say=say, offline=offline)
+            _start(service, binary=binary, which=which, lock=lock, queue=queue, say=say, offline=offline)
             yield service
         finally:
             say("stopping ...")
@@ -146,7 +157,9 @@ def running(
             say("stopped; nothing is left running.")
 
 
-def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: Say, offline: bool) -> None:
+def _start(
+    service: Service, *, binary: Path, which: str, lock: DataLock, queue: QueueSettings, say: Say, offline: bool
+) -> None:
     """Start all roles and wait until each is ready."""
     password = secrets.token_urlsafe(24)
     redis_port = free_port()
@@ -171,6 +184,7 @@ def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: S
     start = service.supervisor.start
     start(roles.redis(binary, config, inherit=(lock.fd,)))
     wait("redis", lambda: redis_server.answers(redis_url), which)
+    registry = Registry(connect(redis_url), prefix=queue.prefix, ttl_s=queue.node_ttl_s)
     # Together: each spends its first second on imports.
     start(roles.api(common["FAIRSHARD_BIND"]))
     for node in service.nodes:
@@ -179,7 +193,7 @@ def _start(service: Service, *, binary: Path, which: str, lock: DataLock, say: S
     start(roles.flower(int(service.at.flower.rpartition(":")[2])))
     wait("api", lambda: _answers(service.at.api + "/api/health/live"), service.at.api)
     for node in service.nodes:
-        wait(node.node_id, lambda n=node: n.node_id in _alive_nodes(service), _size(node))  # type: ignore[misc]
+        wait(node.node_id, partial(_node_ready, service, registry, node.node_id), _size(node))
     wait("planner", lambda: _planner_answers(service), "plans, and finds lost work")
     wait("flower", lambda: _answers(service.at.flower), service.at.flower)
 
@@ -211,16 +225,18 @@ def _answers(url: str) -> bool:
 
 def _planner_answers(service: Service) -> bool:
     try:
-        return bool(service.get("/api/health", timeout_s=2)["checks"]["planner"])
+        return bool(service.call("/api/health", timeout_s=2)["checks"]["planner"])
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _alive_nodes(service: Service) -> set[str]:
+def _node_ready(service: Service, registry: Registry, node_id: str) -> bool:
+    """Whether this service's process, and not one of an earlier service, announced itself as the node."""
+    pid = service.supervisor.pid(node_id)
     try:
-        return {node["node_id"] for node in service.get("/api/nodes", timeout_s=2)["nodes"]}
-    except (OSError, ValueError, KeyError):
-        return set()
+        return any(info["node_id"] == node_id and info.get("pid", pid) == pid for info in registry.alive())
+    except FairshardError:
+        return False
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.slow
 class Up:
     """A running `fairshard up`."""
 
-    def __init__(self, data: Path) -> None:
-        env = child_env({"FAIRSHARD_MODELS_DIR": str(models_dir())})
+    def __init__(self, data: Path, **settings: str) -> None:
+        env = child_env({"FAIRSHARD_MODELS_DIR": str(models_dir()), **settings})
         command = [str(FAIRSHARD), "up", "--port", "0", "--nodes", "2", "--data", str(data)]
         self.data = data
         self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -184,13 +185,35 @@ def test_when_it_is_killed_itself_its_roles_end_and_the_folder_is_free(up: Up, t
         assert again.finish() == 0
 
 
+def test_a_wrong_setting_of_all_roles_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    env = child_env({"FAIRSHARD_LEASE_S": "never"})
+    command = [str(FAIRSHARD), "up", "--port", "0", "--data", str(tmp_path / "data")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "FAIRSHARD_LEASE_S must be a positive number" in done.stderr
+    assert not (tmp_path / "data" / "redis").exists()
+
+
 def test_a_role_that_can_not_start_is_given_up_with_the_end_of_its_log(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    env = child_env({"FAIRSHARD_LEASE_S": "never"})  # refused by every role that reads the settings
+    env = child_env({"FAIRSHARD_MAX_WAIT_S": "never"})  # read by the API alone
     command = [str(FAIRSHARD), "up", "--port", "0", "--nodes", "1", "--data", str(data)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "died 3 times. The end of" in done.stderr
-    assert "FAIRSHARD_LEASE_S must be a positive number" in done.stderr
+    assert "FAIRSHARD_MAX_WAIT_S must be a positive number" in done.stderr
     assert "nothing is left running" in done.stderr
+
+
+def test_it_starts_where_tokens_are_asked_for_on_loopback_too(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.json"
+    command = [sys.executable, "-m", "web.auth", "new", "me", "--scopes", "read", "--file", str(tokens)]
+    subprocess.run(command, check=True, capture_output=True)
+    up = Up(tmp_path / "data", FAIRSHARD_REQUIRE_TOKEN="always", FAIRSHARD_TOKENS_FILE=str(tokens))
+    try:
+        api = up.ready()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            call(f"{api}/api/nodes")
+    finally:
+        assert up.finish() == 0
