@@ -13,7 +13,7 @@ from planner.bounds import lower_bound_s
 from planner.diagnose import infeasible
 from planner.errors import Infeasible, InvalidInput
 from planner.greedy import is_exact, solve
-from planner.pipeline import solve_pipeline
+from planner.pipeline import in_order, solve_pipeline
 from planner.placement import Answer, Found, Ties, Work, build_work
 from planner.problem import SLACK, Ints, Problem, build
 from planner.refine import refine
@@ -54,7 +54,8 @@ def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
         return best
     seconds = problem.bottleneck_s(nodes)
     work = build_work(problem, "copied")
-    assert work is not None
+    if work is None or (in_order(work) is None and len(problem.nodes) * len(problem.kind) > 10_000):
+        return best  # contiguous stages would take longer to find than all the rest
     staged, _ = solve_pipeline(problem, work, problem.memory + problem.tied_bytes, budget_s=seconds * (1 + SLACK))
     if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= seconds * (1 + 2 * SLACK):
         return staged if hops(staged) < hops(best) else best

@@ -29,7 +29,7 @@ def fewest_hops(problem: Problem, nodes: Ints) -> Ints:
     """The same number of each kind on each node, arranged so that the chain changes nodes seldom."""
     used = len(np.unique(nodes))
     best, best_hops = nodes, hops(nodes)
-    if best_hops <= used - 1:
+    if best_hops <= used - 1 or len(np.unique(problem.kind)) == len(problem.kind):
         return nodes
     for reverse in (False, True):
         for thrifty in (True, False):

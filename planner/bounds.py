@@ -13,25 +13,31 @@ def lower_bound_s(work: Work) -> float:
     pinned = float(work.base_s.max(initial=0.0))
     if len(work.count) == 0:
         return pinned
-    simple = max(pinned, single_bound_s(work), shared_bound_s(work), surrogate_bound_s(work))
-    return max(simple, pigeonhole_bound_s(work, above_s=simple))
+    rates = effective_rates(work)
+    simple = max(pinned, single_bound_s(work), shared_bound_s(work, rates), surrogate_bound_s(work, rates))
+    return max(simple, pigeonhole_bound_s(work, rates, above_s=simple))
 
 
 def single_bound_s(work: Work) -> float:
     """The costliest layer on the node that is best for it."""
-    least = np.where(work.room_bytes[:, None] >= work.memory[None, :], work.base_s[:, None] + work.seconds, np.inf)
-    alone = least.min(axis=0)
+    alone = np.full(len(work.count), np.inf)
+    for node in range(len(work.base_s)):
+        after = np.where(work.room_bytes[node] >= work.memory, work.base_s[node] + work.seconds[node], np.inf)
+        np.minimum(alone, after, out=alone)
     return float(np.where(np.isfinite(alone), alone, 0.0).max())
 
 
-def _effective_rates(work: Work) -> Floats:
+def effective_rates(work: Work) -> Floats:
     """(N,) FLOP/s that no layer on the node exceeds."""
     weight = work.flop > 0
     if not weight.any():
         return np.zeros(len(work.base_s))
+    rates = np.empty(len(work.base_s))
+    flop = work.flop[weight]
     with np.errstate(divide="ignore", invalid="ignore"):
-        rates = work.flop[weight][None, :] / work.seconds[:, weight]
-    return np.asarray(rates.max(axis=1), dtype=np.float64)
+        for node in range(len(rates)):  # by rows: all at once takes as much memory again as the table itself
+            rates[node] = (flop / work.seconds[node, weight]).max()
+    return rates
 
 
 def _most_flop(work: Work) -> Floats:
@@ -44,10 +50,10 @@ def _most_flop(work: Work) -> Floats:
     return np.minimum(most, np.interp(room, memory, flop) * (1 + 1e-12))
 
 
-def shared_bound_s(work: Work) -> float:
+def shared_bound_s(work: Work, rates: Floats) -> float:
     """All compute at once on all nodes, each limited by its memory: water-filling over the time."""
     total = float(work.flop @ work.count)
-    rates, most = _effective_rates(work), _most_flop(work)
+    most = _most_flop(work)
     usable = (rates > 0) & (most > 0)
     if total <= 0 or not usable.any():
         return 0.0
@@ -80,7 +86,7 @@ def _done_sparse(points: Floats, base: Floats, full: Floats, rates: Floats) -> F
     return points * started[s] - offset[s] - (points * ended[e] - stop[e])
 
 
-def surrogate_bound_s(work: Work) -> float:
+def surrogate_bound_s(work: Work, rates: Floats) -> float:
     """All layers weighed by a mix of FLOP and bytes: a node takes as much of the mix as its time and memory let it.
 
     For any weights that is valid, parts of layers allowed; bytes alone say when slow nodes have to hold much because
@@ -89,7 +95,6 @@ def surrogate_bound_s(work: Work) -> float:
     flop, size = work.flop * work.count, work.memory.astype(np.float64) * work.count
     if flop.sum() <= 0 or size.sum() <= 0:
         return 0.0
-    rates = _effective_rates(work)
     free = work.flop <= 0
     room = np.maximum(work.room_bytes, 0).astype(np.float64)
     best = 0.0
@@ -131,13 +136,12 @@ def _concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]
     return axis[start:], value[start:]
 
 
-def pigeonhole_bound_s(work: Work, *, above_s: float = 0.0, cuts: int = 20) -> float:
+def pigeonhole_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int = 20) -> float:
     """Whole layers only: what a node can do of the n layers of most FLOP, for several n.
 
     In time T a node does at most k of them, where the k smallest just fit, and at most the FLOP of the k largest;
     its memory limits k likewise. All nodes together must do all n and their FLOP. Only looked for above `above_s`.
     """
-    rates = _effective_rates(work)
     order = np.argsort(-work.flop, kind="stable")
     flop = np.repeat(work.flop[order], work.count[order])
     flop = flop[flop > 0]

@@ -14,6 +14,11 @@ from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints
 
 
+def by_kind(work: Work) -> Floats:
+    """(K, N) seconds, laid out for reading by kind; large tables are left as they are rather than doubled."""
+    return np.ascontiguousarray(work.seconds.T) if work.seconds.size <= 1_000_000 else work.seconds.T
+
+
 def by_compute(work: Work) -> Ints:
     """Items by compute, most first; equal ones by bytes, then in order."""
     return np.lexsort((np.arange(len(work.kind)), -work.memory[work.kind], -work.flop[work.kind]))
@@ -74,7 +79,7 @@ def earliest_finish(work: Work, order: Ints) -> Ints | None:
     shared = bool(np.isfinite(share).any())
     assignment = np.empty(len(work.kind), dtype=np.int64)
     bound = bool(work.memory.any())
-    columns = np.ascontiguousarray(work.seconds.T)
+    columns = by_kind(work)
     memory, kinds = work.memory.tolist(), work.kind.tolist()
     for item in order.tolist():
         kind = kinds[item]
@@ -103,7 +108,7 @@ def best_fit(work: Work, order: Ints, budget_s: float) -> Ints | None:
     room = work.room_bytes.copy()
     share = work.room_flop.copy()
     shared = bool(np.isfinite(share).any())
-    columns = np.ascontiguousarray(work.seconds.T)
+    columns = by_kind(work)
     assignment = np.empty(len(work.kind), dtype=np.int64)
     for item in order.tolist():
         kind = int(work.kind[item])

@@ -15,6 +15,7 @@ import numpy as np
 from planner.bounds import lower_bound_s
 from planner.counts import Counts, Groups, Hosting, fewest_nodes, in_any_order, smallest_budget
 from planner.greedy import is_exact
+from planner.long import MOST_ENTRIES, solve_long
 from planner.placement import Found, Work
 from planner.problem import SLACK, Ints, Problem
 from planner.sequence import Sequence
@@ -167,6 +168,8 @@ def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: floa
 
 
 def _solve_sequence(problem: Problem, work: Work, memory: Ints, *, bound: float, budget_s: float | None) -> Found:
+    if len(problem.nodes) * len(problem.kind) > MOST_ENTRIES:
+        return solve_long(problem, memory, bound, budget_s)
     forward = Sequence(problem, memory)
     if budget_s is not None:
         nodes = _place(problem, [forward, *_mirrored(problem, memory, forward)], budget_s)
@@ -232,7 +235,7 @@ def _search(problem: Problem, ways: list[Sequence], bound: float) -> Found:
         if found is not None:
             break
         if math.isinf(probe):
-            ordered = ways[0].reorder(math.inf, [])
+            ordered = ways[0].reorder(math.inf, [], tries=20_000)
             if ordered is None:
                 return None, bound
             found = ordered

@@ -12,7 +12,7 @@ import random
 
 import numpy as np
 
-from planner.problem import SLACK, Ints, Problem
+from planner.problem import SLACK, Floats, Ints, Problem
 
 #: States up to which the programme over class counts is solved exactly.
 EXACT_STATES = 20_000
@@ -82,7 +82,17 @@ class Sequence:
     def place(self, budget_s: float) -> list[tuple[int, int, int]] | None:
         """Stages [(class, start, end)] that cover all layers within `budget_s`, or None if none were found."""
         reach = self.reach(budget_s)
-        return self._place_exact(reach) if self.is_exact else self._place_beam(reach)
+        if self.is_exact:
+            return self._place_exact(reach)
+        found = self._place_beam(reach, self._before_flop)
+        if found is None and self.is_tight:
+            found = self._place_beam(reach, self._before_bytes.astype(np.float64))
+        return found
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether memory is scarce, so that what a node wastes of it counts more than what it wastes of its time."""
+        return bool(self.problem.capacity.sum() < 1.6 * self._before_bytes[-1])
 
     @property
     def is_exact(self) -> bool:
@@ -135,15 +145,15 @@ class Sequence:
                 return stages[::-1]
         return None
 
-    def _place_beam(self, reach: Ints) -> list[tuple[int, int, int]] | None:
-        """Best few node sets a step, by what the nodes left could still do minus what is left to do."""
+    def _place_beam(self, reach: Ints, before: Floats) -> list[tuple[int, int, int]] | None:
+        """Best few node sets a step, by how much more of `before` (FLOP or bytes) they covered than on average."""
         classes = len(self.classes)
         left = np.array([self.counts], dtype=np.int64)
         position = np.zeros(1, dtype=np.int64)
         trail: list[tuple[Ints, Ints, Ints]] = []
-        # What a node is worth: the FLOP it would cover from the average position.
+        # What a node is worth: what it would cover from the average position.
         starts = np.linspace(0, self.layers - 1, min(self.layers, 64)).astype(np.int64)
-        worth = (self._before_flop[reach[:, starts]] - self._before_flop[starts][None, :]).mean(axis=1)
+        worth = (before[reach[:, starts]] - before[starts][None, :]).mean(axis=1)
         worth = np.maximum(worth, (reach[:, starts] - starts[None, :]).mean(axis=1) * 1e-6)
         spent = np.zeros(1)
         for _ in range(sum(self.counts)):
@@ -151,7 +161,7 @@ class Sequence:
             usable = (left > 0) & (ends > position[:, None])
             if not usable.any():
                 return None
-            gained = self._before_flop[ends]
+            gained = before[ends]
             score = np.where(usable, gained - (spent[:, None] + worth[None, :]), -np.inf)
             finished = usable & (ends >= self.layers)
             if finished.any():
