@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Run as a script, this folder is on the path, and its queue.py would pass for the standard library's.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "benchmarks"]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from shard_cases import plan_of, profile_of  # noqa: E402
@@ -318,12 +320,12 @@ def memory(folder: Path) -> None:
         "bare = peak()\n"
         "import json; from pathlib import Path\n"
         "from shard_cases import profile_of\n"
-        "sys.path.insert(0, {here!r}); from split import case\n"
+        "from benchmarks.split import case\n"
         "from workers.downloader import resolve; from workers.splitter import split\n"
         "source = resolve(Path(sys.argv[1])); profile, plan = case(source, 3)\n"
         "split(source, profile, plan, node_id='n1', output=Path(sys.argv[2]))\n"
         "print((peak() - bare) / 1024, 'torch' in sys.modules, 'numpy' in sys.modules)\n"
-    ).format(paths=[str(ROOT / "tests"), str(ROOT)], here=str(ROOT / "benchmarks"))
+    ).format(paths=[str(ROOT / "tests"), str(ROOT)])
     print(f"\n{'GB':>6}{'MiB beyond Python':>20}   torch, numpy loaded")
     for size in (GB // 10, GB, 3 * GB):
         place = folder / f"m{size}"
