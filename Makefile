@@ -36,8 +36,12 @@ up: install ## Start the whole service and leave it running, until Ctrl-C
 test: install-dev ## Run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
-chaos: install-dev ## Kill everything for minutes, in a seeded order, and count what was lost (SEED=, JOBS_COUNT=)
-	$(BIN)/python -m pytest tests/integration -q -m chaos --timeout 1800
+#: Of chaos.
+SEED ?= 1
+CHAOS_JOBS ?= 300
+CHAOS_SECONDS ?= 240
+chaos: install-dev ## Kill everything for minutes, in a seeded order, and count what was lost (SEED=, CHAOS_JOBS=, CHAOS_SECONDS=)
+	PYTHONPATH=tests $(BIN)/python tests/integration/chaos.py --jobs $(CHAOS_JOBS) --seconds $(CHAOS_SECONDS) --seed $(SEED)
 
 lint: install-dev ## Format, lint, types, imports, security
 	$(BIN)/ruff format --check .
@@ -57,7 +61,12 @@ docs: install-dev ## Write docs/modules.md and docs/api.md anew
 	$(BIN)/python scripts/api_doc.py
 
 bench: install-dev ## Measure: planner, profile, split, queue
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python "$$b" || exit 1; done
+	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/profile.py
+	$(BIN)/python benchmarks/split.py local
+	$(BIN)/python benchmarks/split.py ranged
+	$(BIN)/python benchmarks/queue.py
+	$(BIN)/python -m benchmarks.stages
 
 clean: ## Remove the virtual environment and the data folder
 	rm -rf .venv '$(DATA)'
