@@ -1,6 +1,6 @@
 """How good and how quick plans are, each checked by a referee of the benchmark's own.
 
-    python benchmarks/planner.py [--quick] [--milp SECONDS] [--rivals] [--parallax FOLDER] [--json FILE] [--plot FILE]
+    python benchmarks/planner.py [--quick] [--milp SECONDS] [--rivals] [--json FILE] [--plot FILE]
 
 Ratios are bottleneck (or latency) over the proven lower bound, which `--milp` sharpens with HiGHS where the plan is
 not proven to be the best. Pass and fail are against the targets named in `TARGETS`.
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Referee:
             held = [layer for layer, home in zip(layers, nodes, strict=True) if home == at]
             if held and node_memory_bytes(held) > node.memory_bytes:
                 return f"{node.node_id} is over its memory"
-        changes = sum(a != b for a, b in zip(nodes, nodes[1:], strict=False))
+        changes = sum(a != b for a, b in pairwise(nodes))
         if contiguous and changes != len(set(nodes)) - 1:
             return "not contiguous"
         return None
@@ -360,7 +361,8 @@ def moves(report: Report, *, quick: bool) -> None:
             f"{strategy}: moved over must move, median of {len(ratios)}", statistics.median(ratios), "moved_ratio"
         )
         print(
-            f"        mean {geometric_mean(ratios):.3f}, worst {max(ratios):.2f}, {sum(r > 1.2 for r in ratios)} above 1.2"
+            f"        mean {geometric_mean(ratios):.3f}, worst {max(ratios):.2f}, "
+            f"{sum(r > 1.2 for r in ratios)} above 1.2"
         )
         report.count(f"{strategy}: above 1.2 without a reason", silent)
 
@@ -371,7 +373,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every fifth instance")
     parser.add_argument("--milp", type=float, default=0.0, metavar="SECONDS", help="HiGHS's time for each bound")
     parser.add_argument("--rivals", action="store_true", help="the seed's rule, accelerate, largest remainder")
-    parser.add_argument("--parallax", type=Path, metavar="FOLDER", help="a Parallax source tree to compare with")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="growth as an SVG")
     arguments = parser.parse_args()
@@ -386,8 +387,6 @@ def main() -> int:
             "largest remainder by memory": rivals.largest_remainder_by_memory,
             "accelerate, balanced, fastest first": rivals.accelerate_map,
         }
-    if arguments.parallax:
-        rules |= rivals.parallax_rules(arguments.parallax)
     quality(report, quick=arguments.quick, milp_s=arguments.milp, rival_rules=rules)
     latency(report)
     moves(report, quick=arguments.quick)
@@ -404,7 +403,7 @@ def svg(points: Sequence[tuple[int, int, float]]) -> str:
     wide, high, edge = 640, 360, 50
     xs = [math.log10(layers * nodes) for layers, nodes, _ in points]
     ys = [math.log10(max(ms, 0.1)) for _, _, ms in points]
-    low, top = min(ys), max(max(ys), min(ys) + 1)
+    low, top = min(ys), max(*ys, min(ys) + 1)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -420,7 +419,8 @@ def svg(points: Sequence[tuple[int, int, float]]) -> str:
         for (x, y), (layers, nodes, ms) in zip(places, points, strict=True)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="11">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" '
+        'font-family="sans-serif" font-size="11">'
         f'<polyline points="{line}" fill="none" stroke="currentColor"/>{labels}</svg>\n'
     )
 

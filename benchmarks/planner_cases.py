@@ -264,7 +264,7 @@ def cases(*, quick: bool = False) -> list[Case]:
                 if mix in ("lab", "wild"):
                     tight = planted(cluster, profile, spare=0.1, seed=seed)
                     found.append(Case(name=f"{kind}-{count}/{mix}/tight", model=profile, cluster=tight, runs=False))
-    # Adversarial: a head heavier than any node's fair part; nodes that hold exactly one layer; one giant among dwarfs.
+    # Adversarial: a head heavier than any node's part; nodes that hold one layer exactly; one giant among dwarfs.
     eight, seventy = real_models()["llama-8b"][0], real_models()["llama-70b"][0]
     layer = layer_memory_bytes(seventy.layers[1])
     exact = machines("rack", 7)

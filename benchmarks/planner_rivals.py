@@ -38,7 +38,7 @@ def largest_remainder_by_memory(case: Case) -> Nodes:
 
 
 def accelerate_map(case: Case) -> Nodes:
-    """accelerate's `infer_auto_device_map` after `get_balanced_memory`, fastest node first; weights and KV as bytes."""
+    """accelerate's `infer_auto_device_map` after `get_balanced_memory`, fastest node first."""
     import torch
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory

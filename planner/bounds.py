@@ -8,13 +8,21 @@ from planner.placement import Work
 from planner.problem import Floats, Ints
 
 
-def lower_bound_s(work: Work) -> float:
-    """The best of the simple bounds on the bottleneck in seconds; 0 if there is nothing to place."""
+def lower_bound_s(work: Work, *, thorough: bool = True) -> float:
+    """The best bound on the bottleneck in seconds; 0 if there is nothing to place.
+
+    Args:
+        work: What to place.
+        thorough: Try the costlier bounds, which only matter where the answer is not exact anyway.
+    """
     pinned = float(work.base_s.max(initial=0.0))
     if len(work.count) == 0:
         return pinned
     rates = effective_rates(work)
-    simple = max(pinned, single_bound_s(work), shared_bound_s(work, rates), surrogate_bound_s(work, rates))
+    simple = max(pinned, single_bound_s(work), shared_bound_s(work, rates))
+    if not thorough:
+        return simple
+    simple = max(simple, surrogate_bound_s(work, rates))
     return max(simple, pigeonhole_bound_s(work, rates, above_s=simple))
 
 
@@ -175,14 +183,14 @@ def pigeonhole_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts:
 
         if best > 0 and possible(best * (1 + 1e-6)):
             continue
+        if not possible(1e250):
+            return best  # memory is too small for whole layers; other checks say so
         low, high = best, max(best, 1e-300)
         for _ in range(2_200):
             high *= 1.2 if best > 0 else 2.0
             if possible(high):
                 break
             low = high
-            if high > 1e200:
-                return best  # memory is too small for whole layers; other checks say so
         for _ in range(50):
             middle = (low + high) / 2
             if high <= low * (1 + 1e-9):

@@ -51,7 +51,7 @@ def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solutio
     Returns:
         The best found, or None if none was found: `exact` work then has none.
     """
-    bound = lower_bound_s(work)
+    bound = lower_bound_s(work, thorough=not is_exact(work))
     if len(work.kind) == 0:
         empty = np.zeros(0, dtype=np.int64)
         return Solution(assignment=empty, bottleneck_s=bound, lower_bound_s=bound, exact=True)

@@ -160,8 +160,8 @@ def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: floa
     Returns:
         ((L,) nodes or None, lower bound in seconds); the bound is infinite where it is proven that there is no plan.
     """
-    bound = lower_bound_s(work)
     run = in_order(work)
+    bound = lower_bound_s(work, thorough=run is None)
     if run is not None:
         return _solve_run(*run, bound, budget_s)
     return _solve_sequence(problem, work, memory, bound=bound, budget_s=budget_s)
