@@ -91,13 +91,16 @@ def _filled(marked: str, numbers: list[str]) -> str:
 
 
 def place_tensors(
-    model: PreTrainedModel, names: Iterable[str], grouping: Grouping, layer_of: Callable[[str], int | None]
+    model: PreTrainedModel,
+    names: Iterable[str],
+    grouping: Grouping,
+    layer_of: Callable[[str], int | None],
+    rename: Renamer,
 ) -> dict[str, Place]:
     """Find each tensor's layer and parameter.
 
     A tensor that becomes no parameter belongs to the layer whose module its name is below (a buffer), else to none.
     """
-    rename = Renamer(model)
     modules = {path for path, _ in model.named_modules()}
     buffers = {name for name, _ in model.named_buffers()}
     prefix = model.base_model_prefix
@@ -140,7 +143,11 @@ def check_sizes(parameters: Mapping[str, Any], tensors: Mapping[str, int], place
 
 
 def check_stacks(
-    model: PreTrainedModel, names: Iterable[str], places: Mapping[str, Place], grouping: Grouping
+    model: PreTrainedModel,
+    names: Iterable[str],
+    places: Mapping[str, Place],
+    grouping: Grouping,
+    rename: Renamer,
 ) -> None:
     """Check that every numbered layer of the model has tensors, and that the checkpoint has no further ones.
 
@@ -158,7 +165,6 @@ def check_stacks(
         )
     expected = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
     extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
-    rename = Renamer(model)
     surplus: dict[str, set[int]] = defaultdict(set)
     for name in names:
         if places[name].layer >= 0 or any(pattern.search(name) for pattern in expected):

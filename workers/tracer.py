@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.counting import Counts, count
+from workers.counting import Counts, Subject
 from workers.grouping import Grouping, group_names
 from workers.inputs import longest, make_inputs
 from workers.kv import Kept, read_layer
-from workers.mapping import Place, check_sizes, check_stacks, place_tensors
+from workers.mapping import Place, Renamer, check_sizes, check_stacks, place_tensors
+from workers.memo import count
 from workers.model_config import ModelConfig
 from workers.parts import part_of
 from workers.skeleton import NotTraceable, build, first_line, quiet
@@ -88,11 +89,12 @@ class _Tracer:
         self.grouping: Grouping = group_names({name: each.numel() for name, each in self.parameters.items()})
         self.layer_of = _layer_of(self.grouping, self.model)
         self.images = True
-        self._structures: dict[Any, int] = {}
+        self.subject = Subject(self.model, self.layer_of)
 
     def run(self, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
-        places = place_tensors(self.model, tensors, self.grouping, self.layer_of)
-        check_stacks(self.model, tensors, places, self.grouping)
+        rename = Renamer(self.model)
+        places = place_tensors(self.model, tensors, self.grouping, self.layer_of, rename)
+        check_stacks(self.model, tensors, places, self.grouping, rename)
         check_sizes(self.parameters, tensors, places)
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
@@ -158,11 +160,11 @@ class _Tracer:
         """Count one pass; without memoised layers if it cannot be done with them."""
         inputs = make_inputs(self.model, batch_size, sequence_length, images=self.images)
         try:
-            counts, _ = count(self.model, inputs, layer_of=self.layer_of, structures=self._structures)
+            counts, _ = count(self.subject, inputs)
         except Exception:  # noqa: BLE001 (any code of transformers runs here)
             try:
                 inputs = make_inputs(self.model, batch_size, sequence_length, images=self.images)
-                counts, _ = count(self.model, inputs, layer_of=self.layer_of, memoise=False)
+                counts, _ = count(self.subject, inputs, memoise=False)
             except Exception as error:
                 raise NotTraceable(
                     f"transformers cannot run the model without weights: {first_line(error)}"

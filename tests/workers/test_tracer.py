@@ -16,9 +16,10 @@ from architectures import PUBLISHED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.counting import Truth, count, on_meta
+from workers.counting import Truth, on_meta
 from workers.exact import flop_at
 from workers.inputs import make_inputs
+from workers.memo import count
 from workers.model_config import ModelConfig
 from workers.parts import part_of
 from workers.skeleton import build, quiet
