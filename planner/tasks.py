@@ -12,7 +12,7 @@ from planner.errors import Conflict, IntegrityError, Unavailable
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.strategies import make_plan
-from planner.wire import cluster_from_json, options_from_json, plan_from_json, plan_to_json
+from planner.wire import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
 from workers.celery_app import PLANNER, node_queue
 from workers.claims import Claim
 from workers.ledger import StepSpec
@@ -39,7 +39,7 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     where = before.get("profile") or _profile_source(claim, asked)
     profile = services.plan_profile(where, token=token)
     alive = {info["node_id"]: info for info in services.registry.alive()}
-    cluster = _cluster(asked, alive, claim.claimed.lost_nodes)
+    cluster = _cluster(asked, alive, claim.claimed.lost_nodes, dtype=profile.dtype)
     claim.check()
     made = _plan(services, profile, cluster, asked, before if claim.claimed.lost_nodes else {})
     chosen = sorted(made.allocation)
@@ -92,11 +92,15 @@ def _profile_source(claim: Claim, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cluster(asked: Mapping[str, Any], alive: Mapping[str, Mapping[str, Any]], lost: frozenset[str]) -> Cluster:
+def _cluster(
+    asked: Mapping[str, Any], alive: Mapping[str, Mapping[str, Any]], lost: frozenset[str], *, dtype: str | None
+) -> Cluster:
     given = asked.get("available_nodes")
     links = asked.get("links")
-    form = {"nodes": list(given or []), **({"links": links} if links else {})}
-    base = cluster_from_json(form) if given or links else Cluster(nodes=())
+    if given:
+        base = cluster_from_json({"nodes": list(given), **({"links": links} if links else {})}, dtype=dtype)
+    else:
+        base = links_from_json(links) if links else Cluster(nodes=())
     if given:
         nodes = tuple(node for node in base.nodes if node.node_id not in lost or node.node_id in alive)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -65,6 +66,7 @@ class AnnounceStep(_Step):
         super().__init__(worker)
         self._stopped = threading.Event()
         self._instance: str | None = None
+        self._peers = contextlib.ExitStack()
 
     def start(self, worker: Any) -> None:
         """Announce the worker once, then again and again in a thread.
@@ -77,7 +79,7 @@ class AnnounceStep(_Step):
         if PLANNER in worker.app.amqp.queues.consume_from:
             beats.append(services.registry.announce_planner)
         if node_queue(services.settings.node_id) in worker.app.amqp.queues.consume_from:
-            beats.append(self._node(services))
+            beats += [self._node(services), lambda: sweep_up(services)]
         for beat in beats:
             _once(beat)
         if beats:
@@ -97,7 +99,16 @@ class AnnounceStep(_Step):
             raise SystemExit(1) from error
         except FairshardError as error:
             logger.warning("node %s was not announced yet: %s", info["node_id"], error)
+        self._serve_peers(services)
         return lambda: services.registry.announce(info | live(services.settings))
+
+    def _serve_peers(self, services: Services) -> None:
+        settings = services.settings
+        if settings.peer_url:
+            from workers.peer_server import PeerServer
+
+            server = PeerServer.at(settings.shards_dir, url=settings.peer_url, token=settings.peer_token or "")
+            self._peers.enter_context(server)
 
     def _again(self, services: Services, beats: list[Callable[[], None]]) -> None:
         while not self._stopped.wait(services.registry.ttl_s / 3):
@@ -107,9 +118,17 @@ class AnnounceStep(_Step):
     def stop(self, worker: Any) -> None:  # noqa: ARG002  (celery's signature)
         """Say that the node goes."""
         self._stopped.set()
+        self._peers.close()
         if self._instance is not None:
             services, instance = current(), self._instance
             _once(lambda: services.registry.leave(services.settings.node_id, instance=instance))
+
+
+def sweep_up(services: Services) -> None:
+    """Remove what interrupted splits left, if nobody wants it."""
+    from workers.sweep import sweep
+
+    sweep(services)
 
 
 def _once(beat: Callable[[], None]) -> None:

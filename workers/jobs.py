@@ -545,7 +545,7 @@ def _process_params(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInput: If a field is unknown or wrong.
     """
-    from planner.wire import cluster_from_json, options_from_json
+    from planner.wire import cluster_from_json, links_from_json, options_from_json
 
     unknown = sorted(given.keys() - _PROCESS_FIELDS)
     if unknown:
@@ -557,10 +557,17 @@ def _process_params(given: Mapping[str, Any]) -> dict[str, Any]:
     if params["sequence_length"] is not None:
         check_sequence_length(params["sequence_length"])
     nodes, links = params["available_nodes"], params["links"]
-    if nodes is not None or links:
-        cluster_from_json({"nodes": list(nodes or []), **({"links": links} if links else {})})
     if nodes is not None and not nodes:
         raise InvalidInput("available_nodes is empty: leave it out to use the nodes that are alive")
+    if nodes is not None:
+        try:
+            cluster_from_json({"nodes": list(nodes), **({"links": links} if links else {})})
+        except InvalidInput as error:
+            # What the reader sent is no file.
+            message = str(error).replace("nodes file: nodes", "available_nodes").replace("nodes file: ", "")
+            raise InvalidInput(message, details=error.details) from None
+    elif links:
+        links_from_json(links)
     if params["metadata_repo"] is not None:
         check_model_name(str(params["metadata_repo"]).removeprefix("datasets/"))
     if params["revision"] is not None:

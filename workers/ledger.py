@@ -440,6 +440,16 @@ class Ledger:
         with reachable():
             return frozenset(self.redis.smembers(f"{self.prefix}nodes_in_use"))
 
+    def plans_wanted(self, node_id: str) -> frozenset[str]:
+        """Plans of which the node has a shard to cut."""
+        with reachable():
+            members = self.redis.smembers(f"{self.prefix}at:{node_id}")
+            pipeline = self.redis.pipeline(transaction=False)
+            for member in members:
+                pipeline.hget(f"{self.prefix}step:{member.replace('|', ':', 1)}", "args")
+            found = [json.loads(text) for text in pipeline.execute() if text]
+        return frozenset(args["plan_id"] for args in found if "plan_id" in args)
+
     def lose_node(self, node_id: str) -> int:
         """Close the dead node's steps and have their jobs planned again, or wait, by each job's policy.
 

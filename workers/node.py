@@ -47,6 +47,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "memory_bytes_per_s": settings.memory_bytes_per_s or rates["memory_bytes_per_s"],
         "stated": bool(settings.flop_per_s or settings.memory_bytes),
         "load": 0.0,
+        "peer_url": settings.peer_url,
         "versions": rates["versions"],
         "host": socket.gethostname(),
         "pid": process.pid,

@@ -83,6 +83,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
     from planner.wire import plan_from_json
     from workers.journal import discard_partials
+    from workers.peers import find_peers
     from workers.splitter import split as cut
     from workers.verify import digest_file
 
@@ -93,6 +94,13 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     profile = services.plan_profile(claim.args["profile"], token=token)
     checkpoint = _checkpoint(services, claim, claim.args["revision"])
     output = settings.shards_dir / plan.plan_id
+    others = [info for info in services.registry.alive() if info["node_id"] != settings.node_id]
+    peers = find_peers(
+        [info["peer_url"] for info in others if info.get("peer_url")],
+        token=settings.peer_token or "",
+        model_name=checkpoint.model_name,
+        revision=checkpoint.revision,
+    )
     try:
         manifest = cut(
             checkpoint,
@@ -102,6 +110,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
             output=output,
             progress=claim.progress,
             quota_bytes=settings.disk_quota_bytes,
+            peers=peers,
         )
         claim.check()
     except Fenced:

@@ -19,6 +19,9 @@ from workers.downloader import resolve
 from workers.ledger import ENDED
 from workers.splitter import verify
 
+#: One process runs them all: they share their services.
+pytestmark = pytest.mark.xdist_group("main-job")
+
 
 def finished(service: Service, job_id: str, *, timeout_s: float = 90) -> dict[str, Any]:
     jobs = service.jobs()

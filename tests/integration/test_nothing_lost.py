@@ -22,6 +22,9 @@ from workers.downloader import resolve
 from workers.ledger import ENDED
 from workers.splitter import verify
 
+#: One process runs them all: they share their services.
+pytestmark = pytest.mark.xdist_group("nothing-lost")
+
 #: Leases and expiries short enough for a test, long enough for a loaded machine.
 SHORT = {"FAIRSHARD_LEASE_S": "4", "FAIRSHARD_NODE_TTL_S": "6", "FAIRSHARD_GRACE_S": "20"}
 
@@ -86,7 +89,12 @@ def check_whole(service: Service, view: dict[str, Any]) -> None:
     report = verify(folders, checkpoint=resolve(view["model_name"], revision=manifest["revision"]))
     assert report.ok, report
     assert report.complete
-    assert not [path for path in service.data.rglob("*.partial*") if path.parent in {f.parent for f in folders}]
+    # What a killed split left of a plan that was given up goes with the node's next sign of life.
+    living = [service.data / "nodes" / node_id for node_id, worker in service.workers.items() if worker.alive()]
+    until(
+        lambda: not [path for folder in living for path in folder.rglob("*.partial*")],
+        what=lambda: str(list(service.data.rglob("*.partial*"))),
+    )
 
 
 def test_a_killed_child_costs_one_attempt(hub: TestHub, killed: Service) -> None:
