@@ -39,11 +39,15 @@ def largest_remainder_by_memory(case: Case) -> Nodes:
 
 def accelerate_map(case: Case) -> Nodes:
     """accelerate's `infer_auto_device_map` after `get_balanced_memory`, fastest node first."""
+    import logging
+
     import torch
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
     from torch import nn
 
+    # The nodes are no devices of this machine, of which it warns for each.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     order = sorted(range(len(case.cluster.nodes)), key=lambda node: -case.cluster.nodes[node].flop_per_s)
     # In mebibytes: accelerate walks tensors, whose sizes then stay small; rounding is up, so nothing is overfilled.
     with torch.device("meta"):

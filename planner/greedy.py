@@ -105,7 +105,7 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     reached = math.inf
     large = len(work.kind) * len(work.base_s) > 200_000
 
-    def consider(assignment: Ints | None, *, steps: int = 60 if large else 400) -> None:
+    def consider(assignment: Ints | None, *, steps: int = 40 if large else 400) -> None:
         nonlocal best, reached
         if assignment is None:
             return
@@ -137,7 +137,7 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         if packed is None:
             low = middle
         else:
-            consider(packed, steps=30 if large else 100)
+            consider(packed, steps=20 if large else 100)
             high = min(middle, reached)
     if not large and not np.isfinite(work.room_flop).any():
         best = _mended(work, rate, best, bound)
