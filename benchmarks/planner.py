@@ -100,7 +100,8 @@ class Referee:
 
 def timed(case: Case, options: PlanOptions, *, repeat: int = 1) -> tuple[Plan | Infeasible, float]:
     """The plan and the least milliseconds of `repeat` calls."""
-    least, result = math.inf, None
+    least = math.inf
+    result: Plan | Infeasible | None = None
     for _ in range(repeat):
         start = time.perf_counter()
         try:
@@ -253,7 +254,7 @@ def growth(report: Report, *, quick: bool) -> list[tuple[int, int, float]]:
     times = []
     for seed in range(4 if quick else 12):
         profile, _ = list(real_models().values())[seed % 5]
-        blocks = [(2e8, 2e8, 4096)] * 128
+        blocks = [(200_000_000, 2e8, 4096)] * 128
         wide = model("deep", blocks, hidden=4096, vocab=128256) if seed % 2 else profile
         case = Case(name="130x64", model=wide, cluster=_cluster(64, seed), runs=True)
         for strategy in ("greedy", "pipeline"):
@@ -262,7 +263,7 @@ def growth(report: Report, *, quick: bool) -> list[tuple[int, int, float]]:
     report.verdict("130 layers x 64 nodes, worst ms", max(times), "worst_130x64_ms")
     points = []
     for layers, nodes in ((32, 8), (130, 64), (300, 300), (1000, 1000), (10_000, 1000)):
-        profile = model("equal", [(2e8, 2e8, 4096)] * (layers - 2), hidden=4096, vocab=128256)
+        profile = model("equal", [(200_000_000, 2e8, 4096)] * (layers - 2), hidden=4096, vocab=128256)
         case = Case(name="equal", model=profile, cluster=_cluster(nodes, 1), runs=True)
         slowest = max(timed(case, PlanOptions(strategy=strategy), repeat=3)[1] for strategy in ("greedy", "pipeline"))
         points.append((layers, nodes, slowest))
