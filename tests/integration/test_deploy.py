@@ -26,6 +26,7 @@ import yaml
 from checkpoints import models_dir
 
 from workers import redis_server
+from workers.roles import Roles
 from workers.settings import child_env
 from workers.supervisor import Role, Supervisor
 from workers.up import free_port
@@ -431,6 +432,14 @@ def test_honcho_runs_the_procfile_with_a_redis_of_its_own(tmp_path: Path) -> Non
         supervisor.stop([("honcho",)])
     _gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+def test_flower_shows_names_and_arguments_wherever_it_is_started() -> None:
+    flower = Roles(Path("logs"), {}).flower(5555)
+    said = [flower.argv, targets()["flower"].splitlines(), (ROOT / "Procfile").read_text().split()]
+    columns = {re.findall(r"--tasks_columns=[\w,]+", " ".join(words))[-1] for words in said}
+    assert len(columns) == 1
+    assert columns.pop().split("=")[1].split(",")[:2] == ["name", "args"]
 
 
 def test_a_private_redis_refuses_to_stand_in_for_another(tmp_path: Path) -> None:
