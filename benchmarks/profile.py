@@ -5,8 +5,8 @@
 fresh    a new process profiles a local Llama-3.2-1B: without tracing, from a cached trace, with tracing
 warm     one process traces large models at full size
 headers  the headers of DeepSeek-V3's 91,991 tensors in 163 files
-batch    1, 10, 100 and 1,000 different models, one after the other: profiles per second, and what the process grows to
-rivals   the same Llama the seed's way (float32 and bfloat16; reads 2.5 GB), accelerate's way, and the Hub client's way
+batch    1 to 1,000 different models, one after the other: profiles per second, and what the process grows to
+rivals   the same Llama the seed's way (float32 and bfloat16; 2.5 GB), accelerate's way, and the Hub client's way
 
 Times are medians; the weights are holes in sparse files, so that the disk takes no part. Ratios count, not seconds.
 """
@@ -223,8 +223,14 @@ def measure_batch(folder: Path, runs: int) -> None:
             num_hidden_layers=4 + number % 40,
             intermediate_size=1024 + 64 * (number // 40),
         )
-    done = subprocess.run([sys.executable, "-c", _BATCH, str(folder / "batch")], check=True, capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _BATCH, str(folder / "batch")],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     for number, seconds, resident in json.loads(done.stdout):
         report(
             f"{number} different models",
