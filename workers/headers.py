@@ -25,7 +25,7 @@ from workers.progress import Progress, silent
 #: The format's own limit (safetensors refuses larger headers).
 MAX_HEADER_BYTES = 100_000_000
 #: Bytes asked for first: most headers fit, and a longer one costs only its rest.
-_FIRST_READ_BYTES = 64 * 1024
+_FIRST_READ_BYTES = 48 * 1024
 #: An index of 92,000 tensors takes 9 MB.
 _MAX_INDEX_BYTES = 200_000_000
 #: A limit beyond any storage; products of larger sizes are refused before they are formed.
