@@ -213,6 +213,13 @@ class RangeReader:
     def _deliver(
         self, file: RemoteFile, response: http.client.HTTPResponse, begin: int, end: int, sink: Sink, *, own: bool
     ) -> None:
+        encoding = response.getheader("Content-Encoding") or "identity"
+        if encoding.lower() != "identity":
+            # Nobody asked for it, and nothing is unpacked here: a few bytes may unfold into gigabytes.
+            raise IntegrityError(
+                f"{_shown(file.url)}: the bytes come as Content-Encoding {encoding:.40}, unasked",
+                details={"url": _shown(file.url), "encoding": encoding[:40]},
+            )
         etag = response.getheader("ETag")
         if etag and not own and not self._server.same_etag(file.url, _bare(etag)):
             raise IntegrityError(

@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planner.errors import AccessDenied, FairshardError, IntegrityError, NotFound, Unavailable
+from planner.errors import AccessDenied, FairshardError, IntegrityError, InvalidCheckpoint, NotFound, Unavailable
 from workers.checkpoint import Checkpoint, CheckpointFile
 from workers.folder import check_range, open_folder, read_local
 from workers.http_ranges import RangeReader, RemoteFile, Server
+from workers.paths import is_inner
 from workers.retry import RetryPolicy, Transient, asked_s, retrying
 from workers.settings import HubSettings
 
 #: Times that a whole file is read before its bytes are given up as wrong.
 _ROUNDS = 3
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+#: Git's id of a file, or its sha256.
+_ETAG = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,9 +204,14 @@ def _listing(
         if item.size is None:
             raise Transient(f"the server states no size of {item.rfilename}")
         sha256 = item.lfs.sha256 if item.lfs else None
-        files[item.rfilename] = CheckpointFile(
-            name=item.rfilename, size_bytes=item.size, etag=sha256 or item.blob_id, sha256=sha256
-        )
+        etag = sha256 or item.blob_id
+        # All three become paths in the cache and in shards; git has no such names, so whoever states them lies.
+        if not is_inner(item.rfilename) or not _ETAG.fullmatch(etag or "0" * 40) or not _COMMIT.fullmatch(info.sha):
+            raise InvalidCheckpoint(
+                f"{name} on {endpoint} lists a file that no repository can have: {item.rfilename!r:.200}",
+                details={"model_name": name, "file": item.rfilename[:200]},
+            )
+        files[item.rfilename] = CheckpointFile(name=item.rfilename, size_bytes=item.size, etag=etag, sha256=sha256)
     return info.sha, files
 
 

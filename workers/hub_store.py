@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from planner.errors import AccessDenied, FairshardError, IntegrityError, InvalidInput, NotFound, Unavailable
+from planner.limits import MAX_JSON_BYTES
 from workers.http_ranges import RangeReader, RemoteFile, Server
 from workers.metadata_store import check_path
 from workers.retry import RetryPolicy, Transient, parse_retry_after, retrying
@@ -66,6 +67,11 @@ class HubStore:
             raise NotFound(
                 f"{self.spec} on {self.endpoint} has no file {path} at {commit}",
                 details={"store": self.spec, "path": path, "revision": commit},
+            )
+        if found.size > MAX_JSON_BYTES:
+            raise InvalidInput(
+                f"{path} of {self.spec} takes {found.size:,} bytes, at most {MAX_JSON_BYTES:,} are read",
+                details={"store": self.spec, "path": path, "size_bytes": found.size},
             )
         etag = found.lfs.sha256 if found.lfs else found.blob_id
         prefix = "" if self.kind == "model" else f"{self.kind}s/"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from planner.errors import IntegrityError, NotFound
+from workers.paths import is_inner
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -111,7 +112,7 @@ class Manifest:
         try:
             if obj["schema_version"] != SCHEMA_VERSION:
                 raise IntegrityError(f"{where} has schema_version {obj['schema_version']}, not {SCHEMA_VERSION}")
-            return cls(
+            made = cls(
                 plan_id=str(obj["plan_id"]),
                 model_name=str(obj["model_name"]),
                 revision=str(obj["revision"]),
@@ -130,6 +131,18 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
+        outside = next((name for name in made.paths() if not is_inner(name)), None)
+        if outside is not None:
+            raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
+        return made
+
+    def paths(self) -> Iterator[str]:
+        """Every file name in it: of the shard, and of the checkpoint that it can be rebuilt to."""
+        yield from (file.name for file in (*self.files, *self.extras))
+        yield from self.source_files
+        for tensor in self.tensors:
+            yield tensor.file
+            yield tensor.source_file
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -146,9 +159,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise NotFound(f"{directory} holds no finished shard: it has no {MANIFEST}") from error
     except ValueError as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
-    for file in (*manifest.files, *manifest.extras):
-        if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
-            raise IntegrityError(f"{path} names {file.name!r}, which is outside the shard")
     return manifest
 
 

@@ -166,7 +166,7 @@ class FolderStore:
         """See `MetadataStore.read`."""
         try:
             if revision is None:
-                return (self.root / check_path(path)).read_bytes()
+                return self._place(path).read_bytes()
             digest = self._digest_at(check_path(path), revision)
             content = self._object(digest).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -198,7 +198,7 @@ class FolderStore:
                 record = {"parent": head, "files": digests, "message": message, "date": stamp}
                 _write(self._commit(commit), json.dumps(record, indent=1).encode())
                 for path in digests:
-                    _write(self.root / path, files[path])
+                    _write(self._place(path), files[path])
                 # Last: whoever reads the head finds all of the above.
                 _write(self.root / _HISTORY / "head", commit.encode())
                 return commit
@@ -218,9 +218,15 @@ class FolderStore:
             found += [str(here / name) for name in names if not name.startswith(".")]
         return sorted(found)
 
+    def _place(self, path: str) -> Path:
+        place = self.root / check_path(path)
+        if not place.resolve().is_relative_to(self.root.resolve()):
+            raise InvalidInput(f"{path!r:.80} leads out of {self.root} by a link", details={"path": path})
+        return place
+
     def _has(self, path: str, content: bytes) -> bool:
         try:
-            return (self.root / path).read_bytes() == content
+            return self._place(path).read_bytes() == content
         except FileNotFoundError:
             return False
 

@@ -5,7 +5,7 @@
     GET /<folder>/<weight file>    with Range
 
 Nothing else can be named: a folder is one that `workers.shards.finished_shards` lists, a file one that its manifest
-lists.
+lists; a link that leads out of the shards' folder is followed for nobody.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class PeerServer:
         self._server.server_close()
 
 
+def _lies_in(folder: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
@@ -108,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             if folder.name == name and file == MANIFEST:
                 self._answer(200, (folder / MANIFEST).read_bytes())
                 return
-            if folder.name == name and file in digests:
+            if folder.name == name and file in digests and _lies_in(self.server.shards_dir, folder / file):
                 self._send_range(folder / file, digests[file])
                 return
         self._answer(404, b'{"error": "there is no such shard or file"}')

@@ -44,7 +44,15 @@ def find_peers(
                         _json(url, f"{folder}/manifest.json", server.headers, policy), where=f"{url}{folder}"
                     )
                     found.append(Peer(server=server, url=f"{url.rstrip('/')}{folder}", manifest=manifest))
-        except (OSError, http.client.HTTPException, FairshardError, KeyError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            http.client.HTTPException,
+            FairshardError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             _log.info("%s serves no shards now: %r", url, error)
     return tuple(found)
 

@@ -17,6 +17,7 @@ from workers.local import copy_outputs
 from workers.manifest import sync_folder, write_whole
 from workers.origins import Origins
 from workers.outputs import Output, Run
+from workers.paths import within
 from workers.progress import Progress
 from workers.segments import cut
 from workers.shards import check_free
@@ -42,7 +43,7 @@ def snapshot(
     try:
         with explained(directory):
             for name in todo:
-                (journal.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                within(journal.folder, name).parent.mkdir(parents=True, exist_ok=True)
         check_free(journal.folder, sum(output.size_bytes for output in outputs))
         stated = {name: checkpoint.files[name].sha256 or "" for name in todo if checkpoint.files[name].sha256}
         checks = Wanted(stated_sha256=stated)
@@ -62,7 +63,7 @@ def snapshot(
             for name in todo:
                 _check_git_id(journal.folder / name, checkpoint.files[name])
             for name in todo:
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                within(directory, name, replaced=True).parent.mkdir(parents=True, exist_ok=True)
                 (journal.folder / name).replace(directory / name)
                 sync_folder((directory / name).parent)
             if isinstance(checkpoint, HubCheckpoint):
