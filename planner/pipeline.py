@@ -101,9 +101,9 @@ def stage_nodes(counts: Counts, ends: RunEnds, hosting: Hosting) -> Ints:
     for node in np.flatnonzero(hosting.state).tolist():
         a, b = ends.groups[int(hosting.state[node])]
         nodes[a:b] = node
-        if b > ends.run_end and a < ends.run_start:
-            return nodes  # one node holds the whole run between its ends
-        if b == ends.run_start:
+        if a < ends.run_start and b > ends.run_end:  # one node holds the whole run between its ends
+            hosting = Hosting(state=hosting.state, main=np.zeros_like(hosting.main))
+        elif b == ends.run_start:
             first = node
         elif a == ends.run_end:
             last = node

@@ -173,7 +173,7 @@ def build(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Prob
     if not nodes:
         raise InvalidInput(
             f"none of the {len(cluster.nodes)} nodes may be used: "
-            + "; ".join(f"{node_id} {why}" for node_id, (_, why) in list(left_out.items())[:5]),
+            + "; ".join(f"{node_id}: {why}" for node_id, (_, why) in list(left_out.items())[:5]),
             details={"nodes": len(cluster.nodes), "usable": 0},
         )
     layers = profile.layers

@@ -74,6 +74,14 @@ def test_the_head_is_charged_to_the_node_that_holds_it() -> None:
     assert sorted(_counts(plan).values()) == [1, 6]
 
 
+def test_one_node_may_hold_the_whole_run_while_a_later_one_holds_what_comes_before() -> None:
+    # 2 | 3 1 1 1 3: n0 is 4.5 times as fast, so both take exactly as long.
+    model, machines = planning.profile([2, 3, 1, 1, 1, 3]), planning.cluster([9, 2])
+    plan = make_plan(model, machines, PlanOptions(strategy="pipeline"))
+    assert plan.predicted.bottleneck_s == pytest.approx(1.0)
+    assert plan.allocation["n1"] == ("layers.0",)
+
+
 def test_decode_is_bound_by_memory_traffic() -> None:
     # A token: 2 FLOP a layer, 10 bytes of weights. n0 computes 100x faster, n1 reads 2x faster: n1 gets 2/3 of 6.
     layers = tuple(
