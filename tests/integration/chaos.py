@@ -108,7 +108,7 @@ class Chaos:
         with self.service.redis.client() as client:
             for queue in ("compute", "planner", *(f"node.{node_id}" for node_id in self.service.nodes)):
                 key = f"fairshard:celery:{queue}"
-                messages: list[Any] = list(client.lrange(key, 0, -1))  # type: ignore[arg-type]
+                messages: list[Any] = list(client.lrange(key, 0, -1))
                 if messages and self.random.random() < 0.5:
                     client.rpop(key)
                 elif messages:

@@ -139,7 +139,7 @@ def test_a_seed_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Serv
     own = resolve(source)
     from workers.headers import read_headers
 
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "name": tensor.name.removesuffix(".weight"),
             "shape": list(tensor.shape),
@@ -308,10 +308,10 @@ def test_cancel_works_at_each_step_and_leaves_nothing(hub: TestHub, hub_service:
         # Headers and configs pass at full speed.
         done(hub_service, jobs.submit_request("tester/cancel")["job_id"])
     hub.fault(hold.pop("kind"), **hold)
-    submit = (lambda: jobs.submit_process("tester/cancel")) if step == "split" else (
-        lambda: jobs.submit_request("tester/cancel", process={})
-    )  # fmt: skip
-    job_id = submit()["job_id"]
+    if step == "split":
+        job_id = jobs.submit_process("tester/cancel")["job_id"]
+    else:
+        job_id = jobs.submit_request("tester/cancel", process={})["job_id"]
 
     def running() -> bool:
         view = jobs.job(job_id)
@@ -359,9 +359,10 @@ def test_a_deleted_plan_is_gone_with_its_shards(hub: TestHub, service: Service) 
     assert all(folder.is_dir() for folder in folders)
     done(service, jobs.submit_delete(plan_id)["job_id"])
     assert not any(folder.exists() for folder in folders)
-    for lookup in (lambda: jobs.plan(plan_id), lambda: jobs.latest_plan("tester/deleted")):
-        with pytest.raises(NotFound):
-            lookup()
+    with pytest.raises(NotFound):
+        jobs.plan(plan_id)
+    with pytest.raises(NotFound):
+        jobs.latest_plan("tester/deleted")
     assert plan_id not in [plan["plan_id"] for plan in jobs.plans()]
 
 
