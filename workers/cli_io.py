@@ -19,6 +19,21 @@ from workers.progress import Progress, silent
 #: A command: what it does with its arguments; the exit status.
 Command = Callable[[argparse.Namespace], int]
 
+
+def adder(commands: Any, common: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """What adds a command: `add(name, run, help, epilog)`, the epilog's lines staying as they are."""
+
+    def add(name: str, run: Command, text: str, epilog: str) -> argparse.ArgumentParser:
+        form = argparse.RawDescriptionHelpFormatter
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[common], formatter_class=form, epilog=epilog, help=text
+        )
+        command.set_defaults(run=run)
+        return command
+
+    return add
+
+
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

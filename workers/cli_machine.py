@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from workers.cli_io import emit, positive, say, shown_bytes, shown_rate, size, table
+from workers.cli_io import adder, emit, positive, say, shown_bytes, shown_rate, size, table
 
 _UP = """\
 examples:
@@ -19,18 +19,16 @@ examples:
   NODE_ID=gpu-1 REDIS_URL=redis://10.0.0.1:6379/0 fairshard node
   fairshard node --node-id gpu-1 --redis redis://10.0.0.1:6379/0 --memory 20GiB
 """
+_DEVICES = """\
+examples:
+  fairshard devices                   all of them, with the source of each figure
+  fairshard devices "RTX 4090"
+"""
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
-    form = argparse.RawDescriptionHelpFormatter
-
-    def add(name: str, run: Any, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            name, parents=[common], formatter_class=form, epilog=epilog, help=text
-        )
-        command.set_defaults(run=run)
-        return command
+    add = adder(commands, common)
 
     command = add("up", up, "the whole service on this machine, until Ctrl-C", _UP)
     command.add_argument("--port", type=int, default=8080, metavar="N", help="of API and page (default 8080)")
@@ -47,7 +45,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
     command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
 
-    command = add("devices", devices, "the devices whose figures are known")
+    command = add("devices", devices, "the devices whose figures are known", _DEVICES)
     command.add_argument("name", nargs="?", metavar="NAME", help="one of them, by any of its names")
 
 

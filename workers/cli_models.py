@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers.cli_io import emit, progress, say, shown_bytes, shown_flop, table, write_document
+from workers.cli_io import adder, emit, progress, say, shown_bytes, shown_flop, table, write_document
 
 if TYPE_CHECKING:
     from planner.profile import ModelProfile
@@ -37,11 +37,9 @@ example:
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
-    form = argparse.RawDescriptionHelpFormatter
+    add = adder(commands, common)
 
-    command = commands.add_parser(
-        "profile", parents=[common], formatter_class=form, epilog=_PROFILE, help="what each layer of a model costs"
-    )
+    command = add("profile", profile, "what each layer of a model costs", _PROFILE)
     add_source(command)
     add_sizes(command)
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
@@ -49,28 +47,18 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "--no-compute", action="store_true", help="count FLOP by the general rule instead of a trace; loads no torch"
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the metadata there (.json, .yaml)")
-    command.set_defaults(run=profile)
 
-    command = commands.add_parser(
-        "download", parents=[common], formatter_class=form, epilog=_DOWNLOAD, help="fetch a whole checkpoint"
-    )
+    command = add("download", download, "fetch a whole checkpoint", _DOWNLOAD)
     add_source(command)
     command.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="default: the Hub's cache")
-    command.set_defaults(run=download)
 
-    command = commands.add_parser(
-        "publish", parents=[common], formatter_class=form, epilog=_PUBLISH, help="publish metadata or a plan"
-    )
+    command = add("publish", publish, "publish metadata or a plan", _PUBLISH)
     command.add_argument("file", type=Path, metavar="FILE", help="what `profile --output` or `plan --output` wrote")
     command.add_argument("--store", metavar="owner/name|DIR", help="a Hub repository or a folder")
-    command.set_defaults(run=publish)
 
-    command = commands.add_parser(
-        "convert", parents=[common], formatter_class=form, epilog=_CONVERT, help="make a .bin checkpoint safetensors"
-    )
+    command = add("convert", convert, "make a .bin checkpoint safetensors", _CONVERT)
     add_source(command)
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the new checkpoint")
-    command.set_defaults(run=convert)
 
 
 def add_source(command: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible, InvalidInput
 from workers import cli_plan_output as output
-from workers.cli_io import assignment, emit, fraction, positive, say, size, write_document
+from workers.cli_io import adder, assignment, emit, fraction, positive, say, size, write_document
 from workers.cli_models import add_sizes, add_source, checkpoint_of, profile_of
 
 if TYPE_CHECKING:
@@ -39,13 +39,7 @@ examples:
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the command of this module."""
-    command = commands.add_parser(
-        "plan",
-        parents=[common],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_PLAN,
-        help="who would hold what, and how fast that is",
-    )
+    command = adder(commands, common)("plan", run, "who would hold what, and how fast that is", _PLAN)
     add_source(command, required=False)
     command.add_argument(
         "--metadata", type=Path, metavar="FILE", help="what `profile --output` wrote, instead of SOURCE"
@@ -97,7 +91,6 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     what.add_argument("--import", dest="edited", type=Path, metavar="PLAN", help="check and complete an edited plan")
     what.add_argument("--output", type=Path, metavar="FILE", help="write the plan there (.json, .yaml)")
     what.add_argument("--device-map", type=Path, metavar="FILE", help="write accelerate's device_map there")
-    command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

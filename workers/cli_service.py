@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible, InvalidInput, NotFound
-from workers.cli_io import assignment, emit, progress, say, shown_bytes, table
+from workers.cli_io import adder, assignment, emit, progress, say, shown_bytes, table
 
 if TYPE_CHECKING:
     from workers.api_client import Client
@@ -24,21 +24,24 @@ examples:
 _JOBS = """\
 examples:
   fairshard jobs                      the newest
-  fairshard jobs 5f2c --wait          one job, until it has ended
-  fairshard jobs 5f2c --cancel
+  fairshard jobs --state failed       those that failed, with the cause
+  fairshard jobs JOB --wait           one job, until it has ended
+  fairshard jobs JOB --cancel
+"""
+_NODES = """\
+examples:
+  fairshard nodes                     who they are, what they offer, whether they work
+  fairshard nodes --json
+"""
+_DELETE = """\
+example:
+  fairshard delete 649a951fe5f32dda   the plan's id, as `fairshard jobs JOB` shows it
 """
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
-    form = argparse.RawDescriptionHelpFormatter
-
-    def add(name: str, run: Any, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            name, parents=[common], formatter_class=form, epilog=epilog, help=text
-        )
-        command.set_defaults(run=run)
-        return command
+    add = adder(commands, common)
 
     command = add("submit", submit, "have models profiled, and with --process planned and split", _SUBMIT)
     command.add_argument("models", nargs="+", metavar="MODEL", help="owner/name")
@@ -60,10 +63,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--cancel", action="store_true", help="cancel JOB")
     command.add_argument("--wait", action="store_true", help="follow JOB until it has ended")
 
-    add("nodes", nodes, "the machines that are alive")
+    add("nodes", nodes, "the machines that are alive", _NODES)
 
-    command = add("delete", delete, "forget a plan; the nodes delete its shards")
-    command.add_argument("plan_id", metavar="PLAN")
+    command = add("delete", delete, "forget a plan; the nodes delete its shards", _DELETE)
+    command.add_argument("plan_id", metavar="PLAN", help="the plan's id")
 
 
 def _client() -> Client:

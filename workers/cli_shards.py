@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.names import check_node_id
-from workers.cli_io import emit, progress, shown_bytes, size, table
+from workers.cli_io import adder, emit, progress, shown_bytes, size, table
 from workers.cli_models import add_source, checkpoint_of
 
 if TYPE_CHECKING:
@@ -32,11 +32,9 @@ example:
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
-    form = argparse.RawDescriptionHelpFormatter
+    add = adder(commands, common)
 
-    command = commands.add_parser(
-        "split", parents=[common], formatter_class=form, epilog=_SPLIT, help="cut out one node's shard"
-    )
+    command = add("split", split, "cut out one node's shard", _SPLIT)
     add_source(command)
     command.add_argument("--plan", type=Path, required=True, metavar="FILE", help="what `plan --output` wrote")
     command.add_argument(
@@ -51,27 +49,20 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         help="the shard goes to DIR/<plan_id>/<node> (default: this node's shards)",
     )
     command.add_argument(
-        "--max-file-size", type=size, default=5 * 10**9, metavar="SIZE", help="of a shard's files (default 5GB)"
+        "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="of a shard's files (default 5GB)"
     )
     command.add_argument("--sha256", action="store_true", help="put sha256 into the manifest beside the fast digest")
-    command.add_argument("--paranoid", action="store_true", help="read everything back from the disk and compare")
-    command.set_defaults(run=split)
+    command.add_argument("--paranoid", action="store_true", help="fetch every byte twice and compare")
 
-    command = commands.add_parser(
-        "verify", parents=[common], formatter_class=form, epilog=_VERIFY, help="prove that shards are whole and right"
-    )
+    command = add("verify", verify, "prove that shards are whole and right", _VERIFY)
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="shards' folders")
     command.add_argument("--complete", action="store_true", help="fail unless every shard of the plan is given")
     command.add_argument("--source", metavar="SOURCE", help="compare with this checkpoint (a Hub id or a folder)")
     command.add_argument("--revision", metavar="R", help="of SOURCE (default: the plan's)")
-    command.set_defaults(run=verify)
 
-    command = commands.add_parser(
-        "merge", parents=[common], formatter_class=form, epilog=_MERGE, help="make one checkpoint of all shards"
-    )
+    command = add("merge", merge, "make one checkpoint of all shards", _MERGE)
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="the folders of all shards of a plan")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the checkpoint")
-    command.set_defaults(run=merge)
 
 
 def split(args: argparse.Namespace) -> int:
@@ -109,7 +100,7 @@ def split(args: argparse.Namespace) -> int:
         node_id=node_id,
         output=folder,
         progress=progress(args),
-        max_shard_bytes=args.max_file_size,
+        max_shard_bytes=args.max_shard_size,
         sha256=args.sha256,
         paranoid=args.paranoid,
         quota_bytes=settings.disk_quota_bytes,

@@ -81,12 +81,15 @@ def test_help_shows_commands_examples_and_exit_statuses(fairshard: Shell) -> Non
 
 @pytest.mark.parametrize(
     "command",
-    ["profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "node", "up"],
-)
+    [
+        "profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "nodes",
+        "node", "delete", "devices", "up",
+    ],
+)  # fmt: skip
 def test_every_commands_help_has_an_example(fairshard: Shell, command: str) -> None:
-    text = fairshard(command, "--help").stdout
-    assert f"  fairshard {command}" in text or f" fairshard {command}" in text
-    assert "--json" in text
+    usage, _, examples = fairshard(command, "--help").stdout.partition("\nexample")
+    assert f" fairshard {command}" in examples
+    assert "--json" in usage
 
 
 def test_the_version_is_the_packages(fairshard: Shell) -> None:
@@ -353,6 +356,13 @@ def test_shards_are_cut_verified_and_merged_to_the_same_bytes(fairshard: Shell) 
     assert originals
     for original in originals:
         assert (fairshard.folder / "whole" / original.name).read_bytes() == original.read_bytes()
+    # Files of at most so many bytes each, with an index.
+    several = fairshard.json(
+        "split", "m", "--no-compute", "--plan", "plan.yaml", "--node", "fast", "--output", "several",
+        "--max-shard-size", "30kB",
+    )  # fmt: skip
+    assert len(several["files"]) > 2
+    assert (fairshard.folder / several["directory"] / "model.safetensors.index.json").is_file()
     # A byte that flipped is found, named, and the exit status says so.
     damaged = next((fairshard.folder / folders[1]).glob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
