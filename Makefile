@@ -33,8 +33,9 @@ demo: install ## Run the main job once, start to end, on this machine (MODEL=own
 up: install ## Start the whole service and leave it running, until Ctrl-C
 	@$(BIN)/fairshard up --port $(PORT) --data '$(DATA)'
 
+# A file's tests stay in one process: many share a service that takes seconds to start.
 test: install-dev ## Run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 
 #: Of chaos.
 SEED ?= 1

@@ -21,8 +21,7 @@ from hub.server import TestHub
 
 ROOT = Path(__file__).parents[2]
 
-# One process for all: the copy is installed once.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("fresh clone")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def load_readme() -> ModuleType:

@@ -43,9 +43,6 @@ SECRETS = {
 
 Compose = dict[str, Any]
 
-# One process for all: the roles are started once.
-pytestmark = pytest.mark.xdist_group("deploy")
-
 
 def interpolated(value: Any, env: Mapping[str, str]) -> Any:
     """Compose's variables: ${NAME:-default}, ${NAME:?message}, $$."""
