@@ -96,6 +96,9 @@ def lay_out(
     sources = _read_sources(checkpoint, {name: begins[name] for name in sorted({t.file for t, _ in wanted})})
     _check_headers(wanted, sources)
     wanted, aliases = _without_twins(wanted)
+    held_names = {tensor.name for tensor, _ in wanted}
+    for source in sources.values():
+        aliases |= {name: other for name, other in source.aliases.items() if other in held_names}
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)
     return Layout(
         outputs=outputs,
@@ -188,10 +191,7 @@ def _wanted(
 def _check_headers(wanted: Sequence[tuple[Tensor, str]], sources: Mapping[str, Source]) -> None:
     for tensor, _ in wanted:
         source = sources[tensor.file]
-        if not source.header:
-            if not 0 <= tensor.begin <= tensor.end <= source.size_bytes:
-                raise InvalidMetadata(f"{tensor.name} lies outside {tensor.file}: [{tensor.begin}, {tensor.end})")
-        elif source.tensors.get(tensor.name) != tensor:
+        if source.tensors.get(tensor.name) != tensor:
             raise InvalidMetadata(
                 f"the profile and {tensor.file} disagree on {tensor.name!r}: {tensor} and "
                 f"{source.tensors.get(tensor.name)}; profile the model again",

@@ -232,6 +232,8 @@ def test_a_checkpoint_of_pickled_weights_becomes_safetensors(tmp_path: Path) -> 
         "a.1.w": tensors["a.1.w"].numpy().tobytes(),
         "a.2.w": tensors["a.2.w"].view(torch.int16).numpy().tobytes(),
     }
+    assert read_manifest(tmp_path / "x").aliases == {"a.1.tied": "a.0.w"}
+    assert read_manifest(tmp_path / "y").aliases == {}
     assert verify([tmp_path / "x", tmp_path / "y"], checkpoint=source).complete
     merged = merge([tmp_path / "x", tmp_path / "y"], tmp_path / "merged")
     assert raw_tensors(merged) == found
