@@ -62,11 +62,11 @@ docs: install-dev ## Write docs/modules.md and docs/api.md anew
 	$(BIN)/python scripts/api_doc.py
 
 bench: install-dev ## Measure: planner, profile, split, queue
-	$(BIN)/python benchmarks/planner.py
-	$(BIN)/python benchmarks/profile.py
-	$(BIN)/python benchmarks/split.py local
-	$(BIN)/python benchmarks/split.py ranged
-	$(BIN)/python benchmarks/queue.py
+	$(BIN)/python -m benchmarks.planner
+	$(BIN)/python -m benchmarks.profile
+	$(BIN)/python -m benchmarks.split local
+	$(BIN)/python -m benchmarks.split ranged
+	$(BIN)/python -m benchmarks.queue
 	$(BIN)/python -m benchmarks.stages
 
 clean: ## Remove the virtual environment and the data folder
