@@ -16,6 +16,12 @@ from planner.errors import InvalidInput
 from planner.limits import MAX_BYTES, MAX_QUANTITY, MAX_SECONDS
 from planner.names import check_node_id
 
+#: marshmallow's own messages in this house's words; they follow the field's path.
+_WORDS = {
+    "Missing data for required field.": "is required",
+    "Field may not be null.": "must not be null",
+    "Unknown field.": "is not a known field",
+}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -114,7 +120,7 @@ class NodeId(fields.Field[str]):
         try:
             return check_node_id(value)
         except InvalidInput as error:
-            raise ValidationError(str(error)) from None
+            raise ValidationError(str(error).partition(" ")[2]) from None  # the path names the field
 
 
 class FilePath(Text):
@@ -210,6 +216,11 @@ def seconds(**kwargs: Any) -> Number:
     return Number(high=MAX_SECONDS, **kwargs)
 
 
+def _said(message: str) -> str:
+    text = _WORDS.get(message, message)
+    return f"{text[0].lower()}{text[1:-1]}" if text[:1].isupper() and text.endswith(".") else text
+
+
 def explain(messages: Any, *, what: str) -> tuple[str, list[dict[str, str]]]:
     """Nested messages of marshmallow as one line and a list of {path, message}, `what` being the outermost thing."""
     found: list[dict[str, str]] = []
@@ -224,11 +235,8 @@ def explain(messages: Any, *, what: str) -> tuple[str, list[dict[str, str]]]:
                 else:
                     walk(inner, path if key in {"_schema", "value"} else f"{path}.{key}" if path else str(key))
         else:
-            for message in at if isinstance(at, list) else [at]:
-                text = {"Missing data for required field.": "is required"}.get(str(message), str(message))
-                found.append(
-                    {"path": path[:200], "message": text.replace("Field may not be null.", "must not be null")}
-                )
+            all_of_it = at if isinstance(at, list) else [at]
+            found.extend({"path": path[:200], "message": _said(str(message))} for message in all_of_it)
 
     walk(messages, "")
     line = "; ".join(f"{item['path']} {item['message']}".strip() for item in found[:3])
