@@ -15,7 +15,9 @@ from hub.server import TestHub
 from running import Service, until
 
 from planner.errors import Conflict, NotFound
+from planner.wire import dumps, profile_to_json
 from workers.downloader import resolve
+from workers.generator import generate
 from workers.ledger import ENDED
 from workers.splitter import verify
 
@@ -196,37 +198,60 @@ def _overlap(header: dict[str, Any]) -> None:
     header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
 
 
-BAD: dict[str, tuple[Callable[[Path], object], set[str]]] = {
-    "no-safetensors": (lambda f: (f / "model.safetensors").unlink(), {"invalid_checkpoint", "not_found"}),
-    "truncated": (lambda f: _header(f, lambda _: None, cut=4000), {"invalid_checkpoint"}),
-    "overlapping": (lambda f: _header(f, _overlap), {"invalid_checkpoint"}),
-    "header-too-long": (
-        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
-        {"invalid_checkpoint"},
+def _outside(header: dict[str, Any]) -> None:
+    last = max((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"])
+    last["data_offsets"] = [offset + 10**9 for offset in last["data_offsets"]]
+
+
+def _twice(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length].rstrip()
+    name = next(name for name in json.loads(text) if name != "__metadata__")
+    text = text[:-1] + f', "{name}": {json.dumps(json.loads(text)[name])}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def _file(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+#: What is done to the folder, and what the job's error then says.
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no-safetensors": (lambda f: (f / "model.safetensors").unlink(), "no weights that can be read"),
+    "truncated": (lambda f: _header(f, lambda _: None, cut=4000), "4,000 bytes are missing"),
+    "overlapping": (lambda f: _header(f, _overlap), "overlaps"),
+    "outside-the-data": (lambda f: _header(f, _outside), "a hole of 1,000,000,000 bytes"),
+    "key-twice": (_twice, "key written twice"),
+    "header-beyond-the-file": (
+        _file("model.safetensors", struct.pack("<Q", 1 << 20) + b"{}"), "goes beyond the file's 10 bytes",
     ),
-    "empty-file": (lambda f: (f / "model.safetensors").write_bytes(b""), {"invalid_checkpoint"}),
+    "header-over-100-mb": (
+        _file("model.safetensors", struct.pack("<Q", 1 << 40) + b"{}"), "over the format's 100,000,000",
+    ),
+    "empty-file": (_file("model.safetensors", b""), "at least 8"),
     "config-without-layers": (
-        lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 0}'),
-        {"invalid_checkpoint"},
+        _file("config.json", b'{"model_type": "llama", "num_hidden_layers": 0}'), "num_hidden_layers must be",
     ),
-    "config-is-no-json": (lambda f: (f / "config.json").write_text("{"), {"invalid_checkpoint"}),
-    "config-is-a-list": (lambda f: (f / "config.json").write_text("[]"), {"invalid_checkpoint"}),
-}
+    "config-is-no-json": (_file("config.json", b"{"), "config.json"),
+    "config-is-a-list": (_file("config.json", b"[]"), "config.json must be a JSON object"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_model_is_a_failed_job_that_names_the_cause(
     hub: TestHub, service: Service, tmp_path: Path, kind: str
 ) -> None:
-    spoil, codes = BAD[kind]
+    spoil, says = BAD[kind]
     folder = copy_of("llama", tmp_path / "model")
     spoil(folder)
     hub.add_repo(f"tester/{kind}", folder)
     jobs = service.jobs()
     view = finished(service, jobs.submit_request(f"tester/{kind}", process={})["job_id"])
     assert view["state"] == "failed", view
-    assert view["error"]["code"] in codes, view["error"]
-    assert len(view["error"]["message"]) > 20
+    assert view["error"]["code"] == "invalid_checkpoint", view["error"]
+    assert says in view["error"]["message"]
     assert "Traceback" not in json.dumps(view)
     assert [step["state"] for step in view["steps"] if step["state"] == "failed"] == ["failed"]
     # It was no use trying again, and nobody did.
@@ -272,6 +297,11 @@ def test_no_plan_is_a_failed_job_with_the_numbers(hub: TestHub, service: Service
     view = finished(service, jobs.submit_process("tester/large", available_nodes=tiny)["job_id"])
     assert view["state"] == "failed"
     assert view["error"]["code"] == "infeasible"
+    empty = [{"node_id": "empty", "flop_per_s": 1e12, "memory_bytes": 0}]
+    view = finished(service, jobs.submit_process("tester/large", available_nodes=empty)["job_id"])
+    assert view["error"]["code"] == "infeasible"
+    assert "no node has more than 0 B" in view["error"]["message"]
+    assert view["error"]["details"]["limit"] == "memory"
     # Nodes that nobody registered are planned for, and no shards are cut.
     ample = [{"node_id": "far", "flop_per_s": 1e12, "memory_bytes": 1 << 40}]
     view = done(service, jobs.submit_process("tester/large", available_nodes=ample)["job_id"])
@@ -279,6 +309,20 @@ def test_no_plan_is_a_failed_job_with_the_numbers(hub: TestHub, service: Service
     assert [step["name"] for step in view["steps"]] == ["plan"]
     view = finished(service, jobs.submit_process("tester/large", available_nodes=ample, split=True)["job_id"])
     assert view["error"]["code"] == "conflict"
+
+
+def test_with_no_node_alive_the_job_says_so(hub: TestHub, tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    hub.add_repo("tester/alone", source)
+    metadata = dumps(profile_to_json(generate(resolve(source), compute=False)) | {"model_name": "tester/alone"})
+    hub.add_repo("tester/alone-metadata", {"tester_alone_metadata.json": metadata})
+    with Service(tmp_path, nodes={}, env={"HF_HOME": str(tmp_path / "hf")}) as service:
+        job = service.jobs().submit_process("tester/alone", metadata_repo="tester/alone-metadata")
+        view = finished(service, job["job_id"])
+        assert service.planner.alive()
+    assert view["state"] == "failed"
+    assert view["error"]["code"] == "unavailable"
+    assert "no compute node is alive: start one with 'fairshard node'" in view["error"]["message"]
 
 
 # -- cancel
