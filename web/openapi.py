@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
@@ -11,6 +12,7 @@ from flask_smorest import Api
 from flask_smorest import Blueprint as SmorestBlueprint
 from marshmallow import fields
 from webargs.flaskparser import FlaskParser
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from planner import wire_fields
 from planner.documents import loads_json
@@ -44,8 +46,12 @@ class StrictParser(FlaskParser):
                 status=415,
                 code="unsupported_media_type",
             )
+        body = req.get_data(cache=True)
+        if req.content_length is None and len(body) >= (req.max_content_length or math.inf):
+            # In chunks, without a length: werkzeug cuts the body at the limit and says nothing.
+            raise RequestEntityTooLarge
         try:
-            found = loads_json(req.get_data(cache=True), source="the body")
+            found = loads_json(body, source="the body")
         except InvalidInput as error:
             raise Refused(str(error), status=400, code="invalid_json") from None
         if not isinstance(found, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import urllib.request
@@ -35,6 +36,20 @@ def test_a_body_of_100_mb_is_413_everywhere(client: FlaskClient) -> None:
         answer = client.post(path, content_type="application/json", environ_overrides={"CONTENT_LENGTH": "100000000"})
         assert answer.status_code == 413
         assert error_of(answer)["code"] == "too_large"
+
+
+@pytest.mark.parametrize(("size", "status"), [(20, 202), (2**20, 413), (2**21, 413)])
+def test_a_body_in_chunks_has_the_same_limit(client: FlaskClient, size: int, status: int) -> None:
+    # Without a Content-Length, as gunicorn hands on a chunked body.
+    answer = client.post(
+        "/api/request",
+        input_stream=io.BytesIO(_body(size)),
+        content_type="application/json",
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    assert answer.status_code == status
+    if status == 413:
+        assert error_of(answer)["details"] == {"largest_bytes": 2**20}
 
 
 def test_metadata_may_be_larger_than_other_bodies(client: FlaskClient) -> None:
