@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -17,7 +16,16 @@ from workers.digester import explained
 from workers.digests import Digests, digest_of
 from workers.journal import Journal, discard_partials, install_lock, state_file
 from workers.layout import Layout
-from workers.manifest import Manifest, ShardFile, ShardTensor, SourceFile, read_manifest, sync_folder, write_manifest
+from workers.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    ShardTensor,
+    SourceFile,
+    read_manifest,
+    sync_folder,
+    sync_together,
+)
 from workers.outputs import Output
 from workers.shards import file_is_whole, is_shard_folder
 
@@ -83,7 +91,9 @@ def finish(
             max_shard_bytes=max_shard_bytes,
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
-        write_manifest(manifest, folder)
+        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+        written = {folder / name for name in (*extras, MANIFEST)}
+        sync_together([*written, *{path.parent for path in written}])
         return _install(journal, output, manifest)
 
 
@@ -132,10 +142,7 @@ def _index(layout: Layout) -> bytes:
 
 def _extra(path: Path, name: str, data: bytes) -> ShardFile:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
     return ShardFile(name=name, size_bytes=len(data), digest=digest_of(data), mtime_ns=path.stat().st_mtime_ns)
 
 

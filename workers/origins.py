@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,23 +41,32 @@ class Origins:
         known: Mapping[str, str],
     ) -> None:
         self._checkpoint = checkpoint
-        self._here: dict[str, tuple[Path, ShardTensor]] = {}
+        self._beside = beside
+        self._told = known
         self._peers: dict[str, list[tuple[Peer, ShardTensor]]] = {}
-        #: Tensor -> digest that someone found for this revision.
-        self.known: dict[str, str] = {}
-        for folder, manifest in finished_shards(beside):
-            if (manifest.model_name, manifest.revision) == (checkpoint.model_name, checkpoint.revision):
-                for tensor in manifest.tensors:
-                    if tensor.digest is not None:
-                        self._here[tensor.name] = (folder / tensor.file, tensor)
-                        self.known[tensor.name] = tensor.digest
         for peer in peers:
             if peer.manifest.revision == checkpoint.revision:
                 for tensor in peer.manifest.tensors:
                     self._peers.setdefault(tensor.name, []).append((peer, tensor))
+
+    def known(self) -> dict[str, str]:
+        """Tensor -> digest that other nodes, this node's other shards, or the caller found for this revision."""
+        theirs = {
+            name: held.digest for name, found in self._peers.items() for _, held in reversed(found) if held.digest
+        }
+        mine = {name: held.digest for name, (_, held) in self._here.items() if held.digest}
+        return theirs | mine | dict(self._told)
+
+    @cached_property
+    def _here(self) -> dict[str, tuple[Path, ShardTensor]]:
+        """Tensor -> where another shard of this node has it; read when it is asked for, and not for links alone."""
+        found: dict[str, tuple[Path, ShardTensor]] = {}
+        for folder, manifest in finished_shards(self._beside):
+            if (manifest.model_name, manifest.revision) == (self._checkpoint.model_name, self._checkpoint.revision):
+                for tensor in manifest.tensors:
                     if tensor.digest is not None:
-                        self.known.setdefault(tensor.name, tensor.digest)
-        self.known.update(known)
+                        found[tensor.name] = (folder / tensor.file, tensor)
+        return found
 
     def of(self, tensor: str, file: str, offset: int) -> tuple[Origin, ...]:
         """Where bytes can be had that lie from `offset` of checkpoint file `file` on, and belong to `tensor`."""

@@ -126,23 +126,25 @@ def split(
     journal = open_journal(output, key=_key(plan, node_id, layout))
     try:
         check_room(journal.folder, layout, quota_bytes=quota_bytes)
+        linked = _link(layout, checkpoint, journal.folder) if link else {}
+        rest = [item for item in layout.outputs if item.name not in linked]
         wanted = Wanted(
             digests=digests,
             sha256=sha256,
             paranoid=paranoid,
-            known=sources.known,
+            known=sources.known() if rest else {},
             stated_sha256={
                 item.name: layout.sources[item.whole].sha256 or ""
                 for item in layout.outputs
                 if item.whole and layout.sources[item.whole].sha256 and digests
             },
         )
-        linked = _link(layout, checkpoint, journal.folder) if link else {}
-        rest = [item for item in layout.outputs if item.name not in linked]
         local = {run.source: checkpoint.local_path(run.source) for item in rest for run in item.runs}
         found: dict[str, Digests | None] = {}
         here = {name: path for name, path in local.items() if path is not None}
-        if len(here) == len(local):
+        if not rest:
+            progress(layout.total_bytes, layout.total_bytes, what="shard")
+        elif len(here) == len(local):
             found.update(copy_outputs(rest, here, journal, wanted=wanted, progress=progress, clone=clone))
         else:
             total = sum(item.size_bytes for item in rest)
