@@ -7,7 +7,7 @@ FROM python:${PYTHON} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PATH=/opt/fairshard/bin:$PATH \
     FAIRSHARD_DATA=/data HOME=/tmp HF_HOME=/data/huggingface REMAP_SIGTERM=SIGQUIT
 RUN groupadd --gid 10001 fairshard && useradd --uid 10001 --gid 10001 --no-create-home fairshard \
-    && install -d -o 10001 -g 10001 /data /certs /config && python -m venv /opt/fairshard
+    && install -d -o 10001 -g 10001 /data /certs /config /joining /authority && python -m venv /opt/fairshard
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY planner planner

@@ -10,8 +10,9 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 
-from planner.errors import Conflict, FairshardError
-from workers.celery_app import PLANNER, node_queue
+from planner.errors import Conflict, FairshardError, InvalidInput
+from workers.celery_app import COMPUTE, PLANNER, node_queue
+from workers.connection import is_local
 from workers.reconciler import Reconciler, ReconcilerThread
 from workers.services import Services, current
 
@@ -72,10 +73,15 @@ class AnnounceStep(_Step):
         """Announce the worker once, then again and again in a thread.
 
         Raises:
-            SystemExit: If another living worker has this node's id.
+            SystemExit: If another living worker has this node's id, or the worker may not be this node.
         """
         services = current()
         beats: list[Callable[[], None]] = []
+        try:
+            _check_may(services, set(worker.app.amqp.queues.consume_from))
+        except FairshardError as error:
+            logger.critical("%s", error)
+            raise SystemExit(1) from error
         if PLANNER in worker.app.amqp.queues.consume_from:
             beats.append(services.registry.announce_planner)
         if node_queue(services.settings.node_id) in worker.app.amqp.queues.consume_from:
@@ -122,6 +128,27 @@ class AnnounceStep(_Step):
         if self._instance is not None:
             services, instance = current(), self._instance
             _once(lambda: services.registry.leave(services.settings.node_id, instance=instance))
+
+
+def _check_may(services: Services, queues: set[str]) -> None:
+    """Check that this process may consume `queues`.
+
+    Raises:
+        Conflict: If a queue is another node's, or this node's join token is missing.
+        InvalidInput: If other machines reach the Redis of a planner that asks nodes for no token.
+    """
+    settings = services.settings
+    others = sorted(q for q in queues if q.startswith(node_queue("")) and q != node_queue(settings.node_id))
+    if others:
+        raise Conflict(f"this worker is node {settings.node_id!r} (NODE_ID) and can't serve the queue {others[0]!r}")
+    if node_queue(settings.node_id) in queues or COMPUTE in queues:
+        services.joining.check_node(settings.node_id)
+    if PLANNER in queues and settings.join_key is None and not is_local(settings.redis_url):
+        raise InvalidInput(
+            "other machines reach this Redis, and nodes are asked for no join token: set FAIRSHARD_JOIN_KEY to what "
+            "`python -m workers.joining authority FILE` prints, or to 'open' to let every node in",
+            details={"setting": "FAIRSHARD_JOIN_KEY"},
+        )
 
 
 def sweep_up(services: Services) -> None:

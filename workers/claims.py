@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from planner.errors import Cancelled, FairshardError, NodeFailure, Unavailable
+from planner.errors import AccessDenied, Cancelled, FairshardError, NodeFailure, Unavailable
+from workers.joining import Joining
 from workers.ledger import Claimed, Ledger, StepSpec
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ OUTCOME_S = 120.0
 _THIS_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
 )
+#: In a result: who committed it (`workers.joining`).
+_PROOF = "proof"
+#: Steps that any node may run; others of nodes are named after theirs.
+_OF_ANY_NODE = frozenset({"download", "profile", "publish"})
 
 
 class Fenced(Cancelled):
@@ -56,6 +61,10 @@ class Claim:
         self._job_result: Mapping[str, Any] | None = None
         #: What the Celery task returns in place of the step's own result: for what is too large for the ledger.
         self.answer: dict[str, Any] | None = None
+        #: Signs what is committed, and tells whether what others committed was signed.
+        self.joining = Joining()
+        #: The node that this process is.
+        self.node_id = ""
         #: Called with each progress report that is written, in the heartbeat's thread.
         self.on_progress: Callable[[Mapping[str, Any]], None] | None = None
 
@@ -70,8 +79,26 @@ class Claim:
         return self.claimed.args
 
     def result(self, step: str) -> dict[str, Any]:
-        """What another step of the job was committed with; {} if it was not."""
-        return self._ledger.result(self.claimed.job_id, step) or {}
+        """What another step of the job was committed with; {} if it was not.
+
+        Raises:
+            AccessDenied: If it is a node's to run, and it was not that node who committed it.
+        """
+        found = self._ledger.result(self.claimed.job_id, step) or {}
+        proof = found.pop(_PROOF, None)
+        kind, _, node_id = step.partition(":")
+        if found and (node_id or kind in _OF_ANY_NODE):
+            by = node_id or str((proof or {}).get("node_id"))
+            if not self.joining.holds(by, self._at(step), found, proof):
+                raise AccessDenied(
+                    f"step {step} was committed by someone who is not {f'node {by}' if node_id else 'a node'} here: "
+                    "nothing in the job can be believed; look into who has the password of Redis",
+                    details={"step": step},
+                )
+        return found
+
+    def _at(self, step: str) -> str:
+        return f"{self.claimed.job_id} {step}"
 
     def job_result(self) -> dict[str, Any]:
         """The job's result so far."""
@@ -121,9 +148,11 @@ class Claim:
 
     def commit(self, result: Mapping[str, Any]) -> str:
         """Store the outcome; waits for a Redis that is away."""
+        proof = self.joining.prove(self.node_id, self._at(self.claimed.step), result)
+        signed = {**result, _PROOF: proof} if proof else result
         return _patiently(
             lambda: self._ledger.commit(
-                self.claimed, result, add=self._add, drop=self._drop, job_result=self._job_result
+                self.claimed, signed, add=self._add, drop=self._drop, job_result=self._job_result
             )
         )
 
@@ -207,9 +236,11 @@ def run_step(
     work: Callable[[Claim], Mapping[str, Any]],
     *,
     owner: str,
+    node_id: str = "",
+    joining: Joining | None = None,
     on_progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Claim the step, run `work` on it, and record how it ended.
+    """Claim the step, run `work` on it, and record how it ended; signed, where nodes have join tokens.
 
     Returns:
         What `work` returned if it was committed; None if there was nothing to do, or if it does not count.
@@ -223,6 +254,7 @@ def run_step(
         logger.info("job %s, step %s: nothing to do (%s)", job_id, step, claimed)
         return None
     claim = Claim(ledger, claimed)
+    claim.node_id, claim.joining = node_id, joining or claim.joining
     claim.on_progress = on_progress
     heart = _beating()
     heart.add(claim)

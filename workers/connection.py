@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError  # noqa: A004  (redis-py's own)
@@ -23,3 +26,14 @@ def connect(url: str, *, timeout_s: float = 5.0) -> Redis:
         health_check_interval=10,
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 1, supported_errors=(ConnectionError,)),
     )
+
+
+def is_local(url: str) -> bool:
+    """Whether the Redis at `url` is reached by this machine alone, as far as its address tells."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return True
+    try:
+        return ip_address(parts.hostname or "localhost").is_loopback
+    except ValueError:
+        return parts.hostname == "localhost"

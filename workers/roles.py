@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.cluster import Node
+from workers.joining import Authority
 from workers.settings import child_env
 from workers.supervisor import Role
 
@@ -28,6 +29,8 @@ class Roles:
     logs: Path
     #: Environment that all but Redis share.
     common: Mapping[str, str]
+    #: Makes the nodes' join tokens.
+    authority: Authority = field(default_factory=Authority)
 
     def _role(
         self, name: str, argv: Sequence[str], *, env: Mapping[str, str], grace_s: float, without: Sequence[str] = ()
@@ -58,6 +61,7 @@ class Roles:
             "NODE_ID": node.node_id,
             "FAIRSHARD_FLOP_PER_S": repr(node.flop_per_s),
             "FAIRSHARD_MEMORY_BYTES": str(node.memory_bytes),
+            "FAIRSHARD_JOIN_TOKEN": self.authority.token(node.node_id),
             # One address can't be that of all nodes here.
             "FAIRSHARD_PEER_URL": "",
         }

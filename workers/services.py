@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import NotFound
 from workers.connection import connect
+from workers.joining import Joining
 from workers.ledger import Ledger, Wakeup, reachable
 from workers.registry import Registry
 from workers.settings import QueueSettings, Settings
@@ -56,7 +57,12 @@ class Services:
     @cached_property
     def registry(self) -> Registry:
         """Nodes alive."""
-        return Registry(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.node_ttl_s)
+        return Registry(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.node_ttl_s, joining=self.joining)
+
+    @cached_property
+    def joining(self) -> Joining:
+        """Who may be a node."""
+        return Joining.from_settings(self.settings)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -41,6 +41,11 @@ class Settings:
     peer_url: str | None = None
     #: FAIRSHARD_PEER_TOKEN: what nodes show each other for it.
     peer_token: str | None = None
+    #: FAIRSHARD_JOIN_KEY, or a file that holds it, FAIRSHARD_JOIN_KEY_FILE: whose tokens let nodes in
+    #: (`workers.joining`); "open": everyone is a node. Not needed where Redis is reached by this machine alone.
+    join_key: str | None = None
+    #: FAIRSHARD_JOIN_TOKEN, or FAIRSHARD_JOIN_TOKEN_FILE: what makes this process its node.
+    join_token: str | None = None
 
     @property
     def store_dir(self) -> Path:
@@ -80,6 +85,8 @@ class Settings:
             disk_quota_bytes=_integer(env, "FAIRSHARD_DISK_QUOTA"),
             peer_url=(env.get("FAIRSHARD_PEER_URL") or "").rstrip("/") or None,
             peer_token=env.get("FAIRSHARD_PEER_TOKEN") or None,
+            join_key=_text_or_file(env, "FAIRSHARD_JOIN_KEY"),
+            join_token=_text_or_file(env, "FAIRSHARD_JOIN_TOKEN"),
         )
 
 
@@ -248,6 +255,16 @@ class QueueSettings:
 def child_env(changes: Mapping[str, str], *, without: Collection[str] = ()) -> dict[str, str]:
     """The environment for a process that this one starts: its own, less `without`, with `changes`."""
     return {name: value for name, value in os.environ.items() if name not in without} | dict(changes)
+
+
+def _text_or_file(env: Mapping[str, str], name: str) -> str | None:
+    path = env.get(f"{name}_FILE")
+    if env.get(name) or not path:
+        return env.get(name) or None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{name}_FILE: {path} cannot be read: {error}", details={"setting": name}) from None
 
 
 def _number(env: Mapping[str, str], name: str) -> float | None:

@@ -28,6 +28,12 @@ class NewerMessage(FairshardError):
     code = "newer_message"
 
 
+class OtherNode(FairshardError):
+    """The step is another node's."""
+
+    code = "other_node"
+
+
 def step_task(name: str) -> Callable[[Work], Any]:
     """Make `work(services, claim)` the Celery task `name` of `(job_id, step)`."""
 
@@ -41,6 +47,10 @@ def step_task(name: str) -> Callable[[Work], Any]:
                 )
             services = current()
             hostname = str(self.request.hostname)
+            own = step.partition(":")[2]
+            if own and own != services.settings.node_id:
+                # Left as well: it was not this node's queue, and the ledger sends it again.
+                raise OtherNode(f"{hostname} was sent {step} of job {job_id}, which is node {own}'s to run")
 
             def limited(claim: Claim) -> Mapping[str, Any]:
                 try:
@@ -66,7 +76,16 @@ def step_task(name: str) -> Callable[[Work], Any]:
                 with contextlib.suppress(Exception):
                     self.send_event("task-progress", job_id=job_id, step=step, **progress)
 
-            return run_step(services.ledger, job_id, step, limited, owner=hostname, on_progress=tell_flower)
+            return run_step(
+                services.ledger,
+                job_id,
+                step,
+                limited,
+                owner=hostname,
+                node_id=services.settings.node_id,
+                joining=services.joining,
+                on_progress=tell_flower,
+            )
 
         body.__name__ = work.__name__
         body.__doc__ = work.__doc__

@@ -29,6 +29,7 @@ from planner.errors import Conflict, FairshardError, Unavailable
 from workers import redis_server
 from workers.connection import connect
 from workers.data_lock import DataLock
+from workers.joining import make_authority, read_authority
 from workers.registry import Registry
 from workers.roles import HOST, Roles
 from workers.settings import ClientSettings, QueueSettings
@@ -165,8 +166,12 @@ def _start(
     redis_port = free_port()
     redis_url = f"redis://:{password}@{HOST}:{redis_port}/0"
     config = redis_server.write_config(service.data / "redis", port=redis_port, password=password)
+    # Unlike the password it stays: what nodes reported before a restart must still be believed after it.
+    key_file = service.data / "authority"
+    authority = read_authority(key_file) if key_file.exists() else make_authority(key_file)
     common = {
         "REDIS_URL": redis_url,
+        "FAIRSHARD_JOIN_KEY": authority.join_key,
         "FAIRSHARD_DATA": str(service.data),
         "FAIRSHARD_BIND": service.at.api.removeprefix("http://"),
         "FAIRSHARD_FLOWER_URL": service.at.flower,
@@ -174,7 +179,7 @@ def _start(
     }
     if offline:
         common["HF_HUB_OFFLINE"] = "1"
-    roles = Roles(service.data / "logs", common)
+    roles = Roles(service.data / "logs", common, authority)
     began = time.monotonic()
 
     def wait(name: str, ready: Callable[[], bool], what: str) -> None:

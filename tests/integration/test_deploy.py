@@ -241,6 +241,7 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
     def moved(text: str) -> str:
         """What the containers' network and volumes give, on this machine."""
         text = text.replace("@redis:6379", f"@localhost:{redis_port}").replace("/certs/", f"{certs}/")
+        text = text.replace("/joining/", f"{home}/joining/").replace("/authority/", f"{home}/authority/")
         text = text.replace("/config/", f"{home}/").replace("0.0.0.0:8080", f"0.0.0.0:{api_port}")
         text = text.replace("--port=5555", f"--port={flower_port}")
         return text if tls else text.replace("rediss://", "redis://").split("?ssl_")[0]
@@ -263,6 +264,13 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
             given |= {"FAIRSHARD_FLOP_PER_S": "1e11", "FAIRSHARD_MEMORY_BYTES": "1000000000"}
         return child_env(given)
 
+    for folder in ("certs", "joining", "authority"):
+        (home / folder).mkdir(exist_ok=True)
+    joining = shlex.split(compose["services"]["certs"]["command"][2].splitlines()[1])
+    assert joining[:3] == ["python", "-m", "workers.joining"]
+    command = [sys.executable, *(moved(word) for word in joining[1:])]
+    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True)  # made once, kept after that
     supervisor = Supervisor(print)
     redis_env = compose["services"]["redis"]["environment"] | {
         "REDIS_DATA": str(home / "data/redis"),
