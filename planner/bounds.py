@@ -22,8 +22,7 @@ def lower_bound_s(work: Work, *, thorough: bool = True) -> float:
     simple = max(pinned, single_bound_s(work), shared_bound_s(work, rates))
     if not thorough:
         return simple
-    simple = max(simple, surrogate_bound_s(work, rates))
-    return max(simple, pigeonhole_bound_s(work, rates, above_s=simple))
+    return priced_bound_s(work, rates, above_s=simple)
 
 
 def single_bound_s(work: Work) -> float:
@@ -94,43 +93,109 @@ def _done_sparse(points: Floats, base: Floats, full: Floats, rates: Floats) -> F
     return points * started[s] - offset[s] - (points * ended[e] - stop[e])
 
 
-def surrogate_bound_s(work: Work, rates: Floats) -> float:
-    """All layers weighed by a mix of FLOP and bytes: a node takes as much of the mix as its time and memory let it.
+def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int = 24) -> float:
+    """The best of several price lists, each of which says what one kind of scarcity costs.
 
-    For any weights that is valid, parts of layers allowed; bytes alone say when slow nodes have to hold much because
-    the fast ones are full.
+    Layers of much FLOP or many bytes, counted or weighed: whole layers waste a part of a node. The smaller of FLOP
+    and bytes at some rate of exchange: fast nodes full, roomy nodes busy; for layers that may be divided and rates
+    that do not depend on the layer no other prices tell more.
     """
-    flop, size = work.flop * work.count, work.memory.astype(np.float64) * work.count
-    if flop.sum() <= 0 or size.sum() <= 0:
-        return 0.0
-    free = work.flop <= 0
-    room = np.maximum(work.room_bytes, 0).astype(np.float64)
-    best = 0.0
-    for share in (1.0, 0.8, 0.5, 0.2):
-        weight = share * work.memory / size.sum() + (1 - share) * work.flop / flop.sum()
-        total = float(weight @ work.count)
-        by_bytes = np.interp(room, *_concave(weight, work.memory.astype(np.float64), work.count))
-        # What takes no time is anyone's; the rest by time.
-        axis, value = _concave(np.where(free, 0.0, weight), work.flop, work.count)
-        idle = float(weight[free] @ work.count[free])
+    priced = Priced(work, rates)
+    flop, size = work.flop, work.memory.astype(np.float64)
+    best = above_s
+    for cost in (flop, size):
+        for least in _thresholds(cost, cuts):
+            best = priced.bound_s((cost >= least).astype(np.float64), best)
+            best = priced.bound_s(np.where(cost >= least, flop, 0.0), best)
+    if not size.any():
+        return best
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exchange = size / flop
+    for rate in np.quantile(exchange[np.isfinite(exchange)], np.linspace(0, 1, cuts)).tolist():
+        best = priced.bound_s(np.minimum(flop * rate, size), best)
+    best = priced.bound_s(size, best)
+    for least in _thresholds(flop, cuts // 3):
+        for lightest in _thresholds(size, cuts // 3):
+            best = priced.bound_s(((flop >= least) & (size >= lightest)).astype(np.float64), best)
+    return best
 
-        def hosted(at_s: float, by_bytes: Floats = by_bytes, axis: Floats = axis, value: Floats = value) -> float:
-            by_time = np.interp(np.maximum(at_s - work.base_s, 0.0) * rates, axis, value)
-            return float(np.minimum(by_bytes, by_time).sum())
 
-        low, high = (
-            0.0,
-            float((work.base_s + np.divide(flop.sum(), rates, out=np.zeros_like(rates), where=rates > 0)).max()),
+def _thresholds(cost: Floats, cuts: int) -> list[float]:
+    """Costs at which to divide the layers: by rank, finer among the costliest, and at the widest steps."""
+    values = np.unique(cost[cost > 0])[::-1]
+    if len(values) <= 2 * cuts:
+        return [float(value) for value in values]
+    ranks = np.concatenate((np.geomspace(1, len(values), cuts // 2), np.linspace(1, len(values), cuts // 2)))
+    steps = np.argsort(values[1:] / values[:-1], kind="stable")[: cuts // 4]
+    chosen = np.unique(np.concatenate((np.round(ranks).astype(np.int64) - 1, steps)))
+    return [float(values[at]) for at in chosen.tolist()]
+
+
+class Priced:
+    """How much of a price per layer all nodes can take in a time: too little for all layers means too little time.
+
+    That holds for any prices (linear programming's duality). Of a price a node takes in time T no more than the best
+    mix of layers, parts of layers allowed, that fits its time, nor that fits its memory; no more than all layers that
+    fit it at all; and no more than the k dearest, where k layers are the most that fit.
+    """
+
+    def __init__(self, work: Work, rates: Floats) -> None:
+        self.rates, self.base_s = rates, work.base_s
+        self.flop, self.size, self.count = work.flop, work.memory.astype(np.float64), work.count
+        self.room = np.maximum(work.room_bytes, 0).astype(np.float64)
+        self.most_flop = work.room_flop
+
+    def bound_s(self, price: Floats, above_s: float) -> float:
+        """The smallest time in which all of `price` (K,) finds a node, or `above_s` if that is larger."""
+        paid = price > 0
+        flop, size, count, price = self.flop[paid], self.size[paid], self.count[paid], price[paid]
+        idle = flop <= 0
+        total = float(price @ count)
+        free = float(price[idle] @ count[idle])  # takes no time at all: anyone's
+        if total - free <= total * 1e-9:
+            return above_s
+        flop, size, count, price = flop[~idle], size[~idle], count[~idle], price[~idle]
+        by_memory = np.minimum(
+            np.interp(self.room, *_concave(price, size, count)), _within(size, price, count, self.room)
         )
-        if hosted(high) + idle < total:
-            continue
+        smallest = np.argsort(flop, kind="stable")
+        axis = np.concatenate(([0.0], np.cumsum(np.repeat(flop[smallest], count[smallest]))))
+        lightest = np.sort(np.repeat(size, count))
+        most = np.searchsorted(np.cumsum(lightest), self.room, side="right")
+        dearest = np.concatenate(([0.0], np.cumsum(np.sort(np.repeat(price, count))[::-1])))
+        by_time = _concave(price, flop, count)
+
+        def possible(at_s: float) -> bool:
+            # A little generous, so that rounding never makes the bound too large.
+            able = np.minimum(np.maximum(at_s - self.base_s, 0.0) * self.rates * (1 + 1e-9), self.most_flop)
+            whole = np.minimum(np.searchsorted(axis, able, side="right") - 1, most)
+            taken = np.minimum(np.minimum(by_memory, np.interp(able, *by_time)), dearest[whole])
+            taken = np.minimum(taken, _within(flop, price, count, able))
+            return bool(taken.sum() >= (total - free) * (1 - 1e-9))
+
+        if above_s > 0 and possible(above_s * (1 + 1e-6)):
+            return above_s
+        if not possible(1e250):
+            return above_s  # memory is too small for whole layers; other checks say so
+        low, high = above_s, max(above_s, 1e-300)
+        for _ in range(2_200):
+            high *= 1.1 if above_s > 0 else 2.0
+            if possible(high):
+                break
+            low = high
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if hosted(middle) + idle >= total * (1 - 1e-12) else (middle, high)
-            if high <= low * (1 + 1e-9):
+            if high <= low * (1 + 1e-7):
                 break
-        best = max(best, low * (1 - 1e-9))
-    return best
+            low, high = (low, middle) if possible(middle) else (middle, high)
+        return max(above_s, low * (1 - 1e-9))
+
+
+def _within(cost: Floats, price: Floats, count: Ints, room: Floats) -> Floats:
+    """(N,) price of all layers whose own cost is within the room."""
+    order = np.argsort(cost, kind="stable")
+    value = np.concatenate(([0.0], np.cumsum((price * count)[order])))
+    return value[np.searchsorted(cost[order], room, side="right")]
 
 
 def _concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]:
@@ -142,59 +207,3 @@ def _concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]
     # What costs nothing is had at once.
     start = int(np.count_nonzero(cost[order] <= 0))
     return axis[start:], value[start:]
-
-
-def pigeonhole_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int = 20) -> float:
-    """Whole layers only: what a node can do of the n layers of most FLOP, for several n.
-
-    In time T a node does at most k of them, where the k smallest just fit, and at most the FLOP of the k largest;
-    its memory limits k likewise. All nodes together must do all n and their FLOP. Only looked for above `above_s`.
-    """
-    order = np.argsort(-work.flop, kind="stable")
-    flop = np.repeat(work.flop[order], work.count[order])
-    flop = flop[flop > 0]
-    if len(flop) == 0:
-        return 0.0
-    size = np.repeat(work.memory[order], work.count[order])[: len(flop)]
-    largest = np.concatenate(([0.0], np.cumsum(flop)))
-    room = np.maximum(work.room_bytes, 0)
-    most_flop = np.minimum(work.room_flop, np.inf)
-    best = above_s
-    chosen = np.unique(np.round(np.geomspace(1, len(flop), cuts)).astype(np.int64))
-    chosen = np.unique(np.append(chosen, np.linspace(1, len(flop), cuts).astype(np.int64)))
-    for needed in chosen.tolist():
-        smallest = np.concatenate(([0.0], np.cumsum(flop[:needed][::-1])))
-        lightest = np.concatenate(([0], np.cumsum(np.sort(size[:needed]))))
-        by_memory = np.searchsorted(lightest, room, side="right") - 1
-        total = float(largest[needed])
-
-        def possible(
-            at_s: float,
-            needed: int = needed,
-            smallest: Floats = smallest,
-            by_memory: Ints = by_memory,
-            total: float = total,
-        ) -> bool:
-            # A little generous, so that rounding never makes the bound too large.
-            able = np.minimum(np.maximum(at_s - work.base_s, 0.0) * rates * (1 + 1e-9), most_flop)
-            whole = np.minimum(np.searchsorted(smallest, able, side="right") - 1, by_memory)
-            done = np.minimum(able, largest[whole])
-            return bool(whole.sum() >= needed and done.sum() >= total * (1 - 1e-9))
-
-        if best > 0 and possible(best * (1 + 1e-6)):
-            continue
-        if not possible(1e250):
-            return best  # memory is too small for whole layers; other checks say so
-        low, high = best, max(best, 1e-300)
-        for _ in range(2_200):
-            high *= 1.2 if best > 0 else 2.0
-            if possible(high):
-                break
-            low = high
-        for _ in range(50):
-            middle = (low + high) / 2
-            if high <= low * (1 + 1e-9):
-                break
-            low, high = (low, middle) if possible(middle) else (middle, high)
-        best = max(best, low * (1 - 1e-9))
-    return best
