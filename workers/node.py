@@ -84,15 +84,20 @@ def worker_argv(settings: Settings) -> list[str]:
 
 
 def _rates(settings: Settings) -> dict[str, Any]:
-    path = settings.node_dir / "probe.json"
     versions = _versions()
+    if settings.flop_per_s is not None and settings.memory_bytes is not None:
+        # Loading torch costs seconds and 200 MB, for figures that nobody would use; nor are they kept, since the
+        # next start may state nothing.
+        stated = {"flop_per_s": None, "memory_bytes": None, "memory_bytes_per_s": None}
+        return {"device": _cpu_name(), "versions": versions} | stated
+    path = settings.node_dir / "probe.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         if time.time() - path.stat().st_mtime < _CACHE_S and known["versions"] == versions:
             return dict(known)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    rates = _measure_apart(settings) | {"versions": versions}
+    rates = _measure_apart() | {"versions": versions}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"probe.{os.getpid()}.json")
     temporary.write_text(json.dumps(rates), encoding="utf-8")
@@ -100,11 +105,7 @@ def _rates(settings: Settings) -> dict[str, Any]:
     return rates
 
 
-def _measure_apart(settings: Settings) -> dict[str, Any]:
-    if settings.flop_per_s is not None and settings.memory_bytes is not None:
-        # Loading torch costs seconds and 200 MB, for figures that nobody would use.
-        memory = round(psutil.virtual_memory().total * _MEMORY_SHARE)
-        return {"device": _cpu_name(), "flop_per_s": None, "memory_bytes": memory, "memory_bytes_per_s": None}
+def _measure_apart() -> dict[str, Any]:
     # In a process of its own, so that the worker stays as small as it was.
     measured = subprocess.run([sys.executable, "-m", "workers.node"], capture_output=True, text=True, check=False)
     if measured.returncode:
