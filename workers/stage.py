@@ -32,7 +32,7 @@ from workers.dataflow import Trace, Visit, calling, find_units, observed, plan_v
 from workers.handoff import Handoff
 from workers.manifest import Manifest, read_manifest
 from workers.model_config import parse_config
-from workers.skeleton import NotTraceable, build, quiet
+from workers.skeleton import NotTraceable, build, first_line, quiet
 from workers.stage_weights import filler, load_weights, silent_bars, skeleton, switch_caches_off
 
 _TRACES = 64
@@ -91,6 +91,13 @@ class Stage(nn.Module):
                 output = self.model(**step.inputs)
             except _Stop:
                 output = None
+            except RuntimeError as error:
+                if "single memory location" not in str(error):
+                    raise
+                raise InvalidInput(
+                    f"{self.manifest.model_name} cannot be run in stages: its code writes into weights that "
+                    f"other nodes hold (as RWKV does to rescale its layers)"
+                ) from error
         if visit.next_module is None:
             return output
         own = {k: self.model.get_parameter_or_buffer(k[1:]) for k in visit.hand_on if k[0] in "=~" and self.can(k)}
@@ -120,8 +127,7 @@ class Stage(nn.Module):
                     found = trace(self._whole[0], self._units, inputs)
                 except Exception as error:
                     raise InvalidInput(
-                        f"{self.manifest.model_name} cannot be run in stages on these inputs: "
-                        f"{type(error).__name__}: {str(error)[:200]}"
+                        f"{self.manifest.model_name} cannot be run in stages on these inputs: {_reason(error)}"
                     ) from error
             if len(self._traces) >= _TRACES:
                 self._traces.clear()
@@ -142,6 +148,13 @@ class Stage(nn.Module):
         finally:
             for place, data in kept:
                 place.data = data
+
+
+def _reason(error: Exception) -> str:
+    """Why a model could not be traced, in a line."""
+    if isinstance(error, NotImplementedError) and "data-independent" in str(error):
+        return "the shapes within it depend on values, as those of Switch Transformers' experts do"
+    return first_line(error)
 
 
 class _Run:

@@ -166,6 +166,30 @@ def test_what_other_architectures_do(
         assert_equal(chain(stages, inputs)[0], model(**inputs))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "settings", "reason"),
+    [
+        ("rwkv", "RwkvForCausalLM", {"attention_hidden_size": 32}, "writes into weights that other nodes hold"),
+        ("switch_transformers", "SwitchTransformersForConditionalGeneration", {"d_model": 32, "d_kv": 8, "d_ff": 64,
+            "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "num_experts": 4,
+            "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, "the shapes within it depend on values"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_in_stages_says_so(
+    model_type: str, architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    common = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    config = transformers.AutoConfig.for_model(model_type, **(common | settings))
+    source = tmp_path / "own" / model_type
+    getattr(transformers, architecture)(config).save_pretrained(source)
+    inputs = example(whole(source))
+    shards = cut(source, tmp_path / "shards", contiguous, 3, exact=True)
+    with pytest.raises(InvalidInput, match=reason):
+        chain([load_stage(shard) for shard in shards], inputs)
+
+
 def _answer(shard: Path, step: bytes) -> tuple[str | None, bytes]:
     """In another process: run a stage; where to go next, and the handoff or the output."""
     from safetensors.torch import save
