@@ -5,7 +5,8 @@
     python benchmarks/split.py growth [--largest-gb 20]                               0.1 to 20 GB, sparse
     python benchmarks/split.py memory                                                 resident bytes by size
 
-Both sides of a ratio leave their bytes on the disk: `cp` is followed by `sync FILE`, because a shard is fsynced.
+A shard is on the disk when it is there, so `cp` is followed by `sync FILE`; the ratio to `cp` alone, which leaves
+its bytes in memory, is printed beside it. "first byte" is the time to the first file's space.
 Figures are medians, with the smallest and largest beside them; page cache warm unless it says otherwise.
 """
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -43,20 +44,28 @@ from workers.splitter import split  # noqa: E402
 GB = 10**9
 
 
-def make_checkpoint(folder: Path, size_bytes: int, *, sparse: bool = False, files: int = 1) -> Path:
-    """A Llama-shaped bf16 checkpoint of about `size_bytes`: 2,048 wide, as many layers as fit."""
-    width, inner, vocabulary = 2048, 8192, 128256 if size_bytes > GB else 16384
+def make_checkpoint(
+    folder: Path, size_bytes: int, *, sparse: bool = False, files: int = 1, layers: int | None = None
+) -> Path:
+    """A Llama-shaped bf16 checkpoint of about `size_bytes`: 2,048 wide and as many layers as fit, or as wide as
+    `layers` of them may be."""
+    width, vocabulary = 2048, 128256 if size_bytes > GB and not layers else 16384
+    if layers:
+        # Three matrices of 4 w^2, two of w^2 and two of w^2 / 4 a layer, 2 bytes each, and 16,384 embeddings of w.
+        a, b = 29 * layers, 2 * vocabulary
+        width = round((math.sqrt(b * b + 4 * a * size_bytes) - b) / (2 * a) / 64) * 64
+    inner = 4 * width
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, width),
         "model.norm.weight": (width,),
     }
-    one = 2 * (2 * width + 3 * width * inner + 2 * width * width + 2 * 512 * width)
-    for layer in range(max(4, round((size_bytes - 2 * vocabulary * width) / one))):
+    one = 2 * (2 * width + 3 * width * inner + 2 * width * width + 2 * (width // 4) * width)
+    for layer in range(layers or max(4, round((size_bytes - 2 * vocabulary * width) / one))):
         prefix = f"model.layers.{layer}."
         shapes |= {prefix + "input_layernorm.weight": (width,), prefix + "post_attention_layernorm.weight": (width,)}
         shapes |= {prefix + f"mlp.{p}_proj.weight": (inner, width) for p in ("gate", "up")}
         shapes |= {prefix + "mlp.down_proj.weight": (width, inner)}
-        shapes |= {prefix + f"self_attn.{p}_proj.weight": (512 if p in "kv" else width, width) for p in "kqvo"}
+        shapes |= {prefix + f"self_attn.{p}_proj.weight": (width // 4 if p in "kv" else width, width) for p in "kqvo"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     names = sorted(shapes)
@@ -124,12 +133,13 @@ def alternate(
     return found
 
 
-def table(found: dict[str, list[float]], *, against: str) -> None:
-    base = statistics.median(found[against])
-    print(f"{'':42}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
+def table(found: dict[str, list[float]], *, against: Sequence[str]) -> None:
+    bases = [statistics.median(found[name]) for name in against]
+    print(f"{'':42}{'median s':>10}{'min':>8}{'max':>8}" + "".join(f"{'/ ' + name:>28}" for name in against))
     for name, values in found.items():
         middle = statistics.median(values)
-        print(f"{name:42}{middle:10.3f}{min(values):8.3f}{max(values):8.3f}{middle / base:8.2f}")
+        ratios = "".join(f"{middle / base:28.2f}" for base in bases)
+        print(f"{name:42}{middle:10.3f}{min(values):8.3f}{max(values):8.3f}{ratios}")
 
 
 def local(folder: Path, *, size_bytes: int, rounds: int, slow: bool) -> None:
@@ -161,13 +171,13 @@ def local(folder: Path, *, size_bytes: int, rounds: int, slow: bool) -> None:
         "cp --reflink=never, sync": lambda: cp(sync=True),
         "fairshard, no digests": lambda: ours(digests=False),
         "fairshard, digests": ours,
-        "cp --reflink=never, not on the disk yet": lambda: cp(sync=False),
+        "cp --reflink=never": lambda: cp(sync=False),
     }
     if slow:
         ways |= torch_ways(source, profile, plan, out)
     size = sum((folder / "own/model" / name).stat().st_size for name in source.files)
     print(f"\n{size / GB:.2f} GB to 3 nodes, local, warm, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
-    table(alternate(ways, rounds=rounds, clear=clear), against="cp --reflink=never, sync")
+    table(alternate(ways, rounds=rounds, clear=clear), against=["cp --reflink=never, sync", "cp --reflink=never"])
     whole = plan_of(profile, {"n": [layer.name for layer in profile.layers]}, plan_id="whole")
     linked = []
     for number in range(rounds):
@@ -274,41 +284,44 @@ def compare_ranged(folder: Path, name: str, url: str, rounds: int) -> None:
     total = sum(layer.weight_bytes for layer in profile.layers)
     print(f"\n{name}: {kept / 1e6:.0f} of {total / 1e6:.0f} MB; {fetched / kept:.4f} x the shard's bytes were sent")
     ways: dict[str, Callable[[], object]] = {"snapshot_download, then split": theirs, "fairshard, ranged": ours}
-    table(alternate(ways, rounds=rounds, clear=clear), against="snapshot_download, then split")
+    table(alternate(ways, rounds=rounds, clear=clear), against=["snapshot_download, then split"])
 
 
 def growth(folder: Path, *, largest_bytes: int) -> None:
-    print(f"\n{'GB':>8}{'shard GB':>10}{'seconds':>9}{'s per GB':>10}{'first byte ms':>15}")
-    size = GB // 10
-    while size <= largest_bytes:
-        place = folder / f"{size}"
-        source = resolve(make_checkpoint(place / "own/model", size, sparse=True, files=max(1, size // (5 * GB))))
-        profile, plan = case(source, 4)
-        output = place / "shard"
-        first: list[float] = []
-        began = time.perf_counter()
+    for what, layers in (("more layers", None), ("the same 38 tensors, larger", 4)):
+        print(f"\n{what}\n{'GB':>8}{'tensors':>9}{'shard GB':>10}{'seconds':>9}{'s per GB':>10}{'first byte ms':>15}")
+        size = GB // 10
+        while size <= largest_bytes:
+            grown(folder / f"{layers}-{size}", size, layers)
+            size = min(size * 4, largest_bytes) if size < largest_bytes else largest_bytes + 1
 
-        def watch() -> None:
-            while not first:  # noqa: B023
-                for path in place.glob(".shard.partial-*/model*.safetensors"):  # noqa: B023
-                    if path.stat().st_size > 2**20:
-                        first.append(time.perf_counter() - began)  # noqa: B023
-                        return
-                time.sleep(0.0005)
 
-        thread = threading.Thread(target=watch)
-        thread.start()
-        manifest = split(source, profile, plan, node_id="n1", output=output)
-        seconds = time.perf_counter() - began
-        thread.join(1)
-        gb = manifest.total_bytes / GB
-        total = sum(layer.weight_bytes for layer in profile.layers) / GB
-        print(
-            f"{total:8.2f}{gb:10.3f}{seconds:9.3f}{seconds / gb:10.3f}{1000 * (first or [0.0])[0]:15.1f}", flush=True
-        )
-        first.append(0.0)
-        shutil.rmtree(place)
-        size = min(size * 4, largest_bytes) if size < largest_bytes else largest_bytes + 1
+def grown(place: Path, size_bytes: int, layers: int | None) -> None:
+    files = max(1, size_bytes // (5 * GB))
+    source = resolve(make_checkpoint(place / "own/model", size_bytes, sparse=True, files=files, layers=layers))
+    profile, plan = case(source, 4)
+    first: list[float] = []
+
+    def watch() -> None:
+        while not first:
+            for path in place.glob(".shard.partial-*/model*.safetensors"):
+                if path.stat().st_size > 2**20:
+                    first.append(time.perf_counter() - began)
+                    return
+            time.sleep(0.0005)
+
+    began = time.perf_counter()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    manifest = split(source, profile, plan, node_id="n1", output=place / "shard")
+    seconds = time.perf_counter() - began
+    thread.join(1)
+    gb, total = manifest.total_bytes / GB, sum(layer.weight_bytes for layer in profile.layers) / GB
+    tensors = sum(len(layer.tensors) for layer in profile.layers)
+    shown = 1000 * (first or [0.0])[0]
+    print(f"{total:8.2f}{tensors:9}{gb:10.3f}{seconds:9.3f}{seconds / gb:10.3f}{shown:15.1f}", flush=True)
+    first.append(0.0)
+    shutil.rmtree(place)
 
 
 def memory(folder: Path) -> None:
