@@ -154,12 +154,12 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     )
 
 
-def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 8, steps: int = 60) -> Ints:
+def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9, steps: int = 500) -> Ints:
     """Smaller budgets, reached by exchanges from the best so far or from a start by density."""
     reached = float(work.loads_s(best).max())
     failed = bound
     for _ in range(probes):
-        if reached <= failed * 1.001:
+        if reached <= failed * 1.002:
             break
         target = (failed + reached) / 2
         found = mend(work, best, target, steps=steps)
@@ -169,7 +169,7 @@ def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int =
             failed = target
         else:
             best, reached = found, float(work.loads_s(found).max())
-    return best
+    return refine(work, best, target_s=bound)
 
 
 def _fewest_items(work: Work, rate: Floats, budget_s: float) -> Ints | None:

@@ -1,128 +1,133 @@
-"""Bring an allocation within a budget and within memory by the exchanges that take most off what is too much.
+"""Bring an allocation within a budget and within memory by exchanges that take off what is too much.
 
-A tabu search on the sum of what nodes are over their time and their memory. It may pass through allocations that
-are worse, which moves and swaps that only improve cannot: to put one more layer on a fast node whose memory is full,
-large layers on it first have to be traded for small ones. Deterministic, and bounded by a number of steps.
+A tabu search on the sum of what nodes are over their time and their memory, each node weighed by how long it has
+been over (Morris, The breakout method, AAAI 1993). It passes through allocations that are worse, which moves and
+swaps that only improve cannot: to put one more layer on a fast node whose memory is full, large layers on it first
+have to be traded for small ones. The tries are a fixed sequence and bounded by a number of steps, so equal input
+gives equal plans.
 """
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 
 from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints
 
-#: Steps for which a layer that was exchanged stays where it is.
-_TABU = 9
+#: Steps for which a layer does not return to the node that it left: at least, and drawn on top.
+_TABU, _TABU_DRAWN = 6, 10
+#: What each step over its limit adds to a node's weight.
+_HEAVIER = 0.02
+_NOTHING = 1e-12
 
 
 class Mender:
-    """Loads, rooms and what is too much, in units of a mean layer."""
+    """Loads and rooms of an allocation under change, in units of a mean layer."""
 
-    def __init__(self, work: Work, assignment: Ints) -> None:
-        self.work = work
+    def __init__(self, work: Work, assignment: Ints, budget_s: float) -> None:
         self.home = assignment.copy()
-        self.size = work.memory[work.kind].astype(np.float64)
-        self.unit_bytes = max(1.0, float(self.size.mean()))
-        self.unit_s = np.maximum((work.seconds @ work.count) / max(1, len(work.kind)), 1e-300)
-        self.loads = work.loads_s(assignment)
         nodes = len(work.base_s)
-        held = np.bincount(assignment, weights=self.size, minlength=nodes)
-        self.room: Floats = work.room_bytes.astype(np.float64) - held
-        self.held_until = np.zeros(len(assignment), dtype=np.int64)
-        self.step = 0
+        unit_s = np.maximum((work.seconds @ work.count) / max(1, len(work.kind)), 1e-300)
+        sizes = work.memory[work.kind].astype(np.float64)
+        unit_bytes = max(1.0, float(sizes.mean()))
+        #: (N, I) time of each item, (I,) its bytes; (N,) what is left of time and memory, negative if over.
+        self.cost: Floats = np.ascontiguousarray(work.seconds[:, work.kind]) / unit_s[:, None]
+        self.size = sizes / unit_bytes
+        self.time: Floats = (budget_s * (1 + SLACK) - work.loads_s(assignment)) / unit_s
+        held = np.bincount(assignment, weights=sizes, minlength=nodes)
+        self.room: Floats = (work.room_bytes.astype(np.float64) - held) / unit_bytes
+        self.weight = np.ones(nodes)
+        #: (N, I) the step before which an item does not go to a node.
+        self.closed = np.zeros((nodes, len(assignment)), dtype=np.int64)
+        self.draw = random.Random(len(assignment) * 1_000_003 + nodes)  # noqa: S311  (a fixed sequence of tries)
 
-    def _over(self, load: Floats, room: Floats, node: Ints | int, limit_s: float) -> Floats:
-        late = np.maximum(load - limit_s, 0.0) / self.unit_s[node]
-        return np.asarray(late + np.maximum(-room, 0.0) / self.unit_bytes)
-
-    def within(self, budget_s: float, *, steps: int) -> bool:
-        """Exchange until no node is over `budget_s` or its memory; whether that was reached in so many steps."""
-        work = self.work
-        limit = budget_s * (1 + SLACK)
-        every = np.arange(len(work.base_s))
-        least = np.inf
-        for _ in range(steps):
-            over = self._over(self.loads, self.room, every, limit)
-            total = float(over.sum())
-            if total <= 0:
+    def mend(self, steps: int) -> bool:
+        """Exchange until no node is over; whether that was reached in so many steps."""
+        for step in range(1, steps + 1):
+            over = _over(self.time, self.room)
+            late = np.flatnonzero(over > _NOTHING)
+            if len(late) == 0:
                 return True
-            least = min(least, total)
-            worst = int(over.argmax())
-            self.step += 1
-            if not self._exchange(worst, over, limit, total - least):
-                return False
-        return bool(self._over(self.loads, self.room, every, limit).sum() <= 0)
+            self.weight[late] += _HEAVIER
+            self._exchange(int(late[self.draw.randrange(len(late))]), over, step)
+        return False
 
-    def _exchange(self, worst: int, over: Floats, limit: float, above: float) -> bool:
-        work, kinds = self.work, self.work.kind
-        held = np.flatnonzero(self.home == worst)
+    def _exchange(self, node: int, over: Floats, step: int) -> None:
+        """The move or swap of an item of `node` that takes most off, all weights considered."""
+        held = np.flatnonzero(self.home == node)
         if len(held) == 0:
-            return False
-        own_s = work.seconds[worst, kinds[held]]
-        free = self.held_until[held] <= self.step
-        # Moves: (held, nodes).
-        after_here = self._over(self.loads[worst] - own_s, self.room[worst] + self.size[held], worst, limit)
-        nodes = np.arange(len(work.base_s))
-        there = self._over(
-            self.loads[None, :] + work.seconds[:, kinds[held]].T,
-            self.room[None, :] - self.size[held][:, None],
-            nodes[None, :],
-            limit,
-        )
-        change = after_here[:, None] - over[worst] + there - over[None, :]
-        change[:, worst] = np.inf
-        change[~free] += np.where(change[~free] < -above - 1e-9, 0.0, np.inf)
-        row, node = divmod(int(change.argmin()), len(nodes))
-        best = float(change[row, node])
-        pick: tuple[int, int] = (int(held[row]), -1)
-        # Swaps: (held, others).
-        others = np.flatnonzero((self.home != worst) & (self.held_until <= self.step))
-        if len(others) and best > -over[worst] and free.any():
-            mine = held[free]
-            homes = self.home[others]
-            my_s = work.seconds[worst, kinds[mine]][:, None]
-            here = self._over(
-                self.loads[worst] - my_s + work.seconds[worst, kinds[others]][None, :],
-                self.room[worst] + self.size[mine][:, None] - self.size[others][None, :],
-                worst,
-                limit,
-            )
-            away = self._over(
-                (self.loads[homes] - work.seconds[homes, kinds[others]])[None, :]
-                + work.seconds[homes[None, :], kinds[mine][:, None]],
-                (self.room[homes] + self.size[others])[None, :] - self.size[mine][:, None],
-                homes[None, :],
-                limit,
-            )
-            trade = here - over[worst] + away - over[homes][None, :]
-            at, column = divmod(int(trade.argmin()), len(others))
-            if float(trade[at, column]) < best - 1e-12:
-                best, pick = float(trade[at, column]), (int(mine[at]), int(others[column]))
-        if not np.isfinite(best):
-            return False
-        if pick[1] < 0:
-            self._move(pick[0], node)
-        else:
-            target = int(self.home[pick[1]])
-            self._move(pick[0], target)
-            self._move(pick[1], worst)
-        return True
+            return
+        change = self._moves(node, held, over)
+        change[self.closed[:, held] > step] = np.inf
+        target, at = divmod(int(change.argmin()), len(held))
+        least, item, other = float(change[target, at]), int(held[at]), -1
+        others = np.flatnonzero((self.home != node) & (self.closed[node] <= step))
+        if len(others):
+            change = self._swaps(node, held, others, over)
+            closed = self.closed[:, held][self.home[others]].T
+            change[closed > step] = np.inf
+            at, column = divmod(int(change.argmin()), len(others))
+            if float(change[at, column]) < least - _NOTHING:
+                least, item, other = float(change[at, column]), int(held[at]), int(others[column])
+                target = int(self.home[other])
+        if not np.isfinite(least):
+            return
+        until = step + _TABU + self.draw.randrange(_TABU_DRAWN)
+        self._move(item, target, until)
+        if other >= 0:
+            self._move(other, node, until)
 
-    def _move(self, item: int, node: int) -> None:
-        kind, old = int(self.work.kind[item]), int(self.home[item])
-        self.loads[old] -= self.work.seconds[old, kind]
-        self.loads[node] += self.work.seconds[node, kind]
+    def _moves(self, node: int, held: Ints, over: Floats) -> Floats:
+        """(N, H) change by moving an item to another node."""
+        here = _over(self.time[node] + self.cost[node, held], self.room[node] + self.size[held])
+        there = _over(self.time[:, None] - self.cost[:, held], self.room[:, None] - self.size[held][None, :])
+        change: Floats = self.weight[:, None] * (there - over[:, None])
+        change += self.weight[node] * (here - over[node])[None, :]
+        change[node] = np.inf
+        return change
+
+    def _swaps(self, node: int, held: Ints, others: Ints, over: Floats) -> Floats:
+        """(H, O) change by exchanging an item for another node's."""
+        homes = self.home[others]
+        shift = self.size[held][:, None] - self.size[others][None, :]
+        here = _over(
+            (self.time[node] + self.cost[node, held])[:, None] - self.cost[node, others][None, :],
+            self.room[node] + shift,
+        )
+        there = _over(
+            (self.time[homes] + self.cost[homes, others])[None, :] - self.cost[:, held][homes].T,
+            self.room[homes][None, :] - shift,
+        )
+        change: Floats = self.weight[node] * (here - over[node]) + self.weight[homes] * (there - over[homes])
+        return change
+
+    def _move(self, item: int, node: int, until: int) -> None:
+        old = int(self.home[item])
+        self.time[old] += self.cost[old, item]
+        self.time[node] -= self.cost[node, item]
         self.room[old] += self.size[item]
         self.room[node] -= self.size[item]
+        self.closed[old, item] = until
         self.home[item] = node
-        self.held_until[item] = self.step + _TABU
+
+
+def _over(time: Floats, room: Floats) -> Floats:
+    """What is too much of time and of memory."""
+    over: Floats = np.maximum(-time, 0.0) + np.maximum(-room, 0.0)
+    return over
 
 
 def mend(work: Work, assignment: Ints, budget_s: float, *, steps: int) -> Ints | None:
     """An allocation within `budget_s` and memory, starting from `assignment`, or None if none was found."""
-    mender = Mender(work, assignment)
-    return mender.home if mender.within(budget_s, steps=steps) else None
+    mender = Mender(work, assignment, budget_s)
+    if not mender.mend(steps):
+        return None
+    used = np.zeros(len(work.base_s), dtype=np.int64)
+    np.add.at(used, mender.home, work.memory[work.kind])
+    late = work.loads_s(mender.home) > budget_s * (1 + 2 * SLACK)
+    return None if late.any() or (used > work.room_bytes).any() else mender.home
 
 
 def pour(work: Work, order: Ints) -> Ints:
