@@ -11,13 +11,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from planner.cluster import Link
 from planner.profile import Unit
 
 Objective = Literal["throughput", "latency"]
 Phase = Literal["prefill", "decode"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+#: What may be asked for; `planner.strategies` has the function of each.
+STRATEGIES = ("greedy", "pipeline", "equal", "memory")
 
 #: node_id -> indices of the layers it holds, ascending.
 Allocation = Mapping[str, tuple[int, ...]]

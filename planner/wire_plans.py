@@ -11,7 +11,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 
 from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
-from planner.plan import Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
+from planner.plan import OBJECTIVES, PHASES, Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
 from planner.wire_fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
 from planner.wire_write import SCHEMA_VERSION
 
@@ -152,8 +152,8 @@ class PlanSchema(Lenient):
     revision = Text(longest=128, load_default=None, allow_none=True)
     unit = Text(choices=("layer", "tensor"), load_default="layer")
     strategy = Text(longest=64, required=True)
-    objective = Text(choices=("throughput", "latency"), load_default="throughput")
-    phase = Text(choices=("prefill", "decode"), load_default="prefill")
+    objective = Text(choices=OBJECTIVES, load_default="throughput")
+    phase = Text(choices=PHASES, load_default="prefill")
     batch_size = Integer(low=1, high=MAX_BATCH_SIZE, load_default=1)
     sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
     time_budget_s = Number(required=True)
@@ -217,8 +217,8 @@ class EditedPlanSchema(Lenient):
     model_name = ModelName(required=True)
     revision = Text(longest=128, load_default=None, allow_none=True)
     strategy = Text(longest=64, load_default="greedy")
-    objective = Text(choices=("throughput", "latency"), load_default="throughput")
-    phase = Text(choices=("prefill", "decode"), load_default="prefill")
+    objective = Text(choices=OBJECTIVES, load_default="throughput")
+    phase = Text(choices=PHASES, load_default="prefill")
     batch_size = Integer(low=1, high=MAX_BATCH_SIZE, load_default=1)
     sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
     split_plan = fields.Dict(
@@ -236,8 +236,8 @@ class OptionsSchema(Schema):
         unknown = RAISE
 
     strategy = Text(longest=64)
-    objective = Text(choices=("throughput", "latency"))
-    phase = Text(choices=("prefill", "decode"))
+    objective = Text(choices=OBJECTIVES)
+    phase = Text(choices=PHASES)
     time_budget_s = Number(positive=True, allow_none=True)
     pins = fields.Dict(keys=Text(), values=NodeId())
     without = fields.List(NodeId(), data_key="exclude", validate=validate.Length(max=MAX_NODES))

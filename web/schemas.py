@@ -7,10 +7,10 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
 
 from planner.limits import MAX_BATCH_SIZE, MAX_SEQUENCE_LENGTH
+from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from planner.wire_fields import Flag, Integer, NodeId, Number, Text, seconds
 from web.fields import Either, Model, RepoId, Revision, Timestamp
 
-STRATEGIES = ("greedy", "pipeline", "equal", "memory")
 STATES = ("queued", "running", "done", "failed", "cancelled")
 KINDS = ("request", "process", "delete")
 KV_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "I4")
@@ -91,8 +91,8 @@ class PlanFields(Strict):
     )  # fmt: skip
 
     strategy = Text(choices=STRATEGIES, metadata={"description": "Default greedy."})
-    objective = Text(choices=("throughput", "latency"), metadata={"description": "Default throughput."})
-    phase = Text(choices=("prefill", "decode"), metadata={"description": "Default prefill."})
+    objective = Text(choices=OBJECTIVES, metadata={"description": "Default throughput."})
+    phase = Text(choices=PHASES, metadata={"description": "Default prefill."})
     time_budget_s = Number(
         positive=True,
         high=31_536_000.0,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible, InvalidInput
+from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from workers import cli_plan_output as output
 from workers.cli_io import adder, assignment, emit, fraction, positive, say, size, write_document
 from workers.cli_models import add_sizes, add_source, checkpoint_of, profile_of
@@ -52,9 +53,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
 
     how = command.add_argument_group("how")
-    how.add_argument("--strategy", choices=("greedy", "pipeline", "equal", "memory"), default="greedy")
-    how.add_argument("--objective", choices=("throughput", "latency"), default="throughput")
-    how.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    how.add_argument("--strategy", choices=STRATEGIES, default="greedy")
+    how.add_argument("--objective", choices=OBJECTIVES, default="throughput")
+    how.add_argument("--phase", choices=PHASES, default="prefill")
     how.add_argument("--time-budget", type=positive, metavar="S", help="seconds that a node's part may take")
     how.add_argument(
         "--pin", type=assignment, action="append", default=[], metavar="LAYERS=NODE",
