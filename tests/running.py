@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import socket
@@ -10,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -91,10 +95,12 @@ class BlackHole:
 
     def __init__(self, target_port: int) -> None:
         self._target = target_port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = int(self._listener.getsockname()[1])
-        self._sockets: list[socket.socket] = []
-        self._holes: set[int] = set()
+        self._lock = threading.Lock()
+        #: Pairs of sockets that carry a connection.
+        self._open: set[tuple[socket.socket, socket.socket]] = set()
+        self._holes: set[tuple[socket.socket, socket.socket]] = set()
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -104,41 +110,63 @@ class BlackHole:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._listener.close()
-        for end in self._sockets:
-            end.close()
+        with self._lock:
+            pairs = list(self._open)
+        for pair in pairs:
+            self._close(pair)
 
-    def swallow(self) -> None:
-        """From now on nothing passes on the connections that exist, and nobody is told."""
-        self._holes |= {id(end) for end in self._sockets}
+    def swallow(self) -> int:
+        """From now on nothing passes on the connections that exist, and nobody is told; how many they are."""
+        with self._lock:
+            self._holes |= self._open
+            return len(self._open)
 
     def _accept(self) -> None:
         while not self._closed.is_set():
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 continue
-            self._sockets += [near, far]
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+                far.settimeout(None)
+            except OSError:
+                near.close()
+                continue
+            pair = (near, far)
+            with self._lock:
+                self._open.add(pair)
+            for source, target in (pair, (far, near)):
+                threading.Thread(target=self._pump, args=(pair, source, target), daemon=True).start()
 
-    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+    def _pump(self, pair: tuple[socket.socket, socket.socket], source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                if id(source) not in self._holes:
+                if pair not in self._holes:
                     target.sendall(data)
-        if id(source) not in self._holes:
-            for end in (source, target):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+        # An end that was swallowed is not told that the other went; it finds out by itself.
+        if pair not in self._holes or source is pair[0]:
+            self._close(pair)
+
+    def _close(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        with self._lock:
+            self._open.discard(pair)
+            self._holes.discard(pair)
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
 
 class Worker:
     """A Celery worker process of the service; its log is one file over restarts."""
 
-    def __init__(self, name: str, queues: str, *, env: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self, name: str, queues: str, *, env: Mapping[str, str], directory: Path, app: str = "workers.celery_app"
+    ) -> None:
         self.name = name
         self.queues = queues
+        self.app = app
         self.env = dict(os.environ) | dict(env) | {"REMAP_SIGTERM": "SIGQUIT"}
         self.log_path = directory / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -148,7 +176,7 @@ class Worker:
         """Start it, without waiting."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_begin = self.log_path.stat().st_size if self.log_path.exists() else 0
-        arguments = ["-A", "workers.celery_app", "worker", "-Q", self.queues, "-n", f"{self.name}@%h", "-c", "1"]
+        arguments = ["-A", self.app, "worker", "-Q", self.queues, "-n", f"{self.name}@%h", "-c", "1"]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "celery", *arguments, "--loglevel", "INFO"],
@@ -204,6 +232,76 @@ class Worker:
         return code
 
 
+class Web:
+    """The API, served by gunicorn as it is delivered; the port stays the same over restarts."""
+
+    def __init__(self, *, env: Mapping[str, str], directory: Path, app: str = "web.wsgi:app") -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.env = dict(os.environ) | dict(env) | {"FAIRSHARD_BIND": f"127.0.0.1:{self.port}"}
+        self.log_path = directory / "web.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._app = app
+
+    def start(self) -> Self:
+        """Start it, without waiting."""
+        arguments = ["-c", "python:web.gunicorn_conf", "--no-control-socket", self._app]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", *arguments],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = 20.0) -> tuple[int, Any]:
+        """Status and JSON of an answer; 0 where there was none."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                return int(answer.status), json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+        except (OSError, http.client.HTTPException):
+            return 0, None
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        assert self.process is not None
+        assert self.process.poll() is None, self.log_path.read_text()[-3000:]
+        return self.ask("GET", "/api/health/live")[0] == 200
+
+    def kill(self) -> None:
+        """kill -9 to the whole group."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self, *, timeout_s: float = 60.0) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=timeout_s)
+        self.kill()
+        return code
+
+    def __enter__(self) -> Self:
+        self.start()
+        until(self.ready, what=lambda: self.log_path.read_text()[-3000:])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
 class Service:
     """Redis, a planner and nodes of stated, unequal size, with one data folder."""
 
@@ -222,6 +320,7 @@ class Service:
         nodes: Mapping[str, tuple[float, int]] | None = None,
         env: Mapping[str, str] | None = None,
         appendonly: bool = True,
+        app: str = "workers.celery_app",
     ) -> None:
         self.directory = directory
         self.data = directory / "data"
@@ -232,7 +331,8 @@ class Service:
             "FAIRSHARD_DATA": str(self.data),
             "FAIRSHARD_MODELS_DIR": str(models_dir or self.data / "models"),
         } | dict(env or {})
-        self.planner = Worker("planner", "planner", env=self.env, directory=directory / "logs")
+        self.app = app
+        self.planner = Worker("planner", "planner", env=self.env, directory=directory / "logs", app=app)
         self.workers = {node_id: self._node(node_id) for node_id in self.nodes}
 
     def _node(self, node_id: str) -> Worker:
@@ -242,7 +342,7 @@ class Service:
             "FAIRSHARD_FLOP_PER_S": repr(flop_per_s),
             "FAIRSHARD_MEMORY_BYTES": str(memory_bytes),
         }
-        return Worker(node_id, f"compute,node.{node_id}", env=env, directory=self.directory / "logs")
+        return Worker(node_id, f"compute,node.{node_id}", env=env, directory=self.directory / "logs", app=self.app)
 
     @property
     def all_workers(self) -> list[Worker]:

@@ -511,10 +511,17 @@ class Jobs:
         ledger = self._services.ledger
         entries = journal.least_recent()
         states = ledger.states([job_id for job_id, _ in entries])
-        journal.forget([job_id for (job_id, _), state in zip(entries, states, strict=True) if state in ENDED])
+        now_ms = time.time() * 1000
+        # A young one stays, even if it ended: Redis may be killed before it wrote any of it to its disk.
+        old = [
+            (job_id, entry, state)
+            for (job_id, entry), state in zip(entries, states, strict=True)
+            if now_ms - entry["created_at"] >= _YOUNG_MS
+        ]
+        journal.forget([job_id for job_id, _, state in old if state in ENDED])
         again = 0
-        for (job_id, entry), state in zip(entries, states, strict=True):
-            if state is not None or time.time() * 1000 - entry["created_at"] < _YOUNG_MS:
+        for job_id, entry, state in old:
+            if state is not None:
                 continue
             del entry["created_at"]
             steps = [StepSpec(**{**step, "after": tuple(step["after"])}) for step in entry.pop("steps")]

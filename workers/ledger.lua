@@ -75,7 +75,7 @@ end_job = function(job, state, err)
     redis.call('HDEL', P .. 'submitters', found[4])
   end
   if present(found[7]) then redis.call('SREM', P .. 'waiters:' .. found[7], job) end
-  redis.call('DEL', P .. 'token:' .. job)
+  redis.call('DEL', P .. 'token:' .. job, P .. 'payload:' .. job .. ':profile')
   count('jobs_' .. state .. '_total')
   event(job, 'event', 'ended', 'state', state, 'error', err or '')
   local ttl = tonumber(found[5])
@@ -258,7 +258,8 @@ operations.claim = function(job, step, owner, lease_ms)
       return answer('poisoned')
     end
     attempts = attempts + 1
-    redis.call('HINCRBY', key, 'fence', 1)
+    -- Not just one more: a Redis that was killed may have forgotten the last second, and fences that it gave in it.
+    redis.call('HSET', key, 'fence', math.max(number(key, 'fence') + 1, now))
   end
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'attempts', attempts, 'started_at', now,
     'lease', now + tonumber(lease_ms))
@@ -318,7 +319,7 @@ operations.fail = function(job, step, fence, err, delay_ms, final)
     return answer('failed')
   end
   redis.call('HSET', key, 'error', err)
-  make_due(job, step, math.max(1, tonumber(delay_ms)))
+  make_due(job, step, math.min(math.max(1, tonumber(delay_ms)), LAST_RESEND_MS))
   count('retries_total')
   event(job, 'event', 'retry', 'step', step, 'state', 'queued', 'error', err)
   return answer('retry')
@@ -352,15 +353,32 @@ end
 
 -- The node is gone: each of its steps is closed as lost and its job planned again (or waits, by policy).
 operations.lose = function(node, err)
-  local lost = 0
-  for _, member in ipairs(redis.call('SMEMBERS', P .. 'at:' .. node)) do
+  local lost, members = 0, redis.call('SMEMBERS', P .. 'at:' .. node)
+  table.sort(members)
+  for _, member in ipairs(members) do
     local job, step = string.match(member, '^([^|]+)|(.+)$')
     if lose(job, step, node, err) then lost = lost + 1 end
   end
   return answer(tostring(lost))
 end
 
-operations.overdue = function(limit)
+-- Nothing is due later than the longest delay from now: what is was written before the clock was set back.
+local function mend_clock(limit, lease_ms)
+  local horizon = now + math.max(LAST_RESEND_MS, 10 * lease_ms)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', P .. 'due', '(' .. string.format('%d', horizon), '+inf', 'LIMIT', 0, limit)) do
+    local key = step_key(string.match(member, '^([^|]+)|(.+)$'))
+    if get(key, 'state') == 'running' then
+      redis.call('HSET', key, 'lease', now + lease_ms)
+      redis.call('ZADD', P .. 'due', now + lease_ms, member)
+    else
+      redis.call('HSET', key, 'not_before', now)
+      redis.call('ZADD', P .. 'due', now, member)
+    end
+  end
+end
+
+operations.overdue = function(limit, lease_ms)
+  mend_clock(tonumber(limit), tonumber(lease_ms))
   local late = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, tonumber(limit))
   for _, member in ipairs(late) do
     local job, step = string.match(member, '^([^|]+)|(.+)$')

@@ -13,8 +13,8 @@ A job is a few steps. Every transition below is one Lua script (`ledger.lua`) on
 
     job    queued ──first claim──► running ──last commit──► done | ──a step failed──► failed | ──cancel──► cancelled
 
-A claim returns a *fence*, a number that grows with every claim of the step; whoever comes with an older one is
-told so and can change nothing. A message that finds its step done, busy or closed is acknowledged and skipped.
+A claim returns a *fence*, a number that grows with every claim of the step (also over a restart of Redis that forgot
+the last second); whoever comes with an older one is told so and can change nothing. A message that finds its step done, busy or closed is acknowledged and skipped.
 """
 
 from __future__ import annotations
@@ -218,12 +218,16 @@ class Ledger:
         if outcome == "full":
             raise LimitExceeded(
                 f"{value} jobs are unfinished and the limit is {max_queued}: try again when some have ended",
-                details={"unfinished": int(value), "limit": max_queued},
+                details={"unfinished": int(value), "limit": max_queued, "setting": "FAIRSHARD_MAX_QUEUE"},
             )
         if outcome == "submitter_full":
             raise LimitExceeded(
                 f"{value} of your jobs are unfinished and the limit is {max_per_submitter}: wait, or cancel some",
-                details={"unfinished": int(value), "limit": max_per_submitter},
+                details={
+                    "unfinished": int(value),
+                    "limit": max_per_submitter,
+                    "setting": "FAIRSHARD_MAX_JOBS_PER_TOKEN",
+                },
             )
         return Submission(job_id=value, created=outcome == "created")
 
@@ -433,7 +437,7 @@ class Ledger:
         Returns:
             How many steps were overdue.
         """
-        return int(self._run("overdue", limit)[0])
+        return int(self._run("overdue", limit, self.lease_ms)[0])
 
     def nodes_in_use(self) -> frozenset[str]:
         """Nodes that alone can run some unfinished step."""

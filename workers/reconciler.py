@@ -6,7 +6,9 @@ One of the service's workers does it at a time, behind a lock in Redis; any othe
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +40,8 @@ class Reconciler:
     def __init__(self, ledger: Ledger, registry: Registry, *, now: Callable[[], float] = time.monotonic) -> None:
         self._ledger = ledger
         self._registry = registry
-        self._name = secrets.token_hex(8)
+        #: Tells whoever looks into Redis which process it is.
+        self._name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._now = now
         #: node_id -> when it was first missed.
         self._missed: dict[str, float] = {}

@@ -72,7 +72,6 @@ def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
         "sequence_length": profile.sequence_length,
     }
     services.profile_published(profile.model_name, record)
-    services.drop_payload(job_id, "profile")
     summary = {name: value for name, value in claim.result("profile").items() if name != "revision"}
     claim.then(job_result={"metadata": record | summary})
     return record

@@ -60,7 +60,7 @@ def test_steps_follow_each_other_and_the_job_ends_with_the_last(clocked: Clocked
     assert states(clocked, job_id) == {"job": "queued", "download": "queued", "profile": "waiting"}
 
     first = claim(clocked, job_id, "download")
-    assert (first.fence, first.attempt, first.params) == (1, 1, {"x": 1})
+    assert (first.attempt, first.params) == (1, {"x": 1})
     assert states(clocked, job_id)["job"] == "running"
     assert clocked.ledger.commit(first, {"revision": "abc"}) == "ok"
     assert clocked.taken() == ["profile"]
@@ -122,7 +122,8 @@ def test_a_vanished_worker_s_step_is_run_again_and_its_late_outcome_does_not_cou
     assert clocked.ledger.wake_overdue() == 1
     assert clocked.taken() == ["plan"]
     again = claim(clocked, job_id, "plan")
-    assert (again.fence, again.attempt) == (2, 2)
+    assert again.attempt == 2
+    assert again.fence > late.fence
     assert clocked.ledger.renew(late) == "fenced"
     assert clocked.ledger.commit(late, {"from": "late"}) == "fenced"
     assert clocked.ledger.fail(late, NotFound("x")) == "fenced"

@@ -1,13 +1,14 @@
 """Any interleaving of users, workers, messages, crashes, clock jumps and dying nodes, against a model of the ledger.
 
-What is checked after each step: the counters and indices agree with the steps; no outcome counts twice. And at the
-end, once workers work again: every job is done exactly once, failed with its reason, or cancelled, and nothing of
-it is left behind.
+What is checked after each step: the counters and indices agree with the steps; no outcome counts twice; nobody gets
+a step whose lease another holds, nor more often than its attempts. And at the end, once workers work again: every job
+is done exactly once, failed with its reason, or cancelled, and nothing of it is left behind.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from workers.ledger import ENDED, Claimed, StepSpec, Wakeup
 
 NODES = ("a", "b", "c")
 OPEN = {"waiting", "queued", "running"}
+LEASE_S = 15
+ATTEMPTS = 3
+#: A due time further off than this was written before the clock was set back.
+FAR_S = 600
 _server: list[RedisProcess] = []
 
 
@@ -41,7 +46,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clocked = Clocked(_server[0].client(), lease_s=15, job_ttl_s=10**9)
+        self.clocked = Clocked(_server[0].client(), lease_s=LEASE_S, max_attempts=ATTEMPTS, job_ttl_s=10**9)
         self.ledger = self.clocked.ledger
         self.jobs: list[str] = []
         #: Messages on their way: any may be lost, doubled or late.
@@ -51,7 +56,13 @@ class LedgerMachine(RuleBasedStateMachine):
         #: Jobs that someone cancelled, or that had a reason to fail.
         self.ended_early: set[str] = set()
         self.dead_nodes: set[str] = set()
-        self.owners = 0
+        self.owners = self.submissions = 0
+        #: (job, step) -> the fence that holds it, and until when.
+        self.leases: dict[tuple[str, str], tuple[int, int]] = {}
+        #: (job, step) -> claims that count against it.
+        self.attempts: Counter[tuple[str, str]] = Counter()
+        #: (job, step) -> the latest fence that was seen; they only grow.
+        self.fences: dict[tuple[str, str], int] = {}
 
     def teardown(self) -> None:
         self.finish_everything()
@@ -85,6 +96,7 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             steps = chain(*names[kind])
         unfinished = {job_id for job_id in self.jobs if self.ledger.job(job_id)["state"] not in ENDED}
+        self.submissions += 1
         try:
             given = self.ledger.submit(
                 "request" if kind == "both" else kind,
@@ -94,6 +106,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 single_flight=flight and f"{kind}:{flight}:{model}",
                 waits_for=self.ledger.running_request(model) if kind == "process" else None,
                 submitter="ann",
+                # The same in every run, or failures could not be shrunk.
+                job_id=f"{self.submissions:032x}",
                 on_node_loss=policy,
                 max_queued=limit,
             )
@@ -113,14 +127,41 @@ class LedgerMachine(RuleBasedStateMachine):
             job_id = data.draw(st.sampled_from(self.jobs))
             if self.ledger.cancel(job_id):
                 self.ended_early.add(job_id)
+                self.let_go(job_id)
             self.collect()
+
+    def let_go(self, job_id: str, *steps: str) -> None:
+        """Nobody holds these steps any more (none named: none of the job's)."""
+        for key in [key for key in self.leases if key[0] == job_id and (not steps or key[1] in steps)]:
+            del self.leases[key]
+
+    def start_over(self, job_id: str, *steps: str) -> None:
+        """The steps were put anew: nobody holds them, and their attempts count from nothing."""
+        self.let_go(job_id, *steps)
+        for step in steps:
+            self.attempts.pop((job_id, step), None)
 
     # -- workers -----------------------------------------------------------------------------------------------------
     def claim(self, wakeup: Wakeup) -> Claimed | None:
         self.owners += 1
+        key, now = (wakeup.job_id, wakeup.step), self.clocked.now_s
         claimed = self.ledger.claim(wakeup.job_id, wakeup.step, owner=f"w{self.owners}@h#1")
         self.collect()
-        return claimed if isinstance(claimed, Claimed) else None
+        held = key in self.leases and self.leases[key][1] > now
+        if isinstance(claimed, str):
+            assert claimed != "busy" or held
+            if claimed == "poisoned":
+                assert self.attempts[key] == ATTEMPTS
+                self.ended_early.add(wakeup.job_id)
+                self.let_go(wakeup.job_id)
+            return None
+        assert not held, (wakeup, self.leases[key], now)
+        self.attempts[key] += 1
+        assert claimed.attempt == self.attempts[key] <= ATTEMPTS
+        assert claimed.fence > self.fences.get(key, 0)
+        self.fences[key] = claimed.fence
+        self.leases[key] = (claimed.fence, now + LEASE_S)
+        return claimed
 
     @precondition(lambda self: self.messages)
     @rule(
@@ -154,6 +195,13 @@ class LedgerMachine(RuleBasedStateMachine):
         view = self.ledger.job(claimed.job_id)
         if standing == "cancelled":
             assert view["state"] == "cancelled"
+        key = (claimed.job_id, claimed.step)
+        if standing == "ok":
+            # A lease that ran out, and that nobody took, may be renewed all the same: its holder lives.
+            assert self.fences[key] == claimed.fence
+            self.leases[key] = (claimed.fence, self.clocked.now_s + LEASE_S)
+        else:
+            assert self.leases.get(key, (0, 0))[0] != claimed.fence, (standing, claimed)
 
     def commit_it(self, claimed: Claimed) -> str:
         add, drop = [], []
@@ -168,6 +216,10 @@ class LedgerMachine(RuleBasedStateMachine):
             result = {"by": claimed.fence}
         standing = self.ledger.commit(claimed, result, add=add, drop=drop, job_result={"last": claimed.step})
         self.collect()
+        if standing == "ok" and before != (self.ledger.result(claimed.job_id, "plan") or {}):
+            self.start_over(claimed.job_id, *(step.name for step in add), *drop)
+        if standing == "ok":
+            self.let_go(claimed.job_id, claimed.step)
         return standing
 
     @rule(claimed=claims)
@@ -192,31 +244,81 @@ class LedgerMachine(RuleBasedStateMachine):
         error = InvalidInput("bad") if final else Unavailable("away")
         outcome = self.ledger.fail(claimed, error, delay_s=delay, final=final)
         if outcome == "failed":
+            assert final or claimed.attempt == ATTEMPTS
             self.ended_early.add(claimed.job_id)
+            self.let_go(claimed.job_id)
+        elif outcome == "retry":
+            assert not final
+            assert claimed.attempt < ATTEMPTS
+            self.let_go(claimed.job_id, claimed.step)
         self.collect()
 
     @rule(claimed=claims)
     def defer(self, claimed: Claimed) -> None:
-        self.ledger.defer(claimed)
+        if self.ledger.defer(claimed) == "ok":
+            self.handed_back(claimed.job_id, claimed.step)
         self.collect()
+
+    def handed_back(self, job_id: str, step: str) -> None:
+        self.let_go(job_id, step)
+        self.attempts[job_id, step] -= 1
 
     @rule(claimed=claims)
     def worker_stops(self, claimed: Claimed) -> None:
-        self.ledger.hand_back(claimed.job_id, claimed.step, owner=f"w{self.owners}@h")
+        if self.ledger.hand_back(claimed.job_id, claimed.step, owner=f"w{self.owners}@h"):
+            self.handed_back(claimed.job_id, claimed.step)
         self.collect()
 
     # -- accidents ---------------------------------------------------------------------------------------------------
+    @rule(seconds=st.sampled_from([1, 6, 16, 700]))
+    def time_passes(self, seconds: int) -> None:
+        self.clocked.advance(seconds)
+
+    @rule(seconds=st.sampled_from([60, 86400]))
+    def clock_is_set_back(self, seconds: int) -> None:
+        self.clocked.advance(-seconds)
+        # Whoever holds a step holds it as long as before, or longer: until the reconciler mends it.
+
     @rule(seconds=st.sampled_from([0, 6, 16, 700]), limit=st.sampled_from([2, 500]))
     def reconcile(self, seconds: int, limit: int) -> None:
         self.clocked.advance(seconds)
+        now = self.clocked.now_s
         self.ledger.wake_overdue(limit=limit)
         self.collect()
+        far = {key for key, (_, until) in self.leases.items() if until > now + FAR_S}
+        mended = {key: (self.leases[key][0], now + LEASE_S) for key in far if self.lease(*key) == now + LEASE_S}
+        assert len(mended) == len(far) or limit == 2
+        self.leases |= mended
+        for job_id, step in list(self.leases):
+            # Taken from whoever was silent for too long; nobody else loses anything.
+            if self.lease(job_id, step) is None:
+                assert self.leases[job_id, step][1] <= now
+                del self.leases[job_id, step]
+
+    def lease(self, job_id: str, step: str) -> int | None:
+        """Until when the step is somebody's, as the ledger sees it."""
+        state, lease = self.clocked.client.hmget(f"fairshard:step:{job_id}:{step}", "state", "lease")
+        return int(lease) // 1000 if state == "running" else None
 
     @rule(node=st.sampled_from(NODES))
     def node_dies(self, node: str) -> None:
         self.dead_nodes.add(node)
         self.ledger.lose_node(node)
+        for job_id, step in list(self.leases):
+            if self.lease(job_id, step) is None:
+                # Its own step, and no other: or the step of a job that has nothing left to do.
+                assert step.endswith(f":{node}") or self.ledger.job(job_id)["state"] in ENDED
+                self.let_go(job_id, step)
+        for job_id in self.jobs:
+            if (job_id, "plan") in self.attempts and self.reopened(job_id):
+                self.attempts[job_id, "plan"] = 0
         self.collect()
+
+    def reopened(self, job_id: str) -> bool:
+        """Whether the plan is to be made again, and nobody does yet."""
+        key = f"fairshard:step:{job_id}:plan"
+        state, result, attempts = self.clocked.client.hmget(key, "state", "result", "attempts")
+        return state == "queued" and bool(result) and attempts == "0"
 
     @rule(node=st.sampled_from(NODES))
     def node_returns(self, node: str) -> None:
@@ -231,6 +333,10 @@ class LedgerMachine(RuleBasedStateMachine):
         for job_id in self.jobs:
             view = self.ledger.job(job_id)
             states = {step["name"]: step["state"] for step in view["steps"]}
+            spent = [
+                step["name"] for step in view["steps"] if step["state"] == "queued" and step["attempts"] >= ATTEMPTS
+            ]
+            assert not spent, (job_id, spent)
             open_steps = sum(state in OPEN for state in states.values())
             assert int(client.hget(f"fairshard:job:{job_id}", "open")) == open_steps, (job_id, states)
             if view["state"] in ENDED:
