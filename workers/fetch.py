@@ -96,7 +96,8 @@ class _Fetch:
         self._files: list[_File] = []
         self._ahead: queue.SimpleQueue[tuple[_File, int] | None] = queue.SimpleQueue()
         self._digester = Digester(crew)
-        self._readers: list[RangeReader] = []
+        #: Servers that failed though another was there to ask: a node that is gone is waited for once, not each time.
+        self._failed: set[int] = set()
         crew.on_stop(self._wake)
 
     def begin(self, outputs: Sequence[Output], segments: Sequence[Segment]) -> None:
@@ -167,9 +168,14 @@ class _Fetch:
         start = min(round_, len(segment.origins) - 1)
         *firsts, last = segment.origins[start:]
         for origin in firsts:
+            server = None if isinstance(origin, LocalOrigin) else origin.server
+            if id(server) in self._failed:
+                continue
             with contextlib.suppress(FairshardError, OSError):
                 return self._from(origin, file, segment, round_, readers)
             self._crew.check()
+            if server is not None:
+                self._failed.add(id(server))
         with explained(self._journal.folder / file.output.name):
             return self._from(last, file, segment, round_, readers)
 

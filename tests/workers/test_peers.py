@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from checkpoints import checkpoint
 from hub.server import TestHub
-from shard_cases import dealt, profile_of, raw_tensors
+from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
 from planner.errors import InvalidInput
 from planner.plan import Plan
@@ -18,7 +21,7 @@ from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
 from workers.downloader import resolve
 from workers.peer_server import PeerServer
-from workers.peers import find_peers
+from workers.peers import PATIENCE, find_peers
 from workers.splitter import split, verify
 
 TOKEN = "between nodes"
@@ -105,6 +108,32 @@ def test_a_byte_that_went_bad_on_the_peers_disk_is_taken_from_the_hub(world: Wor
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 0xFF]))
     world.take_over(tmp_path / "b")
+
+
+def test_a_peer_that_is_gone_is_waited_for_once(world: World, tmp_path: Path) -> None:
+    names = [layer.name for layer in world.profile.layers]
+    everyother = plan_of(world.profile, {"a": names[::2], "c": names[1::2]}, plan_id="everyother")
+    split(world.source, world.profile, everyother, node_id="a", output=world.shards / "everyother")
+    asked = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            nonlocal asked
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+                    asked += 1
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        peers = tuple(
+            replace(peer, url=f"{url}/x") for peer in world.peers() if peer.manifest.plan_id == "everyother"
+        )
+        whole = dealt(world.profile, ["b"], plan_id="whole")
+        split(world.source, world.profile, whole, node_id="b", output=tmp_path / "b", peers=peers, connections=1)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert raw_tensors(tmp_path / "b") == raw_tensors(checkpoint("llama"))
+    assert 0 < asked <= 2 * PATIENCE.attempts, "not once for each of the runs that it has"
 
 
 @pytest.mark.parametrize(
