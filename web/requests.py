@@ -15,6 +15,9 @@ from web.services import services
 
 blp = Blueprint("requests", __name__, url_prefix="/api", description="Have models profiled.")
 
+_PROFILES = "The request was received; its job downloads and profiles the model. Then call /api/process."
+_PLANS_TOO = "The request was received; its job downloads, profiles and plans the model."
+
 
 def now() -> str:
     """The time as answers carry it."""
@@ -49,7 +52,7 @@ def request_model(given: dict[str, Any]) -> Response:
     changed("request", model_name=given["model_name"], job_id=job["job_id"])
     response = jsonify(
         success=True,
-        message="The request was received; its job downloads and profiles the model. Then call /api/process.",
+        message=_PLANS_TOO if given.get("process") is not None else _PROFILES,
         model_name=given["model_name"],
         node_id=given.get("node_id"),
         received_at=now(),

@@ -187,7 +187,12 @@ def test_a_wrong_query_is_refused(client: FlaskClient, query: str) -> None:
 
 def test_an_accepted_request_is_queued_and_listed(client: FlaskClient) -> None:
     body = {"model_name": "a/b", "timestamp": 1700000000.5, "node_id": "n1", "process": {"strategy": "pipeline"}}
-    job_id = client.post("/api/request", json=body).get_json()["job_id"]
+    answer = client.post("/api/request", json=body).get_json()
+    # Whoever has the job go on to the plan need not be told to call for it.
+    assert "/api/process" not in answer["message"]
+    assert "/api/process" in client.post("/api/request", json={"model_name": "a/c"}).get_json()["message"]
+    client.delete(f"/api/jobs/{client.get('/api/jobs?model_name=a/c').get_json()['jobs'][0]['job_id']}")
+    job_id = answer["job_id"]
     job = client.get(f"/api/jobs/{job_id}").get_json()
     assert (job["state"], job["kind"], job["step"]) == ("queued", "request", "download")
     assert job["params"]["process"]["options"] == {"strategy": "pipeline"}
