@@ -31,7 +31,7 @@ def submit_batch(given: dict[str, Any]) -> Response:
     if len(entries) > most:
         raise InvalidInput(
             f"a batch holds at most {most} models, got {len(entries)}; send several",
-            details={"largest": most, "got": len(entries)},
+            details={"largest": most, "got": len(entries), "setting": "FAIRSHARD_MAX_BATCH"},
         )
     shared = given.get("process")
     submissions = []

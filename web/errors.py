@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException
 from planner import errors
 from planner.errors import FairshardError
 from planner.wire_fields import explain
+from web.services import services
 
 #: The nearest class in an error's line of descent decides.
 STATUS: dict[type[FairshardError], int] = {
@@ -31,6 +32,11 @@ STATUS: dict[type[FairshardError], int] = {
 }
 #: Seconds after which a refused caller may come back.
 RETRY_AFTER_S = {429: 10, 503: 5}
+#: Settings whose being reached is counted (`details.setting` names the one that was).
+LIMITS = (
+    "FAIRSHARD_MAX_BODY_BYTES", "FAIRSHARD_MAX_METADATA_BYTES", "FAIRSHARD_MAX_BATCH", "FAIRSHARD_MAX_QUEUE",
+    "FAIRSHARD_MAX_JOBS_PER_TOKEN", "FAIRSHARD_RATE_LIMIT", "FAIRSHARD_LISTENERS",
+)  # fmt: skip
 #: Clearer than werkzeug's.
 _MESSAGES = {
     404: "there is nothing at this address; /docs lists what there is",
@@ -88,6 +94,9 @@ def payload(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The one form in which an error is answered."""
+    setting = (details or {}).get("setting")
+    if setting in LIMITS:
+        g.limit = setting  # for web.metrics
     text = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."
     response = jsonify({"error": text, "code": code, "details": dict(details or {})})
     response.status_code = status
@@ -129,8 +138,17 @@ def _http(error: HTTPException) -> Response:
         return payload(line, status=status, code="invalid_input", details={"fields": fields}, headers=headers)
     if status == 413:
         most = request.max_content_length or 0
+        own = most == services().web.max_body_bytes
+        setting = "FAIRSHARD_MAX_BODY_BYTES" if own else "FAIRSHARD_MAX_METADATA_BYTES"
+        details = {"largest_bytes": most, "setting": setting}
+        return payload(f"the body is larger than {most:,} bytes", status=413, code="too_large", details=details)
+    if status == 429:
         return payload(
-            f"the body is larger than {most:,} bytes", status=413, code="too_large", details={"largest_bytes": most}
+            f"too many requests: at most {error.description} are answered; Retry-After says when to come back",
+            status=429,
+            code="limit_exceeded",
+            details={"limit": error.description, "setting": "FAIRSHARD_RATE_LIMIT"},
+            headers=headers,
         )
     message = _MESSAGES.get(status) or error.description or HTTPStatus(status).phrase
     return payload(message, status=status, code=_code(status), headers=headers)

@@ -53,7 +53,7 @@ def stream(job_id: str, *, after: str) -> Response:
             f"all {made.web.listeners} event streams of this process are in use; poll the job instead",
             status=503,
             code="too_many_listeners",
-            details={"listeners": made.web.listeners},
+            details={"listeners": made.web.listeners, "setting": "FAIRSHARD_LISTENERS"},
         )
     response = Response(
         _lines(made.jobs, job_id, start, longest_s=made.web.max_stream_s, gone=stopping()),

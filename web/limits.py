@@ -7,6 +7,7 @@ from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 
 from web.auth import is_loopback
+from web.errors import Refused
 from web.guard import caller_name
 from web.services import services, services_of
 
@@ -19,6 +20,14 @@ def _key() -> str:
 
 
 def _body() -> None:
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        # A few bytes may unfold into gigabytes.
+        raise Refused(
+            f"a body with Content-Encoding {encoding[:40]!r} is not unpacked: send it as it is",
+            status=415,
+            code="unsupported_media_type",
+        )
     view = current_app.view_functions.get(request.endpoint or "")
     if getattr(view, "takes_metadata", False):
         request.max_content_length = services().web.max_metadata_bytes
@@ -38,8 +47,9 @@ def init_app(app: Flask) -> None:
         return
     limiter = Limiter(
         _key,
-        default_limits=[limit],
-        default_limits_exempt_when=_exempt,
+        # Over all addresses together: a default limit would be each address's own.
+        application_limits=[limit],
+        application_limits_exempt_when=_exempt,
         storage_uri=made.settings.redis_url,
         storage_options={"socket_connect_timeout": 1, "socket_timeout": 1},
         key_prefix="fairshard:limits",

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from flask import Blueprint, Flask, Response, current_app, g, request
 
 from planner.errors import Unavailable
+from web.errors import LIMITS
 from web.services import services
 
 blp = Blueprint("metrics", __name__)
@@ -30,10 +31,13 @@ class Counts:
         self._lock = threading.Lock()
         self.answers: Counter[tuple[str, str, int]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.limits = dict.fromkeys(LIMITS, 0)
 
-    def add(self, operation: str, method: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+    def add(self, operation: str, method: str, status: int, seconds: float, limit: str | None) -> None:
+        """Count an answer, and the setting whose limit was reached."""
         with self._lock:
+            if limit is not None:
+                self.limits[limit] += 1
             self.answers[operation, method, status] += 1
             self.seconds[operation] += seconds
 
@@ -42,6 +46,7 @@ class Counts:
         label = f'process="{os.getpid()}"'
         with self._lock:
             answers, seconds = sorted(self.answers.items()), sorted(self.seconds.items())
+            limits = sorted(self.limits.items())
         return [
             "# HELP fairshard_http_responses_total Answers by operation and status; 413, 429 and 503 are limits.",
             "# TYPE fairshard_http_responses_total counter",
@@ -49,6 +54,9 @@ class Counts:
                 f'fairshard_http_responses_total{{operation="{op}",method="{method}",status="{status}",{label}}} {n}'
                 for (op, method, status), n in answers
             ),
+            "# HELP fairshard_limits_reached_total Requests that a limit refused, by the setting that has it.",
+            "# TYPE fairshard_limits_reached_total counter",
+            *(f'fairshard_limits_reached_total{{setting="{setting}",{label}}} {n}' for setting, n in limits),
             "# HELP fairshard_http_seconds_total Time spent answering, by operation.",
             "# TYPE fairshard_http_seconds_total counter",
             *(f'fairshard_http_seconds_total{{operation="{op}",{label}}} {spent:.6f}' for op, spent in seconds),
@@ -71,6 +79,7 @@ def init_app(app: Flask) -> None:
             request.method if request.method in known else "other",
             response.status_code,
             time.perf_counter() - g.get("started", time.perf_counter()),
+            g.get("limit"),
         )
         return response
 

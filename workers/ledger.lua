@@ -163,7 +163,7 @@ end
 local function vanished(step, found, max)
   return cjson.encode({code = 'worker_lost', details = {step = step, owner = found, attempts = max},
     message = 'step ' .. step .. ' was given up after ' .. max .. ' attempts: its worker (last ' .. (found or 'unknown') ..
-      ') vanished each time; it may need more memory than the machine has'})
+      ') vanished each time; it may need more memory than the machine has, or than FAIRSHARD_STEP_MEMORY_BYTES lets it take'})
 end
 
 local function lose(job, step, node, err)

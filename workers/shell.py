@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
+from redis.exceptions import RedisError
 
 from planner.errors import FairshardError, NodeFailure
 from workers.celery_app import MESSAGE_VERSION
@@ -58,11 +59,14 @@ def step_task(name: str) -> Callable[[Work], Any]:
                         return work(services, claim)
                 except SoftTimeLimitExceeded:
                     limit_s = services.queue.step_time_s
+                    _count(services, "step_time_limit_total")
                     raise NodeFailure(
                         f"{hostname}: step {step} took longer than {limit_s:.0f} s (FAIRSHARD_STEP_TIME_S)",
                         details={"limit_s": limit_s, "node_id": services.settings.node_id},
                     ) from None
                 except (NodeFailure, MemoryError, OSError) as error:
+                    if isinstance(error, MemoryError):
+                        _count(services, "step_memory_limit_total")
                     # Whoever reads the job is on another machine: which node it was must be said.
                     cause = explained(error)
                     if not isinstance(cause, NodeFailure):
@@ -94,6 +98,12 @@ def step_task(name: str) -> Callable[[Work], Any]:
         return shared_task(name=name, bind=True, throws=(FairshardError,))(body)
 
     return decorate
+
+
+def _count(services: Services, name: str) -> None:
+    # The ledger's metrics show it; the step's outcome does not depend on it.
+    with contextlib.suppress(RedisError):
+        services.redis.hincrby(f"{services.queue.prefix}counters", name, 1)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from web_cases import NODES, SEED_METADATA, Server, error_of
 from planner.errors import InvalidInput
 from web.app import create_app
 from web.auth import new_token
+from web.errors import LIMITS
 from workers.settings import Settings, WebSettings
 
 
@@ -28,7 +32,10 @@ def test_a_large_body_is_413_before_it_is_read(client: FlaskClient) -> None:
     for path in ("/api/request", "/api/process", "/api/batches", "/api/get-plan"):
         answer = client.post(path, data=_body(2**20), content_type="application/json")
         assert answer.status_code == 413
-        assert error_of(answer)["details"] == {"largest_bytes": 2**20}
+        assert error_of(answer)["details"] == {
+            "largest_bytes": 2**20,
+            "setting": "FAIRSHARD_MAX_BODY_BYTES",
+        }
 
 
 def test_a_body_of_100_mb_is_413_everywhere(client: FlaskClient) -> None:
@@ -49,7 +56,10 @@ def test_a_body_in_chunks_has_the_same_limit(client: FlaskClient, size: int, sta
     )
     assert answer.status_code == status
     if status == 413:
-        assert error_of(answer)["details"] == {"largest_bytes": 2**20}
+        assert error_of(answer)["details"] == {
+            "largest_bytes": 2**20,
+            "setting": "FAIRSHARD_MAX_BODY_BYTES",
+        }
 
 
 def test_metadata_may_be_larger_than_other_bodies(client: FlaskClient) -> None:
@@ -62,7 +72,7 @@ def test_a_batch_has_a_largest_size(make_app: Any) -> None:
     client = make_app(max_batch=3).test_client()
     answer = client.post("/api/batches", json={"models": ["a/b", "a/c", "a/d", "a/e"]})
     assert answer.status_code == 422
-    assert error_of(answer)["details"] == {"largest": 3, "got": 4}
+    assert error_of(answer)["details"] == {"largest": 3, "got": 4, "setting": "FAIRSHARD_MAX_BATCH"}
     assert client.post("/api/batches", json={"models": ["a/b", "a/c", "a/d"]}).status_code == 202
 
 
@@ -114,6 +124,49 @@ def test_the_rate_is_limited_per_caller_and_counted_in_redis(
 
 def test_there_is_no_rate_limit_on_loopback(client: FlaskClient) -> None:
     assert {client.get("/api/nodes").status_code for _ in range(700)} == {200}
+
+
+def test_each_limit_names_its_setting_and_is_counted(make_app: Any, tmp_path: Path) -> None:
+    one, two, three = (new_token(tmp_path / "tokens.json", name, ["submit"]) for name in ("one", "two", "three"))
+    limits = {"max_batch": 2, "max_queue": 2, "max_jobs_per_token": 1, "rate_limit": "6/minute", "listeners": 1}
+    client = make_app(tokens_file=tmp_path / "tokens.json", max_metadata_bytes=2**20 + 1, **limits).test_client()
+
+    def reached(token: str, path: str, **sent: Any) -> tuple[int, str]:
+        answer = client.post(path, headers={"Authorization": f"Bearer {token}"}, **sent)
+        return answer.status_code, (answer.get_json().get("details") or {}).get("setting", "")
+
+    large = {"content_type": "application/json", "environ_overrides": {"CONTENT_LENGTH": "100000000"}}
+    assert reached(one, "/api/request", **large) == (413, "FAIRSHARD_MAX_BODY_BYTES")
+    assert reached(one, "/api/plans/preview", **large) == (413, "FAIRSHARD_MAX_METADATA_BYTES")
+    assert reached(one, "/api/batches", json={"models": ["a/b"] * 3}) == (422, "FAIRSHARD_MAX_BATCH")
+    job = client.post("/api/request", json={"model_name": "a/b"}, headers={"Authorization": f"Bearer {one}"})
+    assert reached(one, "/api/request", json={"model_name": "a/c"}) == (429, "FAIRSHARD_MAX_JOBS_PER_TOKEN")
+    assert reached(two, "/api/request", json={"model_name": "a/c"})[0] == 202
+    assert reached(three, "/api/request", json={"model_name": "a/d"}) == (429, "FAIRSHARD_MAX_QUEUE")
+    assert reached(one, "/api/get-plan", json={"model_name": "a/b", "node_id": "n"})[0] == 404
+    assert reached(one, "/api/get-plan", json={}) == (429, "FAIRSHARD_RATE_LIMIT")
+    events = f"/api/jobs/{job.get_json()['job_id']}/events"
+    stream = client.get(events, headers={"Authorization": f"Bearer {two}"}, buffered=False)
+    refused = client.get(events, headers={"Authorization": f"Bearer {two}"})
+    assert (refused.status_code, error_of(refused)["details"]["setting"]) == (503, "FAIRSHARD_LISTENERS")
+    stream.close()
+    text = client.get("/metrics", headers={"Authorization": f"Bearer {two}"}).get_data(as_text=True)
+    counted = dict(
+        re.findall(r'^fairshard_limits_reached_total\{setting="(\w+)",.*\} (\d+)$', text, flags=re.MULTILINE)
+    )
+    assert counted == dict.fromkeys(LIMITS, "1")
+
+
+def test_a_packed_body_is_refused_and_not_unpacked(client: FlaskClient) -> None:
+    bomb = gzip.compress(b'{"model_name": "a/b", "node_id": "' + b"x" * 50_000_000 + b'"}')
+    for encoding in ("gzip", "deflate", "br", "zstd"):
+        answer = client.post(
+            "/api/request", data=bomb, content_type="application/json", headers={"Content-Encoding": encoding}
+        )
+        assert answer.status_code == 415
+        assert "Content-Encoding" in error_of(answer)["error"]
+    plain = client.post("/api/request", json={"model_name": "a/b"}, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 202
 
 
 def test_event_streams_are_few_and_give_their_place_back(make_app: Any) -> None:
