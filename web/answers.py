@@ -206,6 +206,8 @@ class ProgressOut(Answer):
     done = number()
     total = number(allow_none=True)
     what = maybe()
+    rate_per_s = number(allow_none=True)
+    eta_s = number(allow_none=True)
 
 
 class JobErrorOut(Answer):

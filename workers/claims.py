@@ -19,6 +19,7 @@ from typing import Any
 from planner.errors import AccessDenied, Cancelled, FairshardError, NodeFailure, Unavailable
 from workers.joining import Joining
 from workers.ledger import Claimed, Ledger, StepSpec
+from workers.progress import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Claim:
         self.claimed = claimed
         self._stop: Exception | None = None
         self._progress: dict[str, Any] | None = None
+        self._pace = Pace()
         self._add: tuple[StepSpec, ...] = ()
         self._drop: tuple[str, ...] = ()
         self._job_result: Mapping[str, Any] | None = None
@@ -127,13 +129,14 @@ class Claim:
 
     def beat(self) -> None:
         """Renew the lease; remember it if the work should stop."""
-        progress, self._progress = self._progress, None
+        told, self._progress = self._progress, None
+        progress = told and told | self._pace.figures(told["done"], told["total"], told["what"])
         try:
             standing = self._ledger.renew(self.claimed, progress=progress)
         except Unavailable as error:
             # The work goes on: if the lease runs out meanwhile, the fence keeps its outcome from counting twice.
             logger.warning("job %s, step %s: lease not renewed: %s", self.claimed.job_id, self.claimed.step, error)
-            self._progress = self._progress or progress
+            self._progress = self._progress or told
             return
         if standing == "cancelled":
             self._stop = Cancelled(f"job {self.claimed.job_id} was cancelled")

@@ -207,7 +207,8 @@ def _far(step: Mapping[str, Any]) -> str:
     at = step.get("progress") or {}
     if not at.get("total"):
         return ""
-    return f"{at['done'] / at['total']:.0%} of {shown_bytes(at['total'])}"
+    left = f", {at['eta_s']:.0f} s left" if step["state"] == "running" and at.get("eta_s") is not None else ""
+    return f"{at['done'] / at['total']:.0%} of {shown_bytes(at['total'])}{left}"
 
 
 def _message(entry: Mapping[str, Any]) -> str:

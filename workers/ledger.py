@@ -248,9 +248,9 @@ class Ledger:
     def job(self, job_id: str) -> dict[str, Any]:
         """The job as JSON.
 
-        `{job_id, kind, state, step, steps: [{name, state, attempts, progress: {done, total, what} | null,
-        error: {code, message, details} | null, node_id, started_at, ended_at}], model_name, params, error, result,
-        submitter, batch_id, waits_for, created_at, started_at, ended_at}`; times are RFC 3339 in UTC or null.
+        `{job_id, kind, state, step, steps: [{name, state, attempts, progress: {done, total, what, rate_per_s, eta_s}
+        | null, error: {code, message, details} | null, node_id, started_at, ended_at}], model_name, params, error,
+        result, submitter, batch_id, waits_for, created_at, started_at, ended_at}`; times are RFC 3339 in UTC or null.
 
         Raises:
             NotFound: If there is no such job.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
+
+#: Seconds that a rate looks back over: long enough to be calm, short enough to follow a server's moods.
+_WINDOW_S = 15.0
 
 
 class Progress(Protocol):
@@ -17,3 +23,29 @@ class Progress(Protocol):
 
 def silent(done: int, total: int | None, /, *, what: str = "") -> None:
     """The progress of those who do not ask."""
+
+
+class Pace:
+    """How fast something is done, and how long the rest of it will take, by the last seconds."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._what = ""
+        #: (time, units done by then), oldest first.
+        self._told: deque[tuple[float, int]] = deque()
+
+    def figures(self, done: int, total: int | None, what: str) -> dict[str, float | None]:
+        """`{rate_per_s, eta_s}`: units a second, and seconds; None where there is nothing to tell it by yet."""
+        now = self._clock()
+        if self._told and (what != self._what or done < self._told[-1][1]):
+            self._told.clear()
+        self._what = what
+        self._told.append((now, done))
+        while len(self._told) > 2 and now - self._told[1][0] >= _WINDOW_S:
+            self._told.popleft()
+        began, before = self._told[0]
+        if now <= began:
+            return {"rate_per_s": None, "eta_s": None}
+        rate = (done - before) / (now - began)
+        left = None if total is None or not rate else round(max(0, total - done) / rate, 1)
+        return {"rate_per_s": round(rate, 1), "eta_s": left}

@@ -378,6 +378,32 @@ def test_cancel_works_at_each_step_and_leaves_nothing(hub: TestHub, hub_service:
 # -- the rest of what jobs can do
 
 
+def test_progress_says_how_fast_and_how_long_still(hub: TestHub, service: Service) -> None:
+    hub.add_repo("tester/pace", checkpoint("llama_deep"))
+    jobs = service.jobs()
+    done(service, jobs.submit_request("tester/pace")["job_id"])
+    hub.fault("trickle", path="*.safetensors", where="cdn", bytes_per_s=30_000, times=None)
+    job_id = jobs.submit_process("tester/pace")["job_id"]
+
+    def paced() -> list[dict[str, Any]]:
+        reports = [step["progress"] or {} for step in jobs.job(job_id)["steps"] if step["name"].startswith("split:")]
+        return [report for report in reports if report.get("rate_per_s") and report["eta_s"]]
+
+    report = until(paced, what=lambda: json.dumps(jobs.job(job_id)))[0]
+    assert 0 < report["done"] < report["total"]
+    assert report["eta_s"] == pytest.approx((report["total"] - report["done"]) / report["rate_per_s"], abs=0.2)
+    hub.faults.clear()
+    done(service, job_id)
+    told: dict[str, list[int]] = {}
+    for event_id, event in jobs.events(job_id):
+        if event["event"] == "progress":
+            assert {"done", "total", "what", "rate_per_s", "eta_s"} == event["progress"].keys()
+            told.setdefault(event["step"], []).append(int(event_id.partition("-")[0]))
+    assert len([step for step in told if step.startswith("split:")]) == 3
+    for times in told.values():
+        assert len(times) <= 2 * (times[-1] - times[0]) / 1000 + 1, "at most twice a second"
+
+
 def test_a_batch_shows_the_whole_and_each(hub: TestHub, service: Service) -> None:
     hub.add_repo("tester/good", checkpoint("llama"))
     jobs = service.jobs()

@@ -27,7 +27,9 @@ export function progress(step) {
   if (!step) return "";
   const size = /^(headers|layers|trace)/.test(step.what || "") ? String : bytes;
   const total = step.total ? ` of ${size(step.total)}` : "";
-  return `${size(step.done ?? 0)}${total}${step.what ? ` · ${step.what}` : ""}`;
+  const pace = step.rate_per_s ? ` · ${size(Math.round(step.rate_per_s))}/s` : "";
+  const left = step.rate_per_s && step.eta_s !== null && step.eta_s !== undefined ? ` · ${seconds(step.eta_s)} left` : "";
+  return `${size(step.done ?? 0)}${total}${step.what ? ` · ${step.what}` : ""}${pace}${left}`;
 }
 
 /** How long ago, in words. */
