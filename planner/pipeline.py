@@ -173,7 +173,7 @@ def _solve_sequence(problem: Problem, work: Work, memory: Ints, *, bound: float,
     forward = Sequence(problem, memory)
     if budget_s is not None:
         nodes = _place(problem, [forward, *_mirrored(problem, memory, forward)], budget_s)
-        return nodes, math.inf if nodes is None and forward.is_exact else bound
+        return nodes, math.inf if nodes is None and forward.impossible else bound
     if forward.is_exact:
         return _bisect(problem, forward, bound)
     if is_exact(work) and len(work.kind):
@@ -194,6 +194,9 @@ def _place(problem: Problem, ways: list[Sequence], budget_s: float) -> Ints | No
     best: Ints | None = None
     for at, way in enumerate(ways):
         stages = way.place(budget_s)
+        if way.impossible:  # from the back as well
+            ways[0].impossible = True
+            return None
         if stages is not None:
             nodes = way.assignment(stages, reverse=at == 1)
             if best is None or problem.bottleneck_s(nodes) < problem.bottleneck_s(best):
@@ -226,43 +229,43 @@ def _bisect(problem: Problem, sequence: Sequence, bound: float) -> Found:
 
 
 def _search(problem: Problem, ways: list[Sequence], bound: float) -> Found:
-    """A beam at growing budgets until one is enough, then other orders of the nodes at smaller ones."""
+    """Growing budgets until one is enough; then what prices exclude, and between both ever smaller budgets."""
     found: Ints | None = None
-    failed, excess = bound, 0.0005
-    for _ in range(16):
+    forward, low, excess = ways[0], bound, 0.0005
+    for _ in range(18):
         probe = bound * (1 + excess) if excess < 1e6 and bound > 0 else math.inf
         found = _place(problem, ways, probe)
         if found is not None:
             break
         if math.isinf(probe):
-            ordered = ways[0].reorder(math.inf, [], tries=20_000)
-            if ordered is None:
-                return None, bound
-            found = ordered
+            found = None if forward.impossible else forward.reorder(math.inf, [], tries=20_000)
+            if found is None:
+                return None, math.inf if forward.impossible else low
             break
-        failed, excess = probe, excess * 3 if excess < 1 else excess * 30
-    if found is None:
-        return None, bound
+        if forward.impossible:
+            low = probe
+        excess *= 3 if excess < 1 else 30
+    assert found is not None
     high = problem.bottleneck_s(found)
-    for _ in range(8):
+    open_s = high
+    for _ in range(9):
+        if open_s <= low * 1.0005:
+            break
+        probe = (low + open_s) / 2
+        if forward.excludes(probe):
+            low = probe
+        else:
+            open_s = probe
+    failed = low
+    for _ in range(9):
         if high <= failed * 1.0005:
             break
         probe = (failed + high) / 2
         nodes = _place(problem, ways, probe)
         if nodes is None:
-            nodes = ways[0].reorder(probe, found.tolist())
+            nodes = forward.reorder(probe, found.tolist())
         if nodes is None:
             failed = probe
         else:
             found, high = nodes, problem.bottleneck_s(nodes)
-    # The beam's failures prove nothing: try again below them, by order alone.
-    for _ in range(6):
-        if high <= bound * 1.001:
-            break
-        nodes = ways[0].reorder(bound + 0.7 * (high - bound), found.tolist())
-        if nodes is None:
-            nodes = ways[0].reorder(bound + 0.93 * (high - bound), found.tolist())
-        if nodes is None:
-            break
-        found, high = nodes, problem.bottleneck_s(nodes)
-    return found, min(bound, high)
+    return found, min(low, high)

@@ -12,12 +12,13 @@ import random
 
 import numpy as np
 
-from planner.problem import SLACK, Floats, Ints, Problem
+from planner.prices import Prices, price_nodes
+from planner.problem import SLACK, Ints, Problem
 
 #: States up to which the programme over class counts is solved exactly.
 EXACT_STATES = 20_000
 #: Node sets kept a step beyond that.
-BEAM = 12
+BEAM = 24
 
 
 class Sequence:
@@ -52,6 +53,9 @@ class Sequence:
         self.counts = [len(nodes) for nodes in self.classes]
         self.states = math.prod(count + 1 for count in self.counts) if len(self.counts) <= 16 else EXACT_STATES + 1
         self._levels: list[tuple[Ints, list[tuple[int, Ints, Ints]]]] | None = None
+        #: Of the last budget looked at.
+        self.prices: Prices | None = None
+        self.impossible = False
 
     def _limits(self, heads: list[int], pinned: Ints) -> Ints:
         """(C, L + 1) furthest end that memory, shares and pins allow from each position."""
@@ -80,19 +84,25 @@ class Sequence:
         return np.minimum(ends, self.limit)
 
     def place(self, budget_s: float) -> list[tuple[int, int, int]] | None:
-        """Stages [(class, start, end)] that cover all layers within `budget_s`, or None if none were found."""
+        """Stages [(class, start, end)] that cover all layers within `budget_s`, or None if none were found.
+
+        Sets `impossible` to whether that is proven.
+        """
         reach = self.reach(budget_s)
         if self.is_exact:
-            return self._place_exact(reach)
-        found = self._place_beam(reach, self._before_flop)
-        if found is None and self.is_tight:
-            found = self._place_beam(reach, self._before_bytes.astype(np.float64))
-        return found
+            found = self._place_exact(reach)
+            self.impossible = found is None
+            return found
+        self.prices = price_nodes(reach, self.counts, None if self.prices is None else self.prices.worth)
+        self.impossible = self.prices.impossible
+        return None if self.impossible else self._place_beam(reach, self.prices)
 
-    @property
-    def is_tight(self) -> bool:
-        """Whether memory is scarce, so that what a node wastes of it counts more than what it wastes of its time."""
-        return bool(self.problem.capacity.sum() < 1.6 * self._before_bytes[-1])
+    def excludes(self, budget_s: float) -> bool:
+        """Whether prices prove that no stages keep `budget_s`."""
+        self.prices = price_nodes(
+            self.reach(budget_s), self.counts, None if self.prices is None else self.prices.worth
+        )
+        return self.prices.impossible
 
     @property
     def is_exact(self) -> bool:
@@ -145,16 +155,13 @@ class Sequence:
                 return stages[::-1]
         return None
 
-    def _place_beam(self, reach: Ints, before: Floats) -> list[tuple[int, int, int]] | None:
-        """Best few node sets a step, by how much more of `before` (FLOP or bytes) they covered than on average."""
+    def _place_beam(self, reach: Ints, prices: Prices) -> list[tuple[int, int, int]] | None:
+        """Best few node sets a step, by how much more of the layers' price they covered than their nodes' price."""
         classes = len(self.classes)
         left = np.array([self.counts], dtype=np.int64)
         position = np.zeros(1, dtype=np.int64)
         trail: list[tuple[Ints, Ints, Ints]] = []
-        # What a node is worth: what it would cover from the average position.
-        starts = np.linspace(0, self.layers - 1, min(self.layers, 64)).astype(np.int64)
-        worth = (before[reach[:, starts]] - before[starts][None, :]).mean(axis=1)
-        worth = np.maximum(worth, (reach[:, starts] - starts[None, :]).mean(axis=1) * 1e-6)
+        before, worth = prices.covered, prices.worth
         spent = np.zeros(1)
         for _ in range(sum(self.counts)):
             ends = reach[:, position].T  # (B, C)
