@@ -58,6 +58,8 @@ class Server:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     #: What to say when access is denied.
     remedy: str = ""
+    #: Whether it may send us elsewhere, as the Hub does.
+    redirects: bool = True
     #: Address of a file -> where it was redirected to (a signed address with an end).
     _locations: dict[str, str] = field(default_factory=dict)
     #: Address of a file -> the ETag that the CDN gave first.
@@ -171,8 +173,8 @@ class RangeReader:
         status = response.status
         if status in {301, 302, 303, 307, 308}:
             location = response.getheader("Location")
-            if not location:
-                raise Transient(f"HTTP {status} without a Location")
+            if not location or not self._server.redirects:
+                raise Transient(f"HTTP {status} {'without a Location' if not location else 'where none is followed'}")
             response.read(_SKIP_BYTES)
             target = urllib.parse.urljoin(url, location)
             if _origin(target) != _origin(file.url):

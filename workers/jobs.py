@@ -8,7 +8,6 @@ delete    delete:<node> ...
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import secrets
 import time
@@ -104,7 +103,7 @@ class Jobs:
         job_id = secrets.token_hex(16)
         if entry.get("single_flight") and hub_token:
             # Two users' views of a private model are two things.
-            entry["single_flight"] += hashlib.sha256(hub_token.encode() + services.queue.prefix.encode()).hexdigest()
+            entry["single_flight"] += services.tokens.fingerprint(hub_token)
         if journal is not None:
             plain = [{"name": step.name, "task": step.task, "queue": step.queue, "after": list(step.after),
                       "node_id": step.node_id, "args": dict(step.args)} for step in steps]  # fmt: skip

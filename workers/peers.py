@@ -47,7 +47,7 @@ def find_peers(
 
 def _shards_at(url: str, token: str, wanted: tuple[str, str], policy: RetryPolicy) -> list[Peer]:
     found = []
-    server = Server(headers={"Authorization": f"Bearer {token}"}, policy=policy)
+    server = Server(headers={"Authorization": f"Bearer {token}"}, policy=policy, redirects=False)
     try:
         for shard in _json(url, "/", server.headers, policy)["shards"]:
             if (shard["model_name"], shard["revision"]) == wanted:

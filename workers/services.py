@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import NotFound
+from planner.errors import InvalidInput, NotFound
+from planner.limits import MAX_JSON_BYTES
 from workers.connection import connect
 from workers.joining import Joining
 from workers.ledger import Ledger, Wakeup, reachable
@@ -97,12 +98,19 @@ class Services:
 
         Raises:
             NotFound: If there is nothing.
+            InvalidInput: If it unpacks to more than metadata takes.
         """
         with reachable():
             packed: Any = self.redis.get(f"{self.queue.prefix}payload:{job_id}:{name}")
         if packed is None:
             raise NotFound(f"job {job_id} has no {name}: it was lost with Redis, or dropped after a day")
-        return json.loads(zlib.decompress(base64.b85decode(packed)))
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(base64.b85decode(packed), MAX_JSON_BYTES)
+        if unpacker.unconsumed_tail:
+            raise InvalidInput(
+                f"job {job_id}'s {name} unpacks to more than the {MAX_JSON_BYTES:,} bytes of any metadata"
+            )
+        return json.loads(text)
 
     def drop_payload(self, job_id: str, name: str) -> None:
         """Forget what `put_payload` kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -261,6 +262,32 @@ def test_each_change_leaves_one_audit_line(make_app: Any, tokens: dict[str, str]
     assert lines[0]["job_id"] == lines[1]["job_id"] == job_id
     assert all(line["address"] and line["time"] and line["request_id"] for line in lines)
     assert tokens["admin"] not in log.read_text()
+
+
+def test_every_call_that_changes_something_says_so_in_the_audit(client: FlaskClient) -> None:
+    views = client.application.view_functions
+    changing = {
+        rule.endpoint
+        for rule in client.application.url_map.iter_rules()
+        if {"POST", "PUT", "PATCH", "DELETE"} & (rule.methods or set())
+        and getattr(views[rule.endpoint], "needs_scope", "submit") != "read"
+    }
+    assert len(changing) == 5
+    for endpoint in changing:
+        assert "changed(" in inspect.getsource(inspect.unwrap(views[endpoint])), endpoint
+
+
+@pytest.mark.parametrize("field", ["model_name", "metadata_repo", "revision", "node_id"])
+@pytest.mark.parametrize(
+    "value",
+    ["http://169.254.169.254/x", "file:///etc/passwd", "../../etc/passwd", "a/b@evil.example", "//evil.example/x",
+     "a/b?x=1", "a/b#x", "a/b\x00", "/etc/passwd", "a\\b"],
+)  # fmt: skip
+def test_no_request_names_an_address_or_a_path(client: FlaskClient, field: str, value: str) -> None:
+    body = {"model_name": "a/b"} | {field: value}
+    answer = client.post("/api/process", json=body)
+    assert answer.status_code == 422
+    assert field in error_of(answer)["error"]
 
 
 def test_a_users_hub_token_is_nowhere_in_the_open(

@@ -31,6 +31,7 @@ from workers.merge import merge
 from workers.metadata_store import FolderStore, open_store, plan_path
 from workers.paths import is_inner, within
 from workers.peer_server import PeerServer
+from workers.peers import find_peers
 from workers.retry import RetryPolicy
 from workers.splitter import split
 
@@ -232,6 +233,33 @@ def test_bytes_that_come_packed_are_refused_and_not_unpacked(packing: str) -> No
     with pytest.raises(IntegrityError, match="Content-Encoding gzip"):
         reader.read(RemoteFile(url=url, size_bytes=int(size)), 0, int(size), got.extend)
     assert not got
+
+
+def test_a_peer_sends_nobody_elsewhere() -> None:
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://{self.headers['Host']}/inner")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        policy = RetryPolicy(attempts=1)
+        urls = [url, "file:///etc/passwd", "gopher://x", "http://", "http://x:y"]
+        assert find_peers(urls, token="t", model_name="a/b", revision="c", policy=policy) == ()
+        reader = RangeReader(Server(headers={}, policy=policy, redirects=False))
+        with pytest.raises(FairshardError):
+            reader.read(RemoteFile(url=f"{url}/file", size_bytes=5), 0, 5, lambda _: None)
+        server.shutdown()
+    assert asked == ["/", "/file"]
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from hypothesis import given
 from hypothesis import strategies as st
 from running import RedisProcess, until
 
 from planner.errors import AccessDenied, Conflict, InvalidInput
+from planner.limits import MAX_JSON_BYTES
 from workers import joining
 from workers.claims import run_step
 from workers.connection import is_local
 from workers.joining import Authority, Joining, Token, make_authority, read_authority
 from workers.ledger import Ledger, StepSpec
 from workers.registry import Registry
-from workers.settings import Settings
+from workers.services import Services
+from workers.settings import QueueSettings, Settings
+from workers.tokens import Tokens
 
 SETTINGS = Settings.from_env({"NODE_ID": "a"})
 
@@ -207,3 +213,22 @@ def test_a_step_counts_only_if_its_own_node_did_it(
 ])  # fmt: skip
 def test_what_a_local_redis_is(url: str, expected: bool) -> None:
     assert is_local(url) is expected
+
+
+def test_a_payload_that_unfolds_without_end_is_refused(redis: RedisProcess) -> None:
+    """Whoever has Redis' password may have put it there."""
+    settings = Settings.from_env({"REDIS_URL": redis.url, "NODE_ID": "a"})
+    services = Services(settings=settings, queue=QueueSettings())
+    services.put_payload("job", "profile", {"a": 1})
+    assert services.get_payload("job", "profile") == {"a": 1}
+    bomb = zlib.compress(b" " * (MAX_JSON_BYTES + 1), 9)
+    services.redis.set("fairshard:payload:job:profile", base64.b85encode(bomb).decode())
+    with pytest.raises(InvalidInput, match="unpacks to more"):
+        services.get_payload("job", "profile")
+
+
+def test_a_fingerprint_tells_tokens_apart_and_needs_the_key(redis: RedisProcess) -> None:
+    with redis.client() as client:
+        one, two = (Tokens(client, key=Fernet.generate_key()) for _ in range(2))
+    assert one.fingerprint("hf_a") == one.fingerprint("hf_a")
+    assert len({one.fingerprint("hf_a"), one.fingerprint("hf_b"), two.fingerprint("hf_a")}) == 3
