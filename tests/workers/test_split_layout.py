@@ -288,14 +288,16 @@ def test_merging_refuses_what_is_incomplete_damaged_or_mixed(tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_extents_are_shared_where_the_filesystem_can(tmp_path: Path, kind: str) -> None:
     if shutil.which(f"mkfs.{kind}") is None or os.geteuid():
-        pytest.skip(f"needs mkfs.{kind} and the right to mount")
+        pytest.skip(f"{kind} is mounted from a file: needs mkfs.{kind} and root")
     image, place = tmp_path / "image", tmp_path / "disk"
     with image.open("wb") as file:
         file.truncate(400 * 2**20)
     place.mkdir()
     subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True)
-    if subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=False, capture_output=True).returncode:
-        pytest.skip("no loop device here")
+    command = ["mount", "-o", "loop", str(image), str(place)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"{kind} is mounted from a file, and here: {mounted.stderr.strip()}")
     try:
         rng = random.Random(0)
         sizes = (100_003, 70_000, 5, 90_000)
