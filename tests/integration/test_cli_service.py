@@ -132,14 +132,18 @@ def test_a_node_joins_and_leaves(cli: Cli, tmp_path: Path) -> None:
     assert ids() == {"node-1", "node-2"}
     assert "node-1" in cli("nodes").stdout
     # The service's Redis is private: its address is in the environment of its roles alone.
-    (redis,) = {
-        child.environ()["REDIS_URL"]
+    ((redis, join_key),) = {
+        (found["REDIS_URL"], found["FAIRSHARD_JOIN_KEY"])
         for child in psutil.Process(cli.pid).children(recursive=True)
-        if "REDIS_URL" in child.environ()
+        if "REDIS_URL" in (found := child.environ())
     }
+    authority = str(Path(cli.env["FAIRSHARD_DATA"]) / "authority")
+    command = [sys.executable, "-m", "workers.joining", "token", "extra", "--authority", authority]
+    token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    env = {**cli.env, "FAIRSHARD_JOIN_KEY": join_key, "FAIRSHARD_JOIN_TOKEN": token}
     arguments = ("node", "--node-id", "extra", "--redis", redis, "--flop-per-s", "2e12", "--memory", "1GiB")
     with (tmp_path / "node.log").open("wb") as log:
-        node = subprocess.Popen([str(FAIRSHARD), *arguments, "--data", str(tmp_path)], env=cli.env, stderr=log)
+        node = subprocess.Popen([str(FAIRSHARD), *arguments, "--data", str(tmp_path)], env=env, stderr=log)
     try:
         cli.until(lambda: "extra" in ids(), "the node is alive")
         # Celery's start-up is not to be interrupted: its pool may not be there yet for the stop to stop.
