@@ -19,6 +19,7 @@ from planner.long import MOST_ENTRIES, solve_long
 from planner.placement import Found, Work
 from planner.problem import SLACK, Ints, Problem
 from planner.sequence import Sequence
+from planner.two_runs import two_runs_bound_s
 
 #: Odd layers around the run up to which counting is used.
 MAX_ODD = 8
@@ -182,6 +183,7 @@ def _solve_sequence(problem: Problem, work: Work, memory: Ints, *, bound: float,
         if relaxed is None:
             return None, math.inf
         bound = max(bound, relaxed[2])
+    bound = two_runs_bound_s(problem, memory, bound)
     return _search(problem, [forward, *_mirrored(problem, memory, forward)], bound)
 
 

@@ -13,9 +13,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from planner.cluster import Cluster
 from planner.errors import Infeasible
 from planner.plan import Objective, Phase, Plan, PlanOptions
-from planner.problem import Floats, Ints
+from planner.problem import Floats, Ints, build
 from planner.profile import ModelProfile
 from planner.strategies import make_plan
+from planner.two_runs import two_runs_bound_s
 
 _BLOCK = 25
 
@@ -117,6 +118,27 @@ def test_a_time_budget_is_met_with_the_fewest_nodes(strategy: str, seed: int) ->
     # Tied weights are planned in two ways; the copies' plan is not always that of the fewest nodes.
     slack = 1 if any(layer.tied_to for layer in model.layers) else 0
     assert len(plan.allocation) <= fewest + slack
+
+
+def test_two_runs_are_bounded_by_exactly_what_they_take() -> None:
+    solved = 0
+    for seed in range(60):
+        draw = random.Random(seed)
+        odd = [[(draw.randint(1, 9), draw.randint(0, 4))] * draw.choice([0, 0, 1]) for _ in range(3)]
+        first = [(draw.randint(1, 6), draw.randint(0, 3))] * draw.randint(4, 5)
+        second = [(draw.randint(7, 9), draw.randint(0, 3))] * draw.randint(4, 5)
+        layers = [*odd[0], *first, *odd[1], *second, *odd[2]]
+        count = draw.randint(2, 3)
+        machines = planning.cluster(
+            [draw.randint(1, 9) for _ in range(count)], [draw.randint(3, 30) for _ in range(count)]
+        )
+        model, options = planning.profile([f for f, _ in layers], [b for _, b in layers]), PlanOptions()
+        truth = planning.best(model, machines, options, contiguous=True)
+        if math.isfinite(truth):
+            solved += 1
+            problem = build(model, machines, options)
+            assert two_runs_bound_s(problem, problem.memory, truth / 5) == pytest.approx(truth, rel=1e-5)
+    assert solved > 40
 
 
 def _milp_bottleneck(seconds: Floats, sizes: Ints, room: Ints) -> float:
