@@ -106,6 +106,36 @@ def test_no_pickle_and_no_remote_code() -> None:
                 }, path
 
 
+#: Calls that run what they read, or a shell.
+RUNS_DATA = {"eval", "exec", "compile", "torch.load", "torch.jit.load", "numpy.load", "np.load", "yaml.unsafe_load",
+             "yaml.full_load", "os.system", "os.popen"}  # fmt: skip
+
+
+def calls_that_run_data(text: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            shell = any(
+                k.arg == "shell" and not (isinstance(k.value, ast.Constant) and not k.value.value)
+                for k in node.keywords
+            )
+            if name in RUNS_DATA or shell or any(k.arg == "allow_pickle" for k in node.keywords):
+                found.append(name)
+    return found
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    assert calls_that_run_data("torch.load(x); eval('1'); run(a, shell=True); f(shell=False)") == [
+        "torch.load",
+        "eval",
+        "run",
+    ]
+    for folder in (*FLOORS, "deploy", "scripts", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not calls_that_run_data(path.read_text(encoding="utf-8")), path
+
+
 def test_every_file_of_the_packages_is_shipped() -> None:
     data = PROJECT["tool"]["setuptools"]["package-data"]
     packages = set(PROJECT["tool"]["setuptools"]["packages"])
