@@ -18,6 +18,8 @@ _NODE = """\
 examples:
   NODE_ID=gpu-1 REDIS_URL=redis://10.0.0.1:6379/0 fairshard node
   fairshard node --node-id gpu-1 --redis redis://10.0.0.1:6379/0 --memory 20GiB
+
+The service lets it in by FAIRSHARD_JOIN_KEY (the service's) and FAIRSHARD_JOIN_TOKEN (this node's own).
 """
 _DEVICES = """\
 examples:
