@@ -111,6 +111,34 @@ def test_after_kill_9_only_what_is_missing_or_damaged_is_fetched(hub: TestHub, l
     assert verify(output).ok
 
 
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_all_is_on_the_disk_before_the_shard_has_its_name(
+    hub: TestHub, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    hub.add_repo("own/model", large)
+    source = resolve(large) if where == "folder" else resolve("own/model")
+    profile, plan = prepared(source)
+    done: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(("rename", path))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    split(source, profile, plan, node_id="a", output=tmp_path / "a")
+    ((at, partial),) = [(at, path) for at, (what, path) in enumerate(done) if what == "rename"]
+    shard = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")} | {Path()}
+    before = {path.relative_to(partial) for _, path in done[:at] if path.is_relative_to(partial)}
+    assert before == shard
+    assert ("fsync", tmp_path) in done[at:], "or the name itself could be lost"
+
+
 def test_a_local_copy_killed_at_any_moment_is_whole_or_not_there(large: Path, tmp_path: Path) -> None:
     output = tmp_path / "shard"
     for reached in ("", "model.safetensors", "model.safetensors.index.json"):
