@@ -107,6 +107,9 @@ def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int
         for least in _thresholds(cost, cuts):
             best = priced.bound_s((cost >= least).astype(np.float64), best)
             best = priced.bound_s(np.where(cost >= least, flop, 0.0), best)
+    for grain in _thresholds(flop, cuts):
+        for part in (1.0, 2.0, 3.0):
+            best = priced.bound_s(np.floor(flop * part / grain * (1 + 1e-9)), best, grain=grain / part)
     if not size.any():
         return best
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -145,8 +148,11 @@ class Priced:
         self.room = np.maximum(work.room_bytes, 0).astype(np.float64)
         self.most_flop = work.room_flop
 
-    def bound_s(self, price: Floats, above_s: float) -> float:
-        """The smallest time in which all of `price` (K,) finds a node, or `above_s` if that is larger."""
+    def bound_s(self, price: Floats, above_s: float, *, grain: float = 0.0) -> float:
+        """The smallest time in which all of `price` (K,) finds a node, or `above_s` if that is larger.
+
+        With a grain the price is how many whole grains of FLOP a layer has, and a node takes whole grains only.
+        """
         paid = price > 0
         flop, size, count, price = self.flop[paid], self.size[paid], self.count[paid], price[paid]
         idle = flop <= 0
@@ -171,6 +177,8 @@ class Priced:
             whole = np.minimum(np.searchsorted(axis, able, side="right") - 1, most)
             taken = np.minimum(np.minimum(by_memory, np.interp(able, *by_time)), dearest[whole])
             taken = np.minimum(taken, _within(flop, price, count, able))
+            if grain:
+                taken = np.minimum(taken, np.floor(able / grain))
             return bool(taken.sum() >= (total - free) * (1 - 1e-9))
 
         if above_s > 0 and possible(above_s * (1 + 1e-6)):
