@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, IntegrityError, Unavailable
+from planner.names import check_model_name
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.strategies import make_plan
@@ -34,7 +35,7 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
 
     job_id = claim.claimed.job_id
     asked = claim.params.get("process") or claim.params
-    token = services.tokens.get(job_id)
+    token = services.user_token(job_id, claim.params)
     before = claim.result("plan")
     where = before.get("profile") or _profile_source(claim, asked)
     profile = services.plan_profile(where, token=token)
@@ -145,7 +146,7 @@ def _split_steps(made: Plan, where: Mapping[str, Any], revision: str | None) -> 
 def _resolve(services: Services, model_name: str, token: str | None) -> str:
     from workers.downloader import resolve
 
-    return resolve(model_name, token=token, models_dir=services.settings.models_dir).revision
+    return resolve(check_model_name(model_name), token=token, models_dir=services.settings.models_dir).revision
 
 
 @step_task("planner.finish")
@@ -153,7 +154,7 @@ def finish(services: Services, claim: Claim) -> dict[str, Any]:
     """See that all shards of the plan are there and whole."""
     planned = claim.result("plan")
     made = services.plans.get(planned["plan_id"])
-    profile = services.plan_profile(planned["profile"], token=services.tokens.get(claim.claimed.job_id))
+    profile = services.plan_profile(planned["profile"], token=services.user_token(claim.claimed.job_id, claim.params))
     shards = [claim.result(f"split:{node_id}") for node_id in planned["node_ids"]]
     check_shards(made, profile, shards)
     claim.then(job_result=claim.job_result() | {"shards": shards})

@@ -130,9 +130,18 @@ def plan_path(plan_id: str) -> str:
     Raises:
         InvalidInput: If `plan_id` is none.
     """
+    return f"plans/{check_plan_id(plan_id)}.json"
+
+
+def check_plan_id(plan_id: object) -> str:
+    """Return `plan_id` if it is one: it names folders and keys.
+
+    Raises:
+        InvalidInput: If it is none.
+    """
     if not isinstance(plan_id, str) or not _PLAN_ID.fullmatch(plan_id):
         raise InvalidInput(f"plan_id must be 1 to 64 letters, digits, '_' or '-', got {plan_id!r:.80}")
-    return f"plans/{plan_id}.json"
+    return plan_id
 
 
 def check_path(path: str) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import InvalidInput, NotFound
+from planner.errors import AccessDenied, InvalidInput, NotFound
 from planner.limits import MAX_JSON_BYTES
+from planner.names import check_model_name
 from workers.connection import connect
 from workers.joining import Joining
 from workers.ledger import Ledger, Wakeup, reachable
@@ -79,10 +80,28 @@ class Services:
 
         return Plans(self.redis, self.store, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
 
+    def user_token(self, job_id: str, params: Mapping[str, Any]) -> str | None:
+        """The Hub token that the job was submitted with; None if it was without.
+
+        Raises:
+            AccessDenied: If it had one, and Redis lost it.
+        """
+        token = self.tokens.get(job_id)
+        if token is None and params.get("with_token"):
+            raise AccessDenied(
+                "the Hub token that this job was sent with is gone (Redis lost it, or a day has passed; it is kept "
+                "nowhere else): send the request again, with the token",
+                details={"job_id": job_id},
+            )
+        return token
+
     def store(self, repo: str | None = None, *, token: str | None = None) -> MetadataStore:
         """The service's metadata store, or the Hub repository `repo`."""
         from workers.metadata_store import open_store
 
+        if repo is not None:
+            # Else `open_store` would take it for a folder's path.
+            check_model_name(repo.removeprefix("datasets/"))
         chosen = repo or self.settings.metadata_repo
         return open_store(chosen or self.settings.store_dir, token=token)
 

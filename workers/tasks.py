@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.errors import Cancelled
+from planner.names import check_model_name
 from workers.claims import Claim, Fenced
 from workers.services import Services
 from workers.shell import step_task
@@ -89,7 +90,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     settings = services.settings
     record = services.plans.get(claim.args["plan_id"])
     plan = plan_from_json(record)
-    token = services.tokens.get(claim.claimed.job_id)
+    token = services.user_token(claim.claimed.job_id, claim.params)
     profile = services.plan_profile(claim.args["profile"], token=token)
     checkpoint = _checkpoint(services, claim, claim.args["revision"])
     output = settings.shards_dir / plan.plan_id
@@ -138,9 +139,10 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
 @step_task("workers.delete_shards")
 def delete_shards(services: Services, claim: Claim) -> dict[str, Any]:
     """Delete this node's shard of a plan."""
+    from workers.metadata_store import check_plan_id
     from workers.shards import delete_shard
 
-    plan_id = claim.args["plan_id"]
+    plan_id = check_plan_id(claim.args["plan_id"])
     freed = delete_shard(services.settings.shards_dir / plan_id)
     return {"node_id": services.settings.node_id, "plan_id": plan_id, "freed_bytes": freed}
 
@@ -149,8 +151,9 @@ def _checkpoint(services: Services, claim: Claim, revision: str | None) -> Any:
     from workers.downloader import resolve
 
     return resolve(
-        claim.claimed.model_name,
+        # Again: `resolve` takes folders too, and the ledger is written by whoever has Redis' password.
+        check_model_name(claim.claimed.model_name),
         revision=revision,
-        token=services.tokens.get(claim.claimed.job_id) or services.settings.hub_token,
+        token=services.user_token(claim.claimed.job_id, claim.params) or services.settings.hub_token,
         models_dir=services.settings.models_dir,
     )

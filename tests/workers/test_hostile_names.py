@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoints import checkpoint, copy_of
+from cryptography.fernet import Fernet
 from hub.server import TestHub
 from hypothesis import given
 from hypothesis import strategies as st
+from running import RedisProcess
 
 from planner.errors import FairshardError, IntegrityError, InvalidCheckpoint, InvalidInput, InvalidMetadata, NotFound
 from planner.limits import MAX_JSON_BYTES
@@ -26,14 +30,19 @@ from planner.wire import cluster_from_json, plan_from_json, plan_to_json
 from workers.downloader import download, resolve
 from workers.generator import generate
 from workers.http_ranges import RangeReader, RemoteFile, Server
+from workers.ledger import StepSpec
 from workers.manifest import MANIFEST, Manifest, read_manifest
 from workers.merge import merge
-from workers.metadata_store import FolderStore, open_store, plan_path
+from workers.metadata_store import FolderStore, check_plan_id, open_store, plan_path
 from workers.paths import is_inner, within
 from workers.peer_server import PeerServer
 from workers.peers import find_peers
 from workers.retry import RetryPolicy
+from workers.services import Services
+from workers.settings import QueueSettings, Settings
 from workers.splitter import split
+from workers.tasks import _checkpoint, delete_shards
+from workers.tokens import Tokens
 
 HOSTILE = [
     "../x", "../../x", "a/../../x", "/etc/x", "//x", "a//x", "./x", "a/./x", "..", ".", "", "a/", "..\\x", "a\\x",
@@ -269,3 +278,36 @@ def test_no_model_name_is_a_path_or_an_address(name: str, tmp_path: Path) -> Non
     with pytest.raises((InvalidInput, NotFound)) as refused:
         resolve(name, models_dir=tmp_path)
     assert isinstance(refused.value, FairshardError)
+
+
+@pytest.mark.parametrize("name", ["/etc", "../../etc", ".", "~", "a/../../b", "tiny"])
+def test_what_the_ledger_says_names_no_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has Redis' password may have written it."""
+    env = {"FAIRSHARD_DATA": str(tmp_path), "NODE_ID": "n", "FAIRSHARD_SECRET": Fernet.generate_key().decode()}
+    services = Services(settings=Settings.from_env(env), queue=QueueSettings())
+    monkeypatch.setattr(Tokens, "get", lambda *_: None)
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    claim: Any = SimpleNamespace(claimed=SimpleNamespace(job_id="j", model_name=name), args={"plan_id": name})
+    with pytest.raises(InvalidInput):
+        _checkpoint(services, claim, None)
+    with pytest.raises(InvalidInput):
+        services.store(name)
+    if name != "tiny":
+        with pytest.raises(InvalidInput):
+            check_plan_id(name)
+
+
+def test_deleting_takes_a_plan_of_this_node_only(tmp_path: Path) -> None:
+    folder, _ = _shard(tmp_path)
+    with RedisProcess(tmp_path / "redis") as redis:
+        env = {"FAIRSHARD_DATA": str(tmp_path / "data"), "NODE_ID": "n", "REDIS_URL": redis.url}
+        services = Services(settings=Settings.from_env(env), queue=QueueSettings())
+        way = os.path.relpath(folder, services.settings.shards_dir)
+        step = StepSpec(name="delete:n", task="workers.delete_shards", queue="node.n", args={"plan_id": way})
+        job_id = services.ledger.submit("delete", model_name="a/b", params={}, steps=[step]).job_id
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("workers.shell.current", lambda: services)
+            with pytest.raises(InvalidInput, match="plan_id"):
+                delete_shards.run(job_id, "delete:n")
+    assert (folder / MANIFEST).is_file()
