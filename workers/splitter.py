@@ -191,7 +191,7 @@ def _already(
     asked = (plan.plan_id, checkpoint.revision, node_id, max_shard_bytes)
     if (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes) != asked:
         return None
-    if sha256 and any(file.sha256 is None for file in manifest.files):
+    if sha256 and any(file.sha256 is None and file.digest is not None for file in manifest.files):
         return None
     if not all(file_is_whole(output, file) for file in (*manifest.files, *manifest.extras)):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,16 @@ def test_each_node_fetches_its_own_bytes_and_no_others(
     for path in checkpoint("llama_files").glob("*.safetensors"):
         assert (merged / path.name).read_bytes() == path.read_bytes()
     assert not hub.errors
+
+
+def test_neighbours_are_fetched_in_one_request(hub: TestHub, opened: Callable[..., Opened], tmp_path: Path) -> None:
+    source, profile, plan = opened("llama")
+    manifest = split(source, profile, plan, node_id="b", output=tmp_path / "b")
+    places = sorted((t.source_begin, t.source_begin + t.end - t.begin) for t in manifest.tensors)
+    runs = 1 + sum(end != begin for (_, end), (begin, _) in itertools.pairwise(places))
+    assert runs < len(places) / 4
+    # The header's request beside them.
+    assert hub.counters.requests("*.safetensors", where="cdn") == runs + 1
 
 
 def _sources(folder: Path) -> list[Any]:

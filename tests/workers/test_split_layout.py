@@ -9,10 +9,12 @@ import shutil
 import struct
 import subprocess
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from checkpoints import checkpoint
 from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
@@ -113,6 +115,26 @@ def test_shards_split_at_a_size_with_an_index_that_transformers_follows(tmp_path
         assert json.loads(header[8 : 8 + length])["__metadata__"]["format"] == "pt"
     everything = raw_tensors(checkpoint("llama"))
     assert raw_tensors(tmp_path / "a") == {name: everything[name] for name in index["weight_map"]}
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_sha256_of_each_file_where_it_is_asked_for(tmp_path: Path, link: bool) -> None:
+    source = resolve(checkpoint("llama_files"))
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "b"])
+    folder = tmp_path / "a"
+    split(source, profile, plan, node_id="a", output=folder, link=link)
+    assert {file.sha256 for file in read_manifest(folder).files} == {None}
+    manifest = split(source, profile, plan, node_id="a", output=folder, link=link, sha256=True)
+    assert manifest == read_manifest(folder)
+    copied = [file for file in manifest.files if file.how == "copy"]
+    assert copied
+    for file in copied:
+        data = (folder / file.name).read_bytes()
+        assert (file.sha256, file.digest) == (sha256(data).hexdigest(), f"blake3:{blake3(data).hexdigest()}")
+    made = (folder / "manifest.json").stat().st_ino
+    split(source, profile, plan, node_id="a", output=folder, link=link, sha256=True)
+    assert (folder / "manifest.json").stat().st_ino == made, "what was linked has none, and is not made again for it"
 
 
 def test_a_tied_head_is_stored_once_on_each_node_that_needs_it(tmp_path: Path) -> None:
