@@ -24,6 +24,7 @@ from planner.errors import InvalidInput
 from workers.manifest import MANIFEST
 from workers.shards import finished_shards
 
+_LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
@@ -34,20 +35,33 @@ class PeerServer:
         """Bind the address.
 
         Raises:
-            InvalidInput: If there is no token: whoever reaches the port could read the weights.
+            InvalidInput: If there is no token (whoever reaches the port could read the weights), or no such port is
+                free here.
         """
         if not token:
             raise InvalidInput("FAIRSHARD_PEER_URL needs FAIRSHARD_PEER_TOKEN, the same on every node")
-        self._server = _Server((host, port), shards_dir, f"Bearer {token}")
+        try:
+            self._server = _Server((host, port), shards_dir, f"Bearer {token}")
+        except OSError as error:
+            raise InvalidInput(
+                f"port {port} of FAIRSHARD_PEER_URL cannot be served from here: {error.strerror}; name a free one",
+                details={"port": port, "errno": error.errno},
+            ) from error
         self.port = self._server.server_port
 
     @classmethod
     def at(cls, shards_dir: Path, *, url: str, token: str) -> PeerServer:
-        """A server on the port that `url` names, on every address of this machine."""
+        """A server on the port that `url` names: of the loopback if it names that, else on every address here."""
+        wrong = InvalidInput(f"FAIRSHARD_PEER_URL must be http://host:port, got {url!r}")
         parts = urllib.parse.urlsplit(url)
+        try:
+            port = parts.port or 80
+        except ValueError:
+            raise wrong from None
         if parts.scheme != "http" or not parts.hostname:
-            raise InvalidInput(f"FAIRSHARD_PEER_URL must be http://host:port, got {url!r}")
-        return cls(shards_dir, token=token, host="", port=parts.port or 80)
+            raise wrong
+        host = parts.hostname if parts.hostname in _LOOPBACK else ""
+        return cls(shards_dir, token=token, host=host, port=port)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="peer-server").start()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import checkpoint
 from hub.server import TestHub
+from running import free_port
 from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
 from planner.errors import InvalidInput
@@ -157,3 +158,20 @@ def test_ranges_and_the_token_are_checked(world: World) -> None:
         assert get(world, "/", Authorization=token)[0] == 401
     with pytest.raises(InvalidInput, match="FAIRSHARD_PEER_TOKEN"):
         PeerServer(world.shards, token="")
+
+
+def test_the_address_decides_who_can_reach_it(world: World) -> None:
+    taken = f"http://127.0.0.1:{world.server.port}"
+    with pytest.raises(InvalidInput, match=f"port {world.server.port} .* in use"):
+        PeerServer.at(world.shards, url=taken, token=TOKEN)
+    for url in ("https://node:1", "node:1", "http://", "ftp://x", "http://x:99999"):
+        with pytest.raises(InvalidInput, match="must be http"):
+            PeerServer.at(world.shards, url=url, token=TOKEN)
+    port = free_port()
+    with PeerServer.at(world.shards, url=f"http://127.0.0.1:{port}", token=TOKEN):
+        assert find_peers([f"http://127.0.0.1:{port}"], token=TOKEN, model_name="own/model", revision="x") == ()
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+    port = free_port()
+    with PeerServer.at(world.shards, url=f"http://node-1:{port}", token=TOKEN):
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()
