@@ -6,12 +6,21 @@ than Python's start. `planner.wire` reads and writes them as the published metad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 #: What the planner moves: whole layers, or single tensors for metadata of the seed's form.
 Unit = Literal["layer", "tensor"]
+
+#: [c0, c1, c2] of c0 + c1*S + c2*S**2, for a sequence of S tokens.
+Terms = tuple[float, float, float]
+
+
+def value(terms: Sequence[float], sequence_length: int) -> float:
+    """The polynomial's value."""
+    c0, c1, c2 = terms
+    return c0 + c1 * sequence_length + c2 * sequence_length**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +61,37 @@ class KvTerms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MaskTerms:
+    """What a layer's attention mask hides: pairs of tokens whose FLOP eager PyTorch executes all the same."""
+
+    #: FLOP of one pair of tokens, in one sequence.
+    flop_per_pair: float
+    #: Earlier tokens that a token sees beside itself; None: all of them.
+    behind_tokens: int | None = None
+    #: Later ones; 0 behind a causal mask.
+    ahead_tokens: int | None = None
+    #: Tokens that see one another in blocks of so many; None: no blocks.
+    chunk_tokens: int | None = None
+
+    def seen_pairs(self, sequence_length: int) -> int:
+        """Pairs of a sequence that the mask lets see, a token and itself included."""
+        chunk = min(self.chunk_tokens or sequence_length, sequence_length)
+        whole, rest = divmod(sequence_length, chunk) if chunk else (0, 0)
+        return whole * self._seen(chunk) + self._seen(rest)
+
+    def _seen(self, tokens: int) -> int:
+        pairs = tokens
+        for limit in (self.behind_tokens, self.ahead_tokens):
+            reach = max(0, tokens - 1) if limit is None else min(limit, max(0, tokens - 1))
+            pairs += reach * (reach + 1) // 2 + (tokens - 1 - reach) * reach if tokens else 0
+        return pairs
+
+    def hidden_flop(self, batch_size: int, sequence_length: int) -> float:
+        """FLOP that a kernel which skips hidden pairs does not execute."""
+        return batch_size * self.flop_per_pair * (sequence_length**2 - self.seen_pairs(sequence_length))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """What one unit of the plan costs: the embedding, one numbered layer of a stack, the final norm + head."""
 
@@ -76,14 +116,24 @@ class Layer:
     #: FLOP where kernels skip what masks hide; None where not known.
     compute_min: float | None = None
     #: [c0, c1, c2] of FLOP = B * (c0 + c1*S + c2*S**2); None where not known.
-    compute_terms: tuple[float, float, float] | None = None
+    compute_terms: Terms | None = None
     #: Likewise, of FLOP that a pass executes once whatever its batch (tables of positions); added to the former.
-    once_terms: tuple[float, float, float] | None = None
+    once_terms: Terms | None = None
     #: Sequence lengths [first, last] between which `compute_terms` is exact; None: all of them.
     terms_range: tuple[int, int | None] | None = None
     kv_terms: KvTerms | None = None
     #: FLOP by sub-part ("attention", "mlp", "experts", "router", "norm", ...).
     parts: Mapping[str, float] = field(default_factory=dict)
+    #: `compute_terms` and `once_terms` by sub-part; empty where not known.
+    part_terms: Mapping[str, Terms] = field(default_factory=dict)
+    once_part_terms: Mapping[str, Terms] = field(default_factory=dict)
+    #: What `compute_min` is less by; None where no mask hides anything.
+    mask_terms: MaskTerms | None = None
+    #: [c0, c1, c2] of `activation_bytes` = B * (c0 + c1*S + c2*S**2); None where not known.
+    activation_terms: Terms | None = None
+    #: Likewise of `peak_bytes`: a fit through three lengths, the profile's among them. (The largest of several
+    #: working sets is no polynomial; with the length another one may become the largest.)
+    peak_terms: Terms | None = None
     #: Name of the layer that stores the weights this one shares (a tied head), or None.
     tied_to: str | None = None
     #: Bytes of the shared weights, counted in `tied_to`'s `weight_bytes`, that this layer needs as well.
@@ -95,28 +145,39 @@ class Layer:
     def at(self, *, batch_size: int, sequence_length: int, from_batch: int, from_sequence: int) -> Layer:
         """The same layer's costs at another batch size and sequence length.
 
-        Exact where `compute_terms` and `kv_terms` are known; else scaled by the tokens.
+        Exact where the terms are known; else scaled by the tokens.
         """
         tokens = batch_size * sequence_length / (from_batch * from_sequence)
         flop = self.compute_required * tokens
         if self.compute_terms is not None:
-            c0, c1, c2 = self.compute_terms
-            flop = batch_size * (c0 + c1 * sequence_length + c2 * sequence_length**2)
-        if self.compute_terms is not None and self.once_terms is not None:
-            c0, c1, c2 = self.once_terms
-            flop += c0 + c1 * sequence_length + c2 * sequence_length**2
+            flop = batch_size * value(self.compute_terms, sequence_length)
+            flop += value(self.once_terms or (0, 0, 0), sequence_length)
         kv = round(self.kv_cache_bytes * tokens)
         if self.kv_terms is not None:
             kv = self.kv_terms.bytes_at(batch_size, sequence_length)
         scale = flop / self.compute_required if self.compute_required else 1.0
+        least = None if self.compute_min is None else self.compute_min * scale
+        if least is not None and self.mask_terms is not None:
+            least = flop - self.mask_terms.hidden_flop(batch_size, sequence_length)
+        parts = {
+            name: batch_size * value(terms, sequence_length)
+            + value(self.once_part_terms.get(name, (0, 0, 0)), sequence_length)
+            for name, terms in self.part_terms.items()
+        }
+
+        def size(size_bytes: int, terms: Terms | None) -> int:
+            if terms is None:
+                return round(size_bytes * tokens)
+            return round(batch_size * max(0, value(terms, sequence_length)))
+
         return replace(
             self,
             compute_required=flop,
-            compute_min=None if self.compute_min is None else self.compute_min * scale,
-            parts={name: part * scale for name, part in self.parts.items()},
+            compute_min=least,
+            parts=parts or {name: part * scale for name, part in self.parts.items()},
             kv_cache_bytes=kv,
-            activation_bytes=round(self.activation_bytes * tokens),
-            peak_bytes=round(self.peak_bytes * tokens),
+            activation_bytes=size(self.activation_bytes, self.activation_terms),
+            peak_bytes=size(self.peak_bytes, self.peak_terms),
         )
 
 
@@ -139,6 +200,8 @@ class ModelProfile:
     unit: Unit = "layer"
     #: Why FLOP or KV bytes are a general rule and not exact; empty where they are exact.
     approximate: tuple[str, ...] = ()
+    #: Tokens that the model takes at most: of a longer sequence it reads so many. None: any number.
+    longest_sequence: int | None = None
     #: When it was made, RFC 3339 in UTC.
     generated_at: str | None = None
     #: The node that made it.
@@ -166,9 +229,9 @@ class ModelProfile:
         layers = tuple(
             layer.at(
                 batch_size=batch_size,
-                sequence_length=sequence_length,
+                sequence_length=min(sequence_length, self.longest_sequence or sequence_length),
                 from_batch=self.batch_size,
-                from_sequence=self.sequence_length,
+                from_sequence=min(self.sequence_length, self.longest_sequence or self.sequence_length),
             )
             for layer in self.layers
         )

@@ -11,7 +11,7 @@ from marshmallow import Schema, ValidationError, fields, post_load, validate
 from planner import dtypes
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_SEQUENCE_LENGTH
-from planner.profile import KvTerms, Layer, ModelProfile, Tensor
+from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
 from planner.wire_fields import FilePath, Integer, Lenient, Many, ModelName, Number, Text, explain, shown
 from planner.wire_write import SCHEMA_VERSION
 
@@ -47,6 +47,25 @@ class KvTermsSchema(Lenient):
         return KvTerms(**data)
 
 
+class MaskTermsSchema(Lenient):
+    """What an attention mask hides."""
+
+    flop_per_pair = Number(required=True)
+    behind_tokens = Integer(load_default=None, allow_none=True)
+    ahead_tokens = Integer(load_default=None, allow_none=True)
+    chunk_tokens = Integer(low=1, load_default=None, allow_none=True)
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> MaskTerms:
+        """The value."""
+        return MaskTerms(**data)
+
+
+def _terms(**options: Any) -> fields.List[float]:
+    """Three coefficients. A negative one is possible: work inside a window grows slower than its start suggests."""
+    return fields.List(Number(low=-1e30), validate=validate.Length(equal=3), **options)
+
+
 class LayerSchema(Lenient):
     """A layer, or a single tensor of the seed's metadata."""
 
@@ -61,16 +80,18 @@ class LayerSchema(Lenient):
     activation_bytes = Integer(load_default=0)
     peak_bytes = Integer(load_default=0)
     compute_min = Number(load_default=None, allow_none=True)
-    # A negative term is possible: attention inside a window grows slower than its first tokens suggest.
-    compute_terms = fields.List(
-        Number(low=-1e30), validate=validate.Length(equal=3), load_default=None, allow_none=True
-    )
-    once_terms = fields.List(Number(low=-1e30), validate=validate.Length(equal=3), load_default=None, allow_none=True)
+    compute_terms = _terms(load_default=None, allow_none=True)
+    once_terms = _terms(load_default=None, allow_none=True)
     terms_range = fields.List(
         Integer(allow_none=True), validate=validate.Length(equal=2), load_default=None, allow_none=True
     )
     kv_terms = fields.Nested(KvTermsSchema, load_default=None, allow_none=True)
     parts = fields.Dict(keys=Text(longest=64), values=Number(), load_default=dict)
+    part_terms = fields.Dict(keys=Text(longest=64), values=_terms(), load_default=dict)
+    once_part_terms = fields.Dict(keys=Text(longest=64), values=_terms(), load_default=dict)
+    mask_terms = fields.Nested(MaskTermsSchema, load_default=None, allow_none=True)
+    activation_terms = _terms(load_default=None, allow_none=True)
+    peak_terms = _terms(load_default=None, allow_none=True)
     tied_to = Text(load_default=None, allow_none=True)
     tied_bytes = Integer(load_default=0)
     tied_tensors = fields.List(Text(), load_default=list)
@@ -95,9 +116,11 @@ class LayerSchema(Lenient):
             if first is None or (last is not None and last < first):
                 raise ValidationError(f"must be [first, last or null], got {data['terms_range']}", "terms_range")
             data["terms_range"] = (first, last)
-        for terms in ("compute_terms", "once_terms"):
+        for terms in ("compute_terms", "once_terms", "activation_terms", "peak_terms"):
             if data[terms] is not None:
                 data[terms] = tuple(data[terms])
+        for terms in ("part_terms", "once_part_terms"):
+            data[terms] = {part: tuple(each) for part, each in data[terms].items()}
         data["tied_tensors"] = tuple(data["tied_tensors"])
         data["layer_type"] = data["layer_type"] or "unknown"
         data["tensors"] = tuple(data["tensors"])
@@ -117,6 +140,7 @@ class ProfileSchema(Lenient):
     sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
     unit = Text(choices=("layer", "tensor"), load_default=None, allow_none=True)
     approximate = fields.List(Text(longest=4096), load_default=list)
+    longest_sequence = Integer(low=1, load_default=None, allow_none=True)
     generated_at = fields.Raw(load_default=None, allow_none=True)
     node_id = Text(longest=256, load_default=None, allow_none=True)
     layers = Many(LayerSchema, shortest=1, longest=MAX_LAYERS, required=True)

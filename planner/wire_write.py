@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.cluster import Cluster, Link, Node
@@ -34,6 +34,7 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
         "total_bytes": profile.total_bytes,
         "total_params": profile.total_params,
         "approximate": list(profile.approximate),
+        "longest_sequence": profile.longest_sequence,
         "generated_at": profile.generated_at,
         "node_id": profile.node_id,
     }
@@ -148,7 +149,7 @@ def cluster_to_json(cluster: Cluster) -> dict[str, Any]:
 
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:
-    kv = layer.kv_terms
+    kv, mask = layer.kv_terms, layer.mask_terms
     return {
         "name": layer.name,
         "index": layer.index,
@@ -161,8 +162,8 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
         "peak_bytes": layer.peak_bytes,
         "compute_required": _number(layer.compute_required),
         "compute_min": None if layer.compute_min is None else _number(layer.compute_min),
-        "compute_terms": None if layer.compute_terms is None else [_number(term) for term in layer.compute_terms],
-        "once_terms": None if layer.once_terms is None else [_number(term) for term in layer.once_terms],
+        "compute_terms": _terms(layer.compute_terms),
+        "once_terms": _terms(layer.once_terms),
         "terms_range": None if layer.terms_range is None else list(layer.terms_range),
         "kv_terms": None
         if kv is None
@@ -172,6 +173,18 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
             "window_tokens": kv.window_tokens,
         },
         "parts": {name: _number(flop) for name, flop in layer.parts.items()},
+        "part_terms": {name: _terms(terms) for name, terms in layer.part_terms.items()},
+        "once_part_terms": {name: _terms(terms) for name, terms in layer.once_part_terms.items()},
+        "mask_terms": None
+        if mask is None
+        else {
+            "flop_per_pair": _number(mask.flop_per_pair),
+            "behind_tokens": mask.behind_tokens,
+            "ahead_tokens": mask.ahead_tokens,
+            "chunk_tokens": mask.chunk_tokens,
+        },
+        "activation_terms": _terms(layer.activation_terms),
+        "peak_terms": _terms(layer.peak_terms),
         "tied_to": layer.tied_to,
         "tied_bytes": layer.tied_bytes,
         "tied_tensors": list(layer.tied_tensors),
@@ -187,6 +200,10 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
             for tensor in layer.tensors
         ],
     }
+
+
+def _terms(terms: Sequence[float] | None) -> list[int | float] | None:
+    return None if terms is None else [_number(term) for term in terms]
 
 
 def _megaphone_to_json(plan: Plan) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from workers.masks import Sight
+from workers.pointwise import pointwise
+
 
 @dataclass(slots=True)
 class Counts:
@@ -37,6 +40,8 @@ class Counts:
     twins: dict[str, str] = field(default_factory=dict)
     #: Bytes of the pass's output tensors.
     output_bytes: int = 0
+    #: (layer, module path) -> what the mask that was read there lets see.
+    sights: dict[tuple[int, str], Sight] = field(default_factory=dict)
     #: Layer -> the cache layers that it wrote to.
     kept: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     operators: int = 0
@@ -97,13 +102,17 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.high = 0
         self.kept_bytes = 0
         self._storages: dict[int, list[int]] = {}
+        #: Storages of attention masks, and of what was made from them: what they let see, and their last sizes.
+        self.masks: dict[int, tuple[Sight, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         args = on_meta(args)
-        out = func(*args, **kwargs)
+        out = pointwise(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
         packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
@@ -111,6 +120,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule is not None:
             counts.flop[self.layer, self._stack[-1] if self._stack else ""] += rule(*args, **kwargs, out_val=out)
         weighted = False
+        if self.masks:
+            self._sees(args, out, rule is None)
         for value in args:
             if isinstance(value, Tensor):
                 weighted |= self.reads(value)
@@ -141,6 +152,19 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known[2] = max(known[2], min(tensor.numel() * tensor.element_size(), known[4]))
         return True
 
+    def masked(self, mask: Tensor, sight: Sight) -> None:
+        """Note that `mask`, which the pass just made, lets see so much."""
+        self.masks[mask.untyped_storage()._cdata] = sight, tuple(mask.shape[-2:])  # noqa: SLF001
+
+    def _sees(self, args: tuple[Any, ...], out: Any, free: bool) -> None:
+        """Note masks that an operator reads; what it makes of one, in the same sizes, is a mask as well (a bias)."""
+        for value in args:
+            known = self.masks.get(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None  # noqa: SLF001
+            if known is not None:
+                self.counts.sights[self.layer, self._stack[-1] if self._stack else ""] = known[0]
+                if free and isinstance(out, Tensor) and out.shape[-2:] == known[1]:
+                    self.masks[out.untyped_storage()._cdata] = known  # noqa: SLF001
+
     def makes(self, tensor: Tensor, weighted: bool) -> None:
         """Note that the present layer makes `tensor`, and whether weights had a part in it."""
         storage = tensor.untyped_storage()
@@ -160,6 +184,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _frees(self, key: int) -> None:
         known = self._storages.pop(key, None)
+        self.masks.pop(key, None)
         if known is not None:
             self.live -= known[4]
             if known[3] and known[1] > known[0]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from planner.dtypes import bits, canonical
 from planner.errors import InvalidCheckpoint
-from planner.profile import KvTerms, Layer, Tensor
+from planner.profile import KvTerms, Layer, Tensor, value
 from workers.general import Contents, unused_layer
 from workers.quantised import Stored
-from workers.trace import Exact, LayerTrace, ModelTrace, Terms, value
+from workers.trace import ZERO, Exact, LayerTrace, ModelTrace
 
 
 def exact_layers(
@@ -84,12 +84,17 @@ def _layer(
         activation_bytes=round(batch * max(0, value(traced.activation, length))),
         peak_bytes=round(batch * max(0, value(traced.peak, length))),
         compute_required=flop,
-        compute_min=_min(traced, flop, batch, length),
+        compute_min=flop - (traced.mask.hidden_flop(batch, length) if traced.mask else 0),
         compute_terms=traced.terms,
         once_terms=traced.once if any(traced.once) else None,
         terms_range=(length, length) if traced.chunked else traced.terms_range,
         kv_terms=kv,
         parts=parts,
+        part_terms=traced.parts,
+        once_part_terms=traced.once_parts,
+        mask_terms=traced.mask,
+        activation_terms=traced.activation,
+        peak_terms=traced.peak,
         tied_to=trace.layers[tied[0][0]].name if tied else None,
         tied_bytes=sum(tensor.end - tensor.begin for _, stored in tied for tensor in stored),
         tied_tensors=tuple(tensor.name for _, stored in tied for tensor in stored),
@@ -104,7 +109,7 @@ def flop_at(traced: LayerTrace, batch: int, length: int) -> tuple[float, dict[st
         return exact.flop, dict(exact.parts)
     once = traced.once_parts
     parts = {
-        part: batch * value(terms, length) + value(once.get(part, (0, 0, 0)), length)
+        part: batch * value(terms, length) + value(once.get(part, ZERO), length)
         for part, terms in traced.parts.items()
     }
     return batch * value(traced.terms, length) + value(traced.once, length), parts
@@ -120,13 +125,3 @@ def kv_terms(traced: LayerTrace, kv_dtype: str | None) -> KvTerms | None:
         bytes_per_token=-(-traced.kv_per_token * width // 8),
         window_tokens=traced.kv_window,
     )
-
-
-def _min(traced: LayerTrace, flop: float, batch: int, length: int) -> float:
-    """FLOP without the pairs of tokens that a causal mask or its window hides."""
-    terms: Terms = traced.parts.get("attention", (0, 0, 0))
-    if not traced.causal or not terms[2]:
-        return flop
-    window = min(traced.attention_window or length, length)
-    seen = window * (window + 1) // 2 + (length - window) * window
-    return flop - batch * terms[2] * (length**2 - seen)

@@ -85,6 +85,7 @@ def generate(
         sequence_length=sequence_length,
         layers=tuple(layers),
         approximate=tuple(approximate),
+        longest_sequence=None if trace is None else trace.longest,
         generated_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         node_id=node_id,
     )

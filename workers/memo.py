@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from workers.counting import Counter, Counts, Subject, Truth
 from workers.kv import watch
+from workers.masks import Sight, watch_masks
 
 _SCALARS = (bool, int, float, str, type(None))
 #: Attributes that differ between layers that cost the same.
@@ -32,21 +34,31 @@ class _Recorded:
     operators: int
     gathered: dict[str, tuple[int, int]]
     kept: list[Any]
+    sights: dict[str, Sight]
 
 
-def count(subject: Subject, inputs: Mapping[str, Any], *, memoise: bool = True) -> tuple[Counts, Any]:
+def count(
+    subject: Subject, inputs: Mapping[str, Any], *, memoise: bool = True, masks: bool = False
+) -> tuple[Counts, Any]:
     """Run a model on `inputs` (meta tensors) and count.
+
+    Args:
+        subject: The model.
+        inputs: Keyword arguments of its forward.
+        memoise: Run repeated children once.
+        masks: Find out what attention masks let see as well.
 
     Returns:
         The counts, and the model's output.
     """
     counter = Counter(subject)
     memo = _Memo(counter, subject)
+    watching = watch_masks(counter.masked) if masks else contextlib.nullcontext()
     hooks = [register_module_forward_pre_hook(counter.enters), register_module_forward_hook(counter.leaves)]
     try:
         if memoise:
             memo.attach()
-        with torch.no_grad(), watch(counter.caches), Truth(), counter:
+        with torch.no_grad(), watch(counter.caches), watching, Truth(), counter:
             output = subject.model(**inputs)
         return counter.finish(output), output
     finally:
@@ -100,13 +112,16 @@ class _Memo:
         if structure is None:
             described = _structure(child, _entries(*place))
             structure = self._structures[path] = self._structures.setdefault(described, len(self._structures))
-        key = (structure, _signature(_without_position(forward, args, kwargs), inputs))
+        signature = _signature(_without_position(forward, args, kwargs), inputs)
+        masks = [counter.masks.get(each.untyped_storage()._cdata) for each in inputs] if counter.masks else ()  # noqa: SLF001
+        key = (structure, signature, tuple(masks))
         recorded = self._recorded.get(key)
         if recorded is not None:
             return self._repeat(recorded, path, inputs)
         flop_before = dict(counter.counts.flop)
         operators, gathered = counter.counts.operators, dict(counter.counts.gathered)
         live, high = counter.live - counter.kept_bytes, counter.high
+        sights_before = set(counter.counts.sights)
         kept_before = {id(each) for each in counter.kept_here()}
         counter.high = counter.live
         output = forward(*args, **kwargs)
@@ -124,6 +139,7 @@ class _Memo:
             operators=counts.operators - operators,
             gathered={n[len(path) :]: g for n, g in counts.gathered.items() if gathered.get(n) != g},
             kept=[each for each in counter.kept_here() if id(each) not in kept_before],
+            sights={n[1].removeprefix(path): s for n, s in counts.sights.items() if n not in sights_before},
         )
         counter.high = max(high, counter.high)
         return output
@@ -136,6 +152,8 @@ class _Memo:
             counts.flop[counter.layer, path + name] += flop
         for name, rows in recorded.gathered.items():
             counts.gathered[path + name] = rows
+        for name, sight in recorded.sights.items():
+            counts.sights[counter.layer, path + name] = sight
         counts.twins[path] = recorded.path
         counter.kept_here().extend(recorded.kept)
         counter.high = max(counter.high, counter.live + recorded.peak_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("cross_attention", re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)),
@@ -11,7 +12,12 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("experts", re.compile(r"(^|\.)experts(\.|$)")),
     ("state_space", re.compile(r"(^|\.)(mixer|mamba|ssm|linear_attn|temporal_block|mamba_decoder)(\.|$)")),
     ("norm", re.compile(r"(norm|(^|\.)ln_?\w*)$", re.IGNORECASE)),
-    ("attention", re.compile(r"attn|attention|(^|\.)(q|k|v|o|out|query|key|value|qkv|c_attn)_?(proj|lin)?(\.|$)")),
+    (
+        "attention",
+        re.compile(
+            r"attn|attention|(^|\.)(q|k|v|o|out|query|key|value|qkv|c_attn)_?(proj|lin)?(\.|$)", re.IGNORECASE
+        ),
+    ),
     (
         "mlp",
         re.compile(
@@ -23,6 +29,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
 _WHOLE = {"embedding", "head", "norm", "projector"}
 
 
+@lru_cache(maxsize=4096)
 def part_of(path: str, layer_type: str) -> str:
     """The sub-part of a layer that the module at `path` (within the layer) belongs to."""
     if layer_type in _WHOLE:

@@ -5,21 +5,14 @@ No torch here: a cached trace is read and used by machines that have none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from planner.errors import InvalidMetadata
+from planner.profile import MaskTerms, Terms
 
-#: [c0, c1, c2] of c0 + c1*S + c2*S².
-Terms = tuple[float, float, float]
 ZERO: Terms = (0, 0, 0)
-
-
-def value(terms: Sequence[float], sequence_length: int) -> float:
-    """The polynomial's value."""
-    c0, c1, c2 = terms
-    return c0 + c1 * sequence_length + c2 * sequence_length**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +40,8 @@ class LayerTrace:
     #: `terms` and `once` by sub-part.
     parts: Mapping[str, Terms] = field(default_factory=dict)
     once_parts: Mapping[str, Terms] = field(default_factory=dict)
-    #: Whether `parts["attention"]` sees only earlier tokens, and how many of them.
-    causal: bool = False
-    attention_window: int | None = None
+    #: What the mask of `parts["attention"]` hides.
+    mask: MaskTerms | None = None
     #: Cached keys and values: values for each sequence, fixed and for each token; bytes of one; tokens kept.
     kv_fixed: int = 0
     kv_per_token: int = 0
@@ -98,6 +90,7 @@ def to_json(trace: ModelTrace) -> dict[str, Any]:
         "layers": [
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "exact"}
             | {"parts": dict(layer.parts), "once_parts": dict(layer.once_parts)}
+            | {"mask": None if layer.mask is None else asdict(layer.mask)}
             | {"exact": {at: {"flop": e.flop, "parts": dict(e.parts)} for at, e in layer.exact.items()}}
             for layer in trace.layers
         ],
@@ -137,4 +130,5 @@ def _layer(values: Mapping[str, Any]) -> LayerTrace:
     for name in ("parts", "once_parts"):
         given[name] = {part: tuple(terms) for part, terms in values[name].items()}
     given["exact"] = {at: Exact(flop=e["flop"], parts=e["parts"]) for at, e in values["exact"].items()}
+    given["mask"] = None if values["mask"] is None else MaskTerms(**values["mask"])
     return LayerTrace(**given)

@@ -11,31 +11,34 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from planner.profile import MaskTerms, Terms, value
 from workers.counting import Counts, Subject
 from workers.grouping import Grouping, group_names
 from workers.inputs import longest, make_inputs
 from workers.kv import Kept, read_layer
 from workers.mapping import Place, Renamer, check_sizes, check_stacks, place_tensors
+from workers.masks import EVERYTHING, Sight
 from workers.memo import count
 from workers.model_config import ModelConfig
 from workers.parts import part_of
 from workers.skeleton import NotTraceable, build, first_line, quiet
-from workers.trace import ZERO, Exact, LayerTrace, ModelTrace, Terms, value
+from workers.trace import ZERO, Exact, LayerTrace, ModelTrace
 
 #: Sequence lengths that fix the polynomial: small, for models that loop over tokens.
 _FIT = (16, 40, 72)
-_FIT_SHORT = (3, 7, 11)
+_FIT_SHORT = (6, 11, 17)
 #: The longest asked length that is counted itself.
 _LONGEST_ASKED = 65_536
 #: Lengths that chunked scans need not pad.
 _FIT_CHUNKED = (256, 512, 1024)
 #: Lengths to check at: no multiples of a chunk; the first beyond most windows and tables of positions.
-_CHECKS = (1153, 509, 97, 29)
+_CHECKS = (1153, 509, 97, 29, 23)
 _CHECK_LOOPING = 97
 #: Not the batch of two that tells what a pass executes once: contrastive heads cost the square of it.
 _CHECK_BATCH = 3
@@ -54,6 +57,8 @@ class _Pass:
     parts: Mapping[int, Mapping[str, int]]
     #: Layer -> what it left in the cache.
     kept: Mapping[int, Sequence[Kept]]
+    #: Layer -> what its attention's mask lets see.
+    sights: Mapping[int, Sight]
 
     def flop(self, layer: int) -> int:
         return sum(self.parts.get(layer, {}).values())
@@ -99,7 +104,10 @@ class _Tracer:
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
         order = self._order(fits[0].counts.order)
-        lengths = [_CHECK_LOOPING] if looping else sorted({min(n, limit or n) for n in _CHECKS}, reverse=True)
+        # A polynomial says what it was made from at the lengths that it was made of: only others can confirm it.
+        fitted = {each.sequence_length for each in fits}
+        wanted = [_CHECK_LOOPING, _CHECKS[-1]] if looping else _CHECKS
+        lengths = sorted({min(n, limit or n) for n in wanted} - fitted, reverse=True)
         layers = {at: self._layer(at, order, fits, ()) for at in order}
         wrong, checks = self._check(layers, list(layers), lengths, limit)
         if wrong:
@@ -109,7 +117,11 @@ class _Tracer:
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
         if wrong:
-            reasons += self._chunked(layers, wrong, order, batch_size, min(sequence_length, limit or sequence_length))
+            asked = min(sequence_length, limit or sequence_length)
+            reasons += self._chunked(layers, wrong, order, batch_size, asked)
+        # A mask that hides nothing in a short sequence is not even made: the longest one tells.
+        sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
+        layers = {at: replace(layer, mask=_mask(layer.parts, sights.get(at))) for at, layer in layers.items()}
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
@@ -149,22 +161,22 @@ class _Tracer:
     def _first(self, length: int) -> _Pass:
         """The first pass; it finds out whether images can be run."""
         try:
-            return self._pass(1, length)
+            return self._pass(1, length, masks=True)
         except NotTraceable:
             self.images = False
             if "pixel_values" not in make_inputs(self.model, 1, length):
                 raise
-            return self._pass(1, length)
+            return self._pass(1, length, masks=True)
 
-    def _pass(self, batch_size: int, sequence_length: int) -> _Pass:
+    def _pass(self, batch_size: int, sequence_length: int, *, masks: bool = False) -> _Pass:
         """Count one pass; without memoised layers if it cannot be done with them."""
         inputs = make_inputs(self.model, batch_size, sequence_length, images=self.images)
         try:
-            counts, _ = count(self.subject, inputs)
+            counts, _ = count(self.subject, inputs, masks=masks)
         except Exception:  # noqa: BLE001 (any code of transformers runs here)
             try:
                 inputs = make_inputs(self.model, batch_size, sequence_length, images=self.images)
-                counts, _ = count(self.subject, inputs, memoise=False)
+                counts, _ = count(self.subject, inputs, memoise=False, masks=masks)
             except Exception as error:
                 raise NotTraceable(
                     f"transformers cannot run the model without weights: {first_line(error)}"
@@ -172,12 +184,20 @@ class _Tracer:
         parts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         for (ran, path), flop in counts.flop.items():
             layer = ran if ran >= 0 else counts.order[0]
-            group = self.grouping.groups[layer]
-            inside = path[len(group.name) + 1 :] if path.startswith(f"{group.name}.") else path
-            parts[layer][part_of(inside, group.layer_type)] += flop
+            parts[layer][self._part(layer, path)] += flop
+        sights: dict[int, Sight] = {}
+        for (layer, path), sight in counts.sights.items():
+            if layer >= 0 and self._part(layer, path) == "attention":
+                sights[layer] = sight if sights.get(layer, sight) == sight else EVERYTHING
         kept = {layer: [read_layer(each) for each in caches] for layer, caches in counts.kept.items()}
         counts.kept.clear()
-        return _Pass(batch_size, sequence_length, counts, parts, kept)
+        return _Pass(batch_size, sequence_length, counts, parts, kept, sights)
+
+    def _part(self, layer: int, path: str) -> str:
+        """The sub-part of a layer that the module at `path` is of."""
+        group = self.grouping.groups[layer]
+        inside = path[len(group.name) + 1 :] if path.startswith(f"{group.name}.") else path
+        return part_of(inside, group.layer_type)
 
     def _order(self, executed: Sequence[int]) -> list[int]:
         """Layers as they run; those that this pass does not run stay behind the one they follow by name."""
@@ -209,8 +229,6 @@ class _Tracer:
             once=_add(*once_parts.values()),
             parts=parts,
             once_parts={part: terms for part, terms in once_parts.items() if any(terms)},
-            causal=kept.per_token > 0,
-            attention_window=None if kept.window is None else kept.window + 1,
             kv_fixed=kept.fixed,
             kv_per_token=kept.per_token,
             kv_value_bytes=kept.value_bytes,
@@ -241,7 +259,7 @@ class _Tracer:
                 continue
             for at in list(wrong):
                 layer = layers[at]
-                if check.flop(at) == value(layer.once, length) + _CHECK_BATCH * value(layer.terms, length):
+                if _agrees(layer, check, at):
                     wrong.remove(at)
                     # What failed at a longer length holds up to this one.
                     last = limit if longest_run is None else length
@@ -254,13 +272,18 @@ class _Tracer:
     def _checked(self, done: list[_Pass], length: int) -> _Pass | None:
         """Add a pass of a larger batch; None where a table of positions ends before its length."""
         try:
-            done.append(self._pass(_CHECK_BATCH, length))
+            done.append(self._pass(_CHECK_BATCH, length, masks=not done))
         except NotTraceable:
             return None
         return done[-1]
 
     def _chunked(
-        self, layers: dict[int, LayerTrace], wrong: Sequence[int], order: Sequence[int], batch: int, length: int
+        self,
+        layers: dict[int, LayerTrace],
+        wrong: Sequence[int],
+        order: Sequence[int],
+        batch: int,
+        length: int,
     ) -> list[str]:
         """Fit anew at lengths that need no padding, and count at the length that is asked for.
 
@@ -327,7 +350,7 @@ class _Tracer:
 
 def _positions(config: Any) -> int | None:
     """How long the config's tables of positions are."""
-    for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+    for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"):
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:
             return found
@@ -354,8 +377,12 @@ def _layer_of(grouping: Grouping, model: nn.Module) -> Callable[[str], int | Non
 
 def _fit(lengths: Sequence[int], values: Sequence[float]) -> Terms:
     """The polynomial through the points: of degree 2 through three, 1 through two."""
-    if not any(values):
-        return ZERO
+    return _fitted(tuple(lengths), tuple(values)) if any(values) else ZERO
+
+
+# Equal layers have equal points.
+@lru_cache(maxsize=256)
+def _fitted(lengths: tuple[int, ...], values: tuple[float, ...]) -> Terms:
     if len(values) == 2:
         slope = Fraction(int(values[1] - values[0]), lengths[1] - lengths[0])
         return (_plain(values[0] - slope * lengths[0]), _plain(slope), 0)
@@ -368,6 +395,30 @@ def _fit(lengths: Sequence[int], values: Sequence[float]) -> Terms:
 def _plain(number: Fraction | float) -> float:
     exact = Fraction(number)
     return exact.numerator if exact.denominator == 1 else float(exact)
+
+
+def _agrees(layer: LayerTrace, check: _Pass, at: int) -> bool:
+    """Whether a pass cost what the polynomials of the layer and of each of its parts say."""
+    counted, length = check.parts.get(at, {}), check.sequence_length
+    return all(
+        counted.get(part, 0)
+        == check.batch_size * value(layer.parts.get(part, ZERO), length)
+        + value(layer.once_parts.get(part, ZERO), length)
+        for part in {*counted, *layer.parts}
+    )
+
+
+def _mask(parts: Mapping[str, Terms], sight: Sight | None) -> MaskTerms | None:
+    """What a mask hides, of the FLOP that grow with the square of the length: those of pairs of tokens."""
+    per_pair = parts.get("attention", ZERO)[2]
+    if sight is None or sight == EVERYTHING or not per_pair:
+        return None
+    return MaskTerms(
+        flop_per_pair=per_pair,
+        behind_tokens=sight.behind,
+        ahead_tokens=sight.ahead,
+        chunk_tokens=sight.chunk,
+    )
 
 
 def _add(*terms: Terms) -> Terms:

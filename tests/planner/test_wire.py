@@ -17,7 +17,7 @@ from planner import wire
 from planner.cluster import Cluster, Link, Node
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.plan import Plan, PlanOptions
-from planner.profile import KvTerms, Layer, ModelProfile, Tensor
+from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
 from planner.strategies import make_plan
 
 
@@ -39,6 +39,11 @@ def layer(index: int, **changes: Any) -> Layer:
         "terms_range": (16, None),
         "kv_terms": KvTerms(fixed_bytes=1, bytes_per_token=2, window_tokens=3),
         "parts": {"attention": 1e11, "mlp": 2e11},
+        "part_terms": {"attention": (0.0, 1.5, 0.25), "mlp": (0.0, 4.0, 0.0)},
+        "once_part_terms": {"attention": (1.0, 0.0, 2.5)},
+        "mask_terms": MaskTerms(flop_per_pair=0.25, behind_tokens=7, ahead_tokens=0, chunk_tokens=16),
+        "activation_terms": (0.0, 32.0, 0.0),
+        "peak_terms": (1.0, 2.0, 3.0),
         "tensors": (Tensor(name="w", file="sub/model.safetensors", dtype="BF16", shape=(2, 5), begin=100, end=120),),
     }
     return Layer(**{**values, **changes})
@@ -66,6 +71,7 @@ def profile(layers: int = 4) -> ModelProfile:
             ),
         ),
         approximate=("FLOP by the general rule",),
+        longest_sequence=4096,
         generated_at="2026-01-02T03:04:05Z",
         node_id="maker",
     )
