@@ -20,6 +20,8 @@ from planner.refine import refine
 from planner.reports import gib, seconds_text
 from planner.shortest import any_order_latency, in_order_latency
 
+#: What a chain without detours may be slower than the best allocation, as a fraction.
+NEARLY = 0.0005
 #: One strategy's attempt under one treatment of tied weights.
 Once = Callable[[Problem, Ties], Found]
 
@@ -48,24 +50,33 @@ def greedy_once(problem: Problem, ties: Ties) -> Found:
 
 
 def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
-    """Nodes no slower than `nodes` with fewer hops: equal layers exchanged, or nearly contiguous stages."""
+    """Nodes as fast as `nodes` with fewer hops: equal layers exchanged, or contiguous stages that are nearly as fast.
+
+    Layers of several kinds leave little to exchange; then a chain that loses less than `NEARLY` is the better plan.
+    """
     best = fewest_hops(problem, nodes)
-    if hops(best) < len(np.unique(best)):
+    used = len(np.unique(best))
+    if hops(best) < used:
         return best
     seconds = problem.bottleneck_s(nodes)
     work = build_work(problem, "copied")
     if work is None or (in_order(work) is None and len(problem.nodes) * len(problem.kind) > 10_000):
         return best  # contiguous stages would take longer to find than all the rest
-    staged, _ = solve_pipeline(problem, work, problem.memory + problem.tied_bytes, budget_s=seconds * (1 + SLACK))
-    if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= seconds * (1 + 2 * SLACK):
-        return staged if hops(staged) < hops(best) else best
-    if hops(best) < 1.5 * len(np.unique(best)):
+    held = problem.memory + problem.tied_bytes
+    several = hops(best) > 1.5 * (used - 1)
+    slowest = min(seconds * (1 + NEARLY), max(seconds, problem.options.time_budget_s or math.inf))
+    for limit in (seconds, slowest) if several else (seconds,):
+        staged, _ = solve_pipeline(problem, work, held, budget_s=limit * (1 + SLACK))
+        if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= limit * (1 + 2 * SLACK):
+            return staged if hops(staged) < hops(best) else best
+    if not several or len(work.kind) != len(work.layer) or work.followers:
         return best
     # The best contiguous stages, with as few layers moved as bring the slowest nodes down to the same time.
-    staged, _ = solve_pipeline(problem, work, problem.memory + problem.tied_bytes)
-    if staged is None or len(work.kind) != len(work.layer) or work.followers:
+    staged, _ = solve_pipeline(problem, work, held)
+    if staged is None:
         return best
     mended = work.layers(refine(work, staged[work.layer], target_s=seconds * (1 + SLACK)))
+    mended = fewest_hops(problem, mended)
     if problem.fits(mended) and problem.bottleneck_s(mended) <= seconds * (1 + 2 * SLACK):
         return mended if hops(mended) < hops(best) else best
     return best
