@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import socket
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,22 @@ def test_whoever_waits_leaves_room_for_the_others(make_app: Any) -> None:
     wait.join(timeout=60)
     assert answers == [409]  # cancelled
     assert places._value == 1
+
+
+def test_headers_are_bounded_before_our_code_sees_them(settings: Settings, tmp_path: Path) -> None:
+    env = {"REDIS_URL": settings.redis_url, "FAIRSHARD_DATA": str(settings.data_dir)}
+
+    def status(server: Server, head: str) -> int:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+            sock.sendall(f"{head}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            return int(sock.makefile("rb").readline().split()[1])
+
+    with Server(tmp_path, env) as server:
+        assert status(server, "GET /api/health/live HTTP/1.1\r\nX-A: b") == 200
+        assert status(server, f"GET /{'a' * 5_000} HTTP/1.1") in {400, 414}
+        assert status(server, f"GET /api/health/live HTTP/1.1\r\nX-A: {'b' * 10_000}") in {400, 431}
+        many = "\r\n".join(f"X-{number}: b" for number in range(100))
+        assert status(server, f"GET /api/health/live HTTP/1.1\r\n{many}") in {400, 431}
 
 
 def test_a_server_that_is_asked_to_go_waits_for_no_stream(settings: Settings, tmp_path: Any) -> None:
