@@ -4,25 +4,27 @@
     GET /<folder>/manifest.json
     GET /<folder>/<weight file>    with Range
 
-Nothing else can be named: a folder is one that `workers.shards.finished_shards` lists, a file one that its manifest
+Nothing else can be named: a folder is that of a finished shard, a file one that its manifest
 lists; a link that leads out of the shards' folder is followed for nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
 import re
 import threading
 import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
 
-from planner.errors import InvalidInput
-from workers.manifest import MANIFEST
-from workers.shards import finished_shards
+from planner.errors import FairshardError, InvalidInput
+from workers.manifest import MANIFEST, read_manifest
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
@@ -72,8 +74,32 @@ class PeerServer:
         self._server.server_close()
 
 
+def _served(folder: Path) -> _Served:
+    manifest = read_manifest(folder)
+    return _Served(
+        entry={
+            "folder": folder.name,
+            "model_name": manifest.model_name,
+            "revision": manifest.revision,
+            "plan_id": manifest.plan_id,
+            "node_id": manifest.node_id,
+        },
+        digests={item.name: item.digest for item in manifest.files},
+    )
+
+
 def _lies_in(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served:
+    """What a request needs to know of a shard."""
+
+    #: Its entry in the list of shards.
+    entry: Mapping[str, str]
+    #: Weight file -> digest.
+    digests: Mapping[str, str | None]
 
 
 class _Server(ThreadingHTTPServer):
@@ -83,7 +109,21 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], shards_dir: Path, authorization: str) -> None:
         self.shards_dir = shards_dir
         self.authorization = authorization.encode()
+        #: Folder -> (which manifest it was, what it said): a large one takes longer to read than a range to send.
+        self._known: dict[Path, tuple[tuple[int, int], _Served]] = {}
         super().__init__(address, _Handler)
+
+    def served(self) -> dict[Path, _Served]:
+        """The finished shards by folder, each manifest read once."""
+        known: dict[Path, tuple[tuple[int, int], _Served]] = {}
+        for path in sorted(self.shards_dir.glob(f"[!.]*/{MANIFEST}")):
+            with contextlib.suppress(FairshardError, OSError):
+                stat = path.stat()
+                which, folder = (stat.st_ino, stat.st_mtime_ns), path.parent
+                before = self._known.get(folder)
+                known[folder] = before if before and before[0] == which else (which, _served(folder))
+        self._known = known
+        return {folder: found for folder, (_, found) in known.items()}
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A node that hangs up in the middle is no event."""
@@ -105,30 +145,20 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(given, self.server.authorization):
             self._answer(401, b'{"error": "the token is missing or wrong"}')
             return
-        shards = dict(finished_shards(self.server.shards_dir))
+        shards = self.server.served()
         path = urllib.parse.unquote(self.path.partition("?")[0]).strip("/")
         if not path:
-            listed = [
-                {
-                    "folder": folder.name,
-                    "model_name": manifest.model_name,
-                    "revision": manifest.revision,
-                    "plan_id": manifest.plan_id,
-                    "node_id": manifest.node_id,
-                }
-                for folder, manifest in shards.items()
-            ]
-            self._answer(200, json.dumps({"shards": listed}).encode())
+            self._answer(200, json.dumps({"shards": [dict(shard.entry) for shard in shards.values()]}).encode())
             return
         name, _, file = path.partition("/")
-        for folder, manifest in shards.items():
-            digests = {item.name: item.digest for item in manifest.files}
-            if folder.name == name and file == MANIFEST:
+        folder = self.server.shards_dir / name
+        known = folder in shards and (file == MANIFEST or file in shards[folder].digests)
+        if known and _lies_in(self.server.shards_dir, folder / file):
+            if file == MANIFEST:
                 self._answer(200, (folder / MANIFEST).read_bytes())
-                return
-            if folder.name == name and file in digests and _lies_in(self.server.shards_dir, folder / file):
-                self._send_range(folder / file, digests[file])
-                return
+            else:
+                self._send_range(folder / file, shards[folder].digests[file])
+            return
         self._answer(404, b'{"error": "there is no such shard or file"}')
 
     def _send_range(self, path: Path, digest: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from workers.checkpoint import Checkpoint
 from workers.downloader import resolve
 from workers.peer_server import PeerServer
 from workers.peers import PATIENCE, find_peers
-from workers.splitter import split, verify
+from workers.splitter import delete_shard, split, verify
 
 TOKEN = "between nodes"
 
@@ -140,11 +141,31 @@ def test_a_peer_that_is_gone_is_waited_for_once(world: World, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "path",
     ["/plan/../plan/config.json", "/plan/config.json", "/.plan.partial-x/model.safetensors", "/../../etc/passwd",
-     "//etc/passwd", "/plan/%2e%2e/%2e%2e/etc/passwd", "/nothing/manifest.json", "/plan"],
+     "//etc/passwd", "/plan/%2e%2e/%2e%2e/etc/passwd", "/nothing/manifest.json", "/plan",
+     "/plan/%00", "/%00/manifest.json", "/plan/model.safetensors%00"],
 )  # fmt: skip
 def test_only_weights_and_manifests_of_finished_shards_are_served(world: World, path: str) -> None:
     assert get(world, path)[0] == 404
     assert get(world, "/plan/manifest.json")[0] == 200
+
+
+def test_shards_that_come_and_go_are_seen(world: World) -> None:
+    whole = dealt(world.profile, ["a"], plan_id="whole")
+    split(world.source, world.profile, whole, node_id="a", output=world.shards / "whole")
+    assert get(world, "/whole/manifest.json")[0] == 200
+    assert [shard["folder"] for shard in json.loads(get(world, "/")[1])["shards"]] == ["plan", "whole"]
+    delete_shard(world.shards / "plan")
+    assert get(world, "/plan/manifest.json")[0] == 404
+    assert get(world, "/plan/model.safetensors", Range="bytes=0-9")[0] == 404
+    # Made anew under the same name, it is served with its own digest.
+    split(world.source, world.profile, whole, node_id="a", output=world.shards / "plan")
+    data = (world.shards / "plan/model.safetensors").read_bytes()
+    assert get(world, "/plan/model.safetensors") == (206, data)
+    outside = world.shards.parent / "outside"
+    (world.shards / "whole").rename(outside)
+    (world.shards / "whole").symlink_to(outside)
+    for file in ("manifest.json", "model.safetensors"):
+        assert get(world, f"/whole/{file}")[0] == 404, "no link leads out of the folder"
 
 
 def test_ranges_and_the_token_are_checked(world: World) -> None:
