@@ -24,6 +24,10 @@ class Case:
     runs: bool
     #: No plan exists by construction: the bytes needed are more than there are.
     impossible: bool = False
+    #: Layers all different, few to a node (under 8), and every node's memory planted: what it has to spare is less
+    #: than a layer, so this is packing a puzzle with as many bins as nodes. The best bottleneck hangs on which of the
+    #: slowest nodes can be left a layer less, and neither plan nor bound is expected to be as near as elsewhere.
+    puzzle: bool = False
 
 
 def _decoder(
@@ -262,8 +266,11 @@ def cases(*, quick: bool = False) -> list[Case]:
                 cluster = machines(mix, seed)
                 found.append(Case(name=f"{kind}-{count}/{mix}", model=profile, cluster=cluster, runs=False))
                 if mix in ("lab", "wild"):
-                    tight = planted(cluster, profile, spare=0.1, seed=seed)
-                    found.append(Case(name=f"{kind}-{count}/{mix}/tight", model=profile, cluster=tight, runs=False))
+                    puzzle = count < 8 * min(count, len(cluster.nodes))
+                    for spare in (0.1,) if puzzle else (0.1, 0.03):
+                        name = f"{kind}-{count}/{mix}/{'puzzle' if puzzle else f'tight {spare:.0%}'}"
+                        tight = planted(cluster, profile, spare=spare, seed=seed)
+                        found.append(Case(name=name, model=profile, cluster=tight, runs=False, puzzle=puzzle))
     # Adversarial: a head heavier than any node's part; nodes that hold one layer exactly; one giant among dwarfs.
     eight, seventy = real_models()["llama-8b"][0], real_models()["llama-70b"][0]
     layer = layer_memory_bytes(seventy.layers[1])
