@@ -435,8 +435,8 @@ def resident():
 checkpoint = resolve(Path(sys.argv[1]))
 sizes = []
 for round in range(4):
-    for length in range(25):
-        generate(checkpoint, sequence_length=20 + length % 20)
+    for length in range(12):
+        generate(checkpoint, sequence_length=20 + length)
     gc.collect()
     sizes.append((resident(), len(gc.get_objects())))
 print(json.dumps(sizes))

@@ -88,8 +88,9 @@ def test_a_real_run_costs_and_caches_what_the_profile_says(name: str) -> None:
 
 
 def test_kv_dtype_shrinks_keys_and_values_but_no_state() -> None:
-    wide = generate(open_folder(folder_of("jamba")), sequence_length=LENGTH)
-    narrow = generate(open_folder(folder_of("jamba")), sequence_length=LENGTH, kv_dtype="float8_e4m3fn")
+    wide = profiled("jamba")
+    folder = open_folder(folder_of("jamba"))
+    narrow = generate(folder, batch_size=BATCH, sequence_length=LENGTH, kv_dtype="float8_e4m3fn")
     for one, other in zip(wide.layers, narrow.layers, strict=True):
         assert one.kv_terms is None or other.kv_terms is not None
         if one.kv_terms is not None and other.kv_terms is not None:
