@@ -1,37 +1,26 @@
 """What a checkpoint holds, read from its headers alone: names, dtypes, shapes, places.
 
-Strict, because every byte range that is copied later comes from here: a header that lies must never become
-a wrong shard. No torch, numpy or Hub client is loaded; a Hub checkpoint is read by ranges, files in parallel.
+No torch, numpy or Hub client is loaded; a Hub checkpoint is read by ranges, files in parallel.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
-from operator import attrgetter
-from typing import Any
 
-from planner.dtypes import SAFETENSORS_BITS as _BITS
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor
 from workers.checkpoint import Checkpoint
 from workers.progress import Progress, silent
+from workers.safetensors_file import read_file
+from workers.strict_json import pairs, parse_json, show, some
 
-#: The format's own limit (safetensors refuses larger headers).
-MAX_HEADER_BYTES = 100_000_000
-#: Bytes asked for first: most headers fit, and a longer one costs only its rest.
-_FIRST_READ_BYTES = 48 * 1024
 #: An index of 92,000 tensors takes 9 MB.
 _MAX_INDEX_BYTES = 200_000_000
-#: A limit beyond any storage; products of larger sizes are refused before they are formed.
-_MAX_VALUES = 2**60
 _PARALLEL_FILES = 16
-_KEYS = ("dtype", "shape", "data_offsets")
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 
@@ -123,7 +112,7 @@ def weight_files(checkpoint: Checkpoint) -> tuple[list[str], dict[str, str] | No
             missing = [name for name in files if name not in checkpoint.files]
             if missing:
                 raise InvalidCheckpoint(
-                    f"{index} names {len(files)} files, of which {len(missing)} are missing: {_some(missing)}",
+                    f"{index} names {len(files)} files, of which {len(missing)} are missing: {some(missing)}",
                     details={"index": index, "missing": missing[:20]},
                 )
             return files, weight_map
@@ -152,7 +141,7 @@ def _check_numbered(names: list[str]) -> None:
         missing = [other for other in wanted if other not in names]
         if missing:
             raise InvalidCheckpoint(
-                f"{name} says there are {int(total)} files, of which {len(missing)} are missing: {_some(missing)}",
+                f"{name} says there are {int(total)} files, of which {len(missing)} are missing: {some(missing)}",
                 details={"missing": missing[:20]},
             )
 
@@ -166,178 +155,14 @@ def read_index(checkpoint: Checkpoint, name: str) -> dict[str, str]:
     size = checkpoint.files[name].size_bytes
     if size > _MAX_INDEX_BYTES:
         raise InvalidCheckpoint(f"{name} is {size:,} bytes; an index has at most {_MAX_INDEX_BYTES:,}")
-    pairs = dict(_pairs(parse_json(checkpoint.read(name), name), name))
-    weight_map = dict(_pairs(pairs.get("weight_map"), f"{name}: weight_map"))
+    index = dict(pairs(parse_json(checkpoint.read(name), name), name))
+    weight_map = dict(pairs(index.get("weight_map"), f"{name}: weight_map"))
     if not weight_map:
         raise InvalidCheckpoint(f"{name}: weight_map names no tensor")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith((".safetensors", ".bin")):
-            raise InvalidCheckpoint(
-                f"{name}: tensor {_show(tensor)} is placed in {_show(file)}, which is no file name"
-            )
+            raise InvalidCheckpoint(f"{name}: tensor {show(tensor)} is placed in {show(file)}, which is no file name")
     return weight_map
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON with its objects as tuples of (key, value), so that no key is lost to another of its name.
-
-    Raises:
-        InvalidCheckpoint: If it is not JSON.
-    """
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=tuple)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{where} is not valid JSON: {str(error)[:200]}") from error
-
-
-def _pairs(value: Any, where: str) -> tuple[tuple[str, Any], ...]:
-    """`value` if it is a JSON object without a doubled key."""
-    if not isinstance(value, tuple):
-        raise InvalidCheckpoint(f"{where} must be a JSON object, got {_show(value)}")
-    if len({key for key, _ in value}) != len(value):
-        seen: set[str] = set()
-        doubled = sorted({key for key, _ in value if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
-        raise InvalidCheckpoint(f"{where}: key written twice: {_some(doubled)}", details={"keys": doubled[:20]})
-    return value
-
-
-def read_file(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str, str], int]:
-    """Read and check one safetensors file's header.
-
-    Returns:
-        Its tensors by offset, its `__metadata__`, and the bytes before its data.
-
-    Raises:
-        InvalidCheckpoint: If the header is not what the format asks, or the file's size is not what it promises.
-    """
-    size = checkpoint.files[name].size_bytes
-    if size < 8:
-        raise InvalidCheckpoint(f"{name} is {size} bytes; a safetensors file has at least 8 (a Git LFS pointer?)")
-    first = checkpoint.read(name, 0, min(size, _FIRST_READ_BYTES))
-    length = int.from_bytes(first[:8], "little")
-    if length > MAX_HEADER_BYTES:
-        raise InvalidCheckpoint(
-            f"{name}: the header's stated length of {length:,} bytes is over the format's {MAX_HEADER_BYTES:,}",
-            details={"file": name, "header_bytes": length},
-        )
-    data_begin = 8 + length
-    if data_begin > size:
-        raise InvalidCheckpoint(
-            f"{name}: the header's stated length of {length:,} bytes goes beyond the file's {size:,} bytes",
-            details={"file": name, "header_bytes": length, "file_bytes": size},
-        )
-    raw = first[8:data_begin]
-    if len(first) < data_begin:
-        raw += checkpoint.read(name, len(first), data_begin)
-    tensors, metadata = parse_header(raw, file=name, file_bytes=size)
-    return tensors, metadata, data_begin
-
-
-def parse_header(raw: bytes, *, file: str, file_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
-    """Parse a safetensors header (the JSON after the length field) of a file of `file_bytes`.
-
-    Raises:
-        InvalidCheckpoint: If it is malformed, or its tensors overlap, leave holes or don't fill the file.
-    """
-    if not raw.startswith(b"{"):
-        raise InvalidCheckpoint(f"{file}: the header must begin with '{{', got {raw[:16]!r}")
-    data_begin = 8 + len(raw)
-    metadata: dict[str, str] = {}
-    tensors: list[Tensor] = []
-    for name, entry in _pairs(parse_json(raw, f"{file}: header"), f"{file}: header"):
-        if name == "__metadata__":
-            metadata = _metadata(entry, file)
-        else:
-            tensors.append(_tensor(name, entry, file, data_begin))
-    tensors.sort(key=attrgetter("begin", "end"))
-    _check_places(tensors, file, data_begin, file_bytes)
-    return tensors, metadata
-
-
-def _metadata(entry: Any, file: str) -> dict[str, str]:
-    metadata = dict(_pairs(entry, f"{file}: __metadata__"))
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise InvalidCheckpoint(f"{file}: __metadata__ may hold only text")
-    return metadata
-
-
-def _tensor(name: str, entry: Any, file: str, data_begin: int) -> Tensor:
-    """The tensor that a header entry describes, its place turned into file offsets."""
-    # A checkpoint may have 100,000 of them: the usual order of keys is read without a dict.
-    if type(entry) is tuple and len(entry) == 3:
-        (first, dtype), (second, shape), (third, offsets) = entry
-        if first != "dtype" or second != "shape" or third != "data_offsets":
-            dtype, shape, offsets = _values(name, entry, file)
-    else:
-        dtype, shape, offsets = _values(name, entry, file)
-    value_bits = _BITS.get(dtype) if type(dtype) is str else None
-    if value_bits is None:
-        raise InvalidCheckpoint(f"{file}: tensor {_show(name)} has the unknown dtype {_show(dtype)}")
-    if not _counts(shape):
-        raise InvalidCheckpoint(f"{file}: tensor {_show(name)} has the impossible shape {_show(shape)}")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InvalidCheckpoint(f"{file}: tensor {_show(name)} has the impossible data_offsets {_show(offsets)}")
-    begin, end = offsets
-    total_bits = prod(shape) * value_bits
-    if total_bits != (end - begin) * 8:
-        raise InvalidCheckpoint(
-            f"{file}: tensor {_show(name)} of {dtype} {shape} takes {total_bits / 8:,.10g} bytes, "
-            f"but its data_offsets {offsets} span {end - begin:,}",
-            details={"file": file, "tensor": name, "bytes": end - begin},
-        )
-    return Tensor(
-        name=name, file=file, dtype=dtype, shape=tuple(shape), begin=data_begin + begin, end=data_begin + end
-    )
-
-
-def _values(name: str, entry: Any, file: str) -> tuple[Any, Any, Any]:
-    """(dtype, shape, data_offsets) of a header entry whose keys are in another order."""
-    values = dict(_pairs(entry, f"{file}: tensor {_show(name)}"))
-    if values.keys() != set(_KEYS):
-        raise InvalidCheckpoint(
-            f"{file}: tensor {_show(name)} must have dtype, shape and data_offsets, got {_some(sorted(values))}"
-        )
-    return values["dtype"], values["shape"], values["data_offsets"]
-
-
-def _counts(values: Any) -> bool:
-    """Whether `values` is a list of a few non-negative whole numbers of a possible size."""
-    if type(values) is not list or len(values) > 64:
-        return False
-    for value in values:  # noqa: SIM110 (a generator costs three times as much, 200,000 times)
-        if type(value) is not int or not 0 <= value < _MAX_VALUES:
-            return False
-    return True
-
-
-def _check_places(tensors: list[Tensor], file: str, data_begin: int, file_bytes: int) -> None:
-    """Check that the tensors, sorted by place, fill the data section exactly."""
-    end, before = data_begin, "the header"
-    for tensor in tensors:
-        if tensor.begin < end:
-            raise InvalidCheckpoint(
-                f"{file}: tensor {_show(tensor.name)} begins at byte {tensor.begin:,} and overlaps {_show(before)}, "
-                f"which ends at {end:,}",
-                details={"file": file, "tensor": tensor.name, "other": before},
-            )
-        if tensor.begin > end:
-            raise InvalidCheckpoint(
-                f"{file}: a hole of {tensor.begin - end:,} bytes before tensor {_show(tensor.name)}, "
-                f"after {_show(before)}",
-                details={"file": file, "tensor": tensor.name, "hole_bytes": tensor.begin - end},
-            )
-        end, before = tensor.end, tensor.name
-    if end > file_bytes:
-        raise InvalidCheckpoint(
-            f"{file}: tensor {_show(before)} ends at byte {end:,}, beyond the file's {file_bytes:,}: "
-            f"{end - file_bytes:,} bytes are missing (cut short?)",
-            details={"file": file, "tensor": before, "missing_bytes": end - file_bytes},
-        )
-    if end < file_bytes:
-        raise InvalidCheckpoint(
-            f"{file}: {file_bytes - end:,} bytes after the last tensor belong to none",
-            details={"file": file, "trailing_bytes": file_bytes - end},
-        )
 
 
 def _check_names(tensors: list[Tensor], weight_map: Mapping[str, str] | None) -> None:
@@ -350,7 +175,7 @@ def _check_names(tensors: list[Tensor], weight_map: Mapping[str, str] | None) ->
         for tensor in tensors:
             other = seen.setdefault(tensor.name, tensor.file)
             if other != tensor.file:
-                raise InvalidCheckpoint(f"tensor {_show(tensor.name)} is in both {other} and {tensor.file}")
+                raise InvalidCheckpoint(f"tensor {show(tensor.name)} is in both {other} and {tensor.file}")
     if weight_map is None or weight_map == places:
         return
     wrong = [name for name, file in weight_map.items() if places.get(name) != file]
@@ -358,17 +183,7 @@ def _check_names(tensors: list[Tensor], weight_map: Mapping[str, str] | None) ->
         name = min(wrong)
         found = f"it is in {places[name]}" if name in places else "no header names it"
         raise InvalidCheckpoint(
-            f"the index places tensor {_show(name)} in {weight_map[name]}, but {found} "
+            f"the index places tensor {show(name)} in {weight_map[name]}, but {found} "
             f"({len(wrong)} of {len(weight_map)} names disagree)",
             details={"tensors": sorted(wrong)[:20]},
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = [_show(name) for name in names]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from planner.errors import InvalidMetadata
 from planner.profile import Tensor
 from workers.checkpoint import Checkpoint
-from workers.headers import MAX_HEADER_BYTES, parse_header
+from workers.safetensors_file import MAX_HEADER_BYTES, parse_header
 
 _FIRST_READ_BYTES = 64 * 1024
 

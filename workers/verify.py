@@ -13,9 +13,9 @@ from blake3 import blake3
 
 from planner.errors import FairshardError, InvalidCheckpoint, InvalidInput
 from workers.checkpoint import Checkpoint
-from workers.headers import parse_header
 from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, write_manifest
 from workers.progress import Progress, silent
+from workers.safetensors_file import parse_header
 
 _BUFFER_BYTES = 4 * 1024 * 1024
 
