@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, bootsteps, signals
+from celery.apps.worker import Worker
+from celery.worker import state
 
 from planner.errors import Conflict, FairshardError, InvalidInput
 from workers.celery_app import COMPUTE, PLANNER, node_queue
@@ -21,8 +24,35 @@ logger = logging.getLogger(__name__)
 
 def install(app: Celery) -> None:
     """Add the steps to `app`'s workers."""
-    app.steps["worker"].update({ReconcileStep, AnnounceStep, HandBackStep})
+    app.steps["worker"].update({ReconcileStep, AnnounceStep, FirstAndLastStep})
     signals.setup_logging.connect(_set_up_logging, weak=False)
+    app.__dict__["Worker"] = app.subclass_with_self(PromptWorker, name="Worker", reverse="Worker")
+
+
+class PromptWorker(Worker):
+    """celery's sleeps through its whole grace period when told to end; this one goes when its steps are done."""
+
+    #: celery's stubs leave it out.
+    hostname: str
+
+    def wait_for_soft_shutdown(self) -> bool:
+        """Wait until no step of this worker runs, for at most the grace period; whether there was any."""
+        if not state.active_requests:
+            return False
+        grace_s = float(self.app.conf.worker_soft_shutdown_timeout)
+        logger.warning("Initiating Soft Shutdown, terminating in %.0f seconds at most", grace_s)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and _busy(self.hostname):
+            time.sleep(0.2)
+        return True
+
+
+def _busy(hostname: str) -> bool:
+    try:
+        return any(owner == hostname for _, _, owner in current().ledger.running())
+    except FairshardError:
+        # Nobody knows: the grace period decides.
+        return True
 
 
 def _set_up_logging(loglevel: int | None = None, **_: object) -> None:
@@ -60,31 +90,25 @@ class ReconcileStep(_Step):
             self._thread.stop()
 
 
-class AnnounceStep(_Step):
-    """Writes `node:<id>` (the planner: `planner`) three times within its expiry, for as long as the worker lives."""
+class Presence:
+    """Writes `node:<id>` (the planner: `planner`) three times within its expiry, until `leave`."""
 
-    def __init__(self, worker: Any, **_: Any) -> None:
-        super().__init__(worker)
+    def __init__(self) -> None:
         self._stopped = threading.Event()
         self._instance: str | None = None
         self._peers = contextlib.ExitStack()
 
-    def start(self, worker: Any) -> None:
-        """Announce the worker once, then again and again in a thread.
+    def begin(self, queues: set[str]) -> None:
+        """Announce the worker of these queues once, then again and again in a thread.
 
         Raises:
-            SystemExit: If another living worker has this node's id, or the worker may not be this node.
+            SystemExit: If another living worker has this node's id.
         """
         services = current()
         beats: list[Callable[[], None]] = []
-        try:
-            _check_may(services, set(worker.app.amqp.queues.consume_from))
-        except FairshardError as error:
-            logger.critical("%s", error)
-            raise SystemExit(1) from error
-        if PLANNER in worker.app.amqp.queues.consume_from:
+        if PLANNER in queues:
             beats.append(services.registry.announce_planner)
-        if node_queue(services.settings.node_id) in worker.app.amqp.queues.consume_from:
+        if node_queue(services.settings.node_id) in queues:
             beats += [self._node(services), lambda: sweep_up(services)]
         for beat in beats:
             _once(beat)
@@ -121,13 +145,62 @@ class AnnounceStep(_Step):
             for beat in beats:
                 _once(beat)
 
-    def stop(self, worker: Any) -> None:  # noqa: ARG002  (celery's signature)
+    def leave(self) -> None:
         """Say that the node goes."""
         self._stopped.set()
         self._peers.close()
         if self._instance is not None:
             services, instance = current(), self._instance
             _once(lambda: services.registry.leave(services.settings.node_id, instance=instance))
+
+
+class FirstAndLastStep(_Step):
+    """Before anything starts: may this worker be what it says? After all stopped: hand back, and leave.
+
+    On the way out, steps that the grace period was too short for are handed back, no attempt counted.
+    """
+
+    def include(self, parent: Any) -> bool:
+        """Go first, and so be stopped last: no `requires` of ours can say that celery's pool comes later."""
+        parent.steps.insert(0, self)
+        return True
+
+    def start(self, worker: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            SystemExit: If the worker may not be this node, or the planner.
+        """
+        worker.presence = Presence()
+        try:
+            _check_may(current(), set(worker.app.amqp.queues.consume_from))
+        except FairshardError as error:
+            logger.critical("%s", error)
+            raise SystemExit(1) from error
+
+    def stop(self, worker: Any) -> None:
+        """Hand back what still runs (celery forgot its own list when it stopped the children), and leave."""
+        ledger, mine = current().ledger, str(worker.hostname)
+        try:
+            for job_id, step, owner in ledger.running():
+                if owner == mine and ledger.hand_back(job_id, step, owner=mine):
+                    logger.info("job %s, step %s: handed back", job_id, step)
+        except FairshardError as error:
+            logger.warning("nothing was handed back, the leases will run out: %s", error)
+        worker.presence.leave()
+
+
+class AnnounceStep(_Step):
+    """The worker is announced once its pool is up: who is told of it may send it work, or end it."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        """Announce it."""
+        worker.presence.begin(set(worker.app.amqp.queues.consume_from))
+
+    def stop(self, worker: Any) -> None:
+        """Stay: the pool may have steps to finish."""
 
 
 def _check_may(services: Services, queues: set[str]) -> None:
@@ -165,22 +238,3 @@ def _once(beat: Callable[[], None]) -> None:
         logger.warning("not announced: %s", error)
     except Exception:
         logger.exception("announcing this worker failed")
-
-
-class HandBackStep(_Step):
-    """On the way out, steps that the grace period was too short for are handed back, no attempt counted."""
-
-    requires = (AnnounceStep,)
-
-    def start(self, worker: Any) -> None:
-        """Nothing to start."""
-
-    def stop(self, worker: Any) -> None:
-        """Hand back what still runs: celery forgot its own list when it stopped the children."""
-        ledger, mine = current().ledger, str(worker.hostname)
-        try:
-            for job_id, step, owner in ledger.running():
-                if owner == mine and ledger.hand_back(job_id, step, owner=mine):
-                    logger.info("job %s, step %s: handed back", job_id, step)
-        except FairshardError as error:
-            logger.warning("nothing was handed back, the leases will run out: %s", error)

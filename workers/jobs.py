@@ -104,6 +104,9 @@ class Jobs:
         if entry.get("single_flight") and hub_token:
             # Two users' views of a private model are two things.
             entry["single_flight"] += services.tokens.fingerprint(hub_token)
+        if hub_token:
+            # A token is never in the journal: should Redis lose it, its job says so (`Services.user_token`).
+            entry["params"] = {**entry["params"], "with_token": True}
         if journal is not None:
             plain = [{"name": step.name, "task": step.task, "queue": step.queue, "after": list(step.after),
                       "node_id": step.node_id, "args": dict(step.args)} for step in steps]  # fmt: skip

@@ -119,10 +119,14 @@ local function put_step(job, spec)
 end
 
 local function put_steps(job, specs)
-  local names, known = words(get(job_key(job), 'steps')), {}
-  for _, name in ipairs(names) do known[name] = true end
+  -- In the order in which they will run: those that are started over come after what was before them.
+  local names, given = {}, {}
+  for _, spec in ipairs(specs) do given[spec.name] = true end
+  for _, name in ipairs(words(get(job_key(job), 'steps'))) do
+    if not given[name] then names[#names + 1] = name end
+  end
   for _, spec in ipairs(specs) do
-    if not known[spec.name] then names[#names + 1] = spec.name end
+    names[#names + 1] = spec.name
     put_step(job, spec)
   end
   for _, spec in ipairs(specs) do
@@ -164,6 +168,13 @@ local function vanished(step, found, max)
   return cjson.encode({code = 'worker_lost', details = {step = step, owner = found, attempts = max},
     message = 'step ' .. step .. ' was given up after ' .. max .. ' attempts: its worker (last ' .. (found or 'unknown') ..
       ') vanished each time; it may need more memory than the machine has, or than FAIRSHARD_STEP_MEMORY_BYTES lets it take'})
+end
+
+-- The job fails, and shows the step that it failed of, whichever was claimed last.
+local function give_up(job, step, err)
+  close_step(job, step, 'failed', err)
+  redis.call('HSET', job_key(job), 'step', step)
+  end_job(job, 'failed', err)
 end
 
 local function lose(job, step, node, err)
@@ -253,8 +264,7 @@ operations.claim = function(job, step, owner, lease_ms)
     if found[1] == 'queued' and tonumber(found[6] or 0) > now then return answer('early') end
     if attempts >= max then
       local err = vanished(step, found[2], max)
-      close_step(job, step, 'failed', err)
-      end_job(job, 'failed', err)
+      give_up(job, step, err)
       return answer('poisoned')
     end
     attempts = attempts + 1
@@ -314,8 +324,7 @@ operations.fail = function(job, step, fence, err, delay_ms, final)
   if how ~= 'ok' then return answer(how) end
   local key = step_key(job, step)
   if final == '1' or number(key, 'attempts') >= number(key, 'max') then
-    close_step(job, step, 'failed', err)
-    end_job(job, 'failed', err)
+    give_up(job, step, err)
     return answer('failed')
   end
   redis.call('HSET', key, 'error', err)
@@ -388,8 +397,7 @@ operations.overdue = function(limit, lease_ms)
       count('leases_expired_total')
       if tonumber(found[3]) >= tonumber(found[4]) then
         local err = vanished(step, found[2], found[4])
-        close_step(job, step, 'failed', err)
-        end_job(job, 'failed', err)
+        give_up(job, step, err)
       else
         redis.call('HSET', key, 'error', cjson.encode({code = 'worker_lost', details = {owner = found[2]},
           message = 'worker ' .. (found[2] or '') .. ' vanished while it ran ' .. step}))

@@ -14,7 +14,8 @@ A job is a few steps. Every transition below is one Lua script (`ledger.lua`) on
     job    queued ──first claim──► running ──last commit──► done | ──a step failed──► failed | ──cancel──► cancelled
 
 A claim returns a *fence*, a number that grows with every claim of the step (also over a restart of Redis that forgot
-the last second); whoever comes with an older one is told so and can change nothing. A message that finds its step done, busy or closed is acknowledged and skipped.
+the last second); whoever comes with an older one is told so and can change nothing. A message that finds its step
+done, busy or closed is acknowledged and skipped.
 """
 
 from __future__ import annotations

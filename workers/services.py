@@ -131,11 +131,6 @@ class Services:
             )
         return json.loads(text)
 
-    def drop_payload(self, job_id: str, name: str) -> None:
-        """Forget what `put_payload` kept."""
-        with reachable():
-            self.redis.delete(f"{self.queue.prefix}payload:{job_id}:{name}")
-
     # -- profiles --------------------------------------------------------------------------------------------------
     def profile_published(self, model_name: str, record: dict[str, Any]) -> None:
         """Remember where the model's newest profile lies: `{path, commit, revision, batch_size, sequence_length}`."""

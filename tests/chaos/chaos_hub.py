@@ -2,8 +2,8 @@
 
     python chaos_hub.py OWNER/NAME=FOLDER...        from tests/chaos, with tests/ on the path
 
-Prints {"url", "token"}; then reads lines of JSON: a fault's fields, {"clear": true}, or {"history": "owner/name"}, which
-is answered by the commits of that repository, oldest first, each the list of [path, digest] that it changed.
+Prints {"url", "token"}; then reads lines of JSON: a fault's fields, {"clear": true}, or {"history": "owner/name"},
+which is answered by the commits of that repository, oldest first, each the list of [path, digest] it changed.
 """
 
 from __future__ import annotations

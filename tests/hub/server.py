@@ -317,7 +317,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_body(self, reply: Reply, begin: int, end: int, fault: Fault | None, log: Request | None) -> None:
         rate = self.server.hub.bytes_per_s
         stop = end
-        if fault is not None and fault.kind == "trickle":
+        trickles = fault is not None and fault.kind == "trickle"
+        if fault is not None and trickles:
             rate = fault.bytes_per_s
         if fault is not None and fault.kind in ("cut", "reset"):
             stop = min(end, begin + fault.after_bytes)
@@ -335,6 +336,9 @@ class _Handler(BaseHTTPRequestHandler):
                 # Before the write: a client that has the last byte may look at the counters at once.
                 log.sent_bytes = sent
             self.wfile.write(data)
+            if trickles and fault not in self.server.hub.faults:
+                # The test took its fault back: the rest comes at once.
+                rate, trickles = self.server.hub.bytes_per_s, False
             if rate is not None and self.server.hub.closing.wait(max(0.0, started + sent / rate - time.monotonic())):
                 break
         if sent < end - begin:

@@ -133,6 +133,13 @@ class Chaos:
         time.sleep(self.random.random())
         worker.start()
 
+    def lose_node(self) -> None:
+        """A node is away for so long that its steps are given to others."""
+        worker = self.random.choice(list(self.service.workers.values()))
+        worker.kill()
+        time.sleep(self.random.uniform(9, 12))
+        worker.start()
+
     def kill_reconciler(self) -> None:
         with self.service.redis.client() as client:
             _, pid, _ = str(client.get("fairshard:reconciler") or "::").rsplit(":", 2)
@@ -218,9 +225,9 @@ class Chaos:
     def misfortune(self) -> None:
         """One accident."""
         weights: dict[Callable[[], None], int] = {
-            self.kill_worker: 3, self.kill_reconciler: 1, self.kill_planner: 1, self.kill_child: 4,
+            self.kill_worker: 3, self.lose_node: 1, self.kill_reconciler: 1, self.kill_planner: 1, self.kill_child: 4,
             self.pause_worker: 2, self.pause_child: 1, self.term_worker: 1, self.kill_redis: 2, self.pause_redis: 1,
-            self.kill_web: 2, self.pause_web: 1, self.black_hole: 1, self.drop_connections: 2, self.bad_hub: 6,
+            self.kill_web: 2, self.pause_web: 1, self.black_hole: 2, self.drop_connections: 2, self.bad_hub: 6,
         }  # fmt: skip
         accident = self.random.choices(list(weights), list(weights.values()))[0]
         self.accidents[accident.__name__] += 1
