@@ -8,6 +8,10 @@ from planner.placement import Work
 from planner.problem import Floats, Ints
 
 
+#: Kinds of layers beyond which fewer price lists are tried.
+_MANY = 2_000
+
+
 def lower_bound_s(work: Work, *, thorough: bool = True) -> float:
     """The best bound on the bottleneck in seconds; 0 if there is nothing to place.
 
@@ -93,7 +97,7 @@ def _done_sparse(points: Floats, base: Floats, full: Floats, rates: Floats) -> F
     return points * started[s] - offset[s] - (points * ended[e] - stop[e])
 
 
-def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int = 24) -> float:
+def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0) -> float:
     """The best of several price lists, each of which says what one kind of scarcity costs.
 
     Layers of much FLOP or many bytes, counted or weighed: whole layers waste a part of a node. The smaller of FLOP
@@ -101,6 +105,8 @@ def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0, cuts: int
     that do not depend on the layer no other prices tell more.
     """
     priced = Priced(work, rates)
+    # Among very many layers neighbours in rank hardly differ.
+    cuts = 24 if len(work.count) <= _MANY else 6
     flop, size = work.flop, work.memory.astype(np.float64)
     best = above_s
     for cost in (flop, size):

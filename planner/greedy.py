@@ -132,7 +132,7 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
             break
         middle = (low + high) / 2
         packed = most_available(work, rate, middle)
-        if packed is None:
+        if packed is None and not large:
             packed = best_fit(work, by_compute(work), middle)
         if packed is None:
             low = middle

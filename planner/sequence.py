@@ -18,7 +18,7 @@ from planner.problem import SLACK, Ints, Problem
 #: States up to which the programme over class counts is solved exactly.
 EXACT_STATES = 20_000
 #: Node sets kept a step beyond that.
-BEAM = 24
+BEAM = 64
 
 
 class Sequence:
@@ -53,6 +53,8 @@ class Sequence:
         self.counts = [len(nodes) for nodes in self.classes]
         self.states = math.prod(count + 1 for count in self.counts) if len(self.counts) <= 16 else EXACT_STATES + 1
         self._levels: list[tuple[Ints, list[tuple[int, Ints, Ints]]]] | None = None
+        # A set of nodes is known by the sum of its classes' keys.
+        self._keys = np.random.default_rng(0).integers(2**40, 2**52, len(self.classes))
         #: Of the last budget looked at.
         self.prices: Prices | None = None
         self.impossible = False
@@ -163,6 +165,7 @@ class Sequence:
         trail: list[tuple[Ints, Ints, Ints]] = []
         before, worth = prices.covered, prices.worth
         spent = np.zeros(1)
+        names = np.zeros(1, dtype=np.int64)
         for _ in range(sum(self.counts)):
             ends = reach[:, position].T  # (B, C)
             usable = (left > 0) & (ends > position[:, None])
@@ -175,14 +178,18 @@ class Sequence:
                 row, at = divmod(int(np.argmax(finished)), classes)
                 trail.append((np.array([row]), np.array([at]), np.array([self.layers])))
                 return self._unwind(trail)
-            flat = np.argsort(-score, axis=None, kind="stable")[: BEAM * 4]
-            flat = flat[np.isfinite(score.ravel()[flat])]
-            rows, ats = flat // classes, flat % classes
-            left_next = left[rows].copy()
-            left_next[np.arange(len(rows)), ats] -= 1
-            _, first = np.unique(left_next, axis=0, return_index=True)
+            flat = score.ravel()
+            count = min(BEAM * 4, len(flat) - 1)
+            top = np.argpartition(-flat, count)[: count + 1]
+            top = top[np.isfinite(flat[top])]
+            top = top[np.lexsort((top, -flat[top]))]
+            rows, ats = top // classes, top % classes
+            after = names[rows] + self._keys[ats]
+            _, first = np.unique(after, return_index=True)
             keep = np.sort(first)[:BEAM]
-            rows, ats, left = rows[keep], ats[keep], left_next[keep]
+            rows, ats, names = rows[keep], ats[keep], after[keep]
+            left = left[rows]
+            left[np.arange(len(rows)), ats] -= 1
             position = ends[rows, ats]
             spent = spent[rows] + worth[ats]
             trail.append((rows, ats, position))
