@@ -1,6 +1,6 @@
 """How quick and how small profiling is, beside the ways that others do it.
 
-    python benchmarks/profile.py [fresh|warm|headers|batch|rivals ...] [--runs 5] [--json FILE]
+    python -m benchmarks.profile [fresh|warm|headers|batch|rivals ...] [--runs 5] [--json FILE]
 
 fresh    a new process profiles a local Llama-3.2-1B: without tracing, from a cached trace, with tracing
 warm     one process traces large models at full size

@@ -9,19 +9,17 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from planner.profile import MaskTerms, Terms, value
-from workers.counting import Counts, Subject
+from workers.counting import Subject
+from workers.fitting import Pass, agrees, fit_layer, mask_terms
 from workers.grouping import Grouping, group_names
 from workers.inputs import longest, make_inputs
-from workers.kv import Kept, read_layer
+from workers.kv import read_layer
 from workers.mapping import Place, Renamer, check_sizes, check_stacks, place_tensors
 from workers.masks import EVERYTHING, Sight
 from workers.memo import count
@@ -44,24 +42,6 @@ _CHECK_LOOPING = 97
 _CHECK_BATCH = 3
 # Hooks and the watched cache are the process's: one trace at a time.
 _LOCK = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One counted pass."""
-
-    batch_size: int
-    sequence_length: int
-    counts: Counts
-    #: Layer -> part -> FLOP.
-    parts: Mapping[int, Mapping[str, int]]
-    #: Layer -> what it left in the cache.
-    kept: Mapping[int, Sequence[Kept]]
-    #: Layer -> what its attention's mask lets see.
-    sights: Mapping[int, Sight]
-
-    def flop(self, layer: int) -> int:
-        return sum(self.parts.get(layer, {}).values())
 
 
 def trace(
@@ -108,12 +88,12 @@ class _Tracer:
         fitted = {each.sequence_length for each in fits}
         wanted = [_CHECK_LOOPING, _CHECKS[-1]] if looping else _CHECKS
         lengths = sorted({min(n, limit or n) for n in wanted} - fitted, reverse=True)
-        layers = {at: self._layer(at, order, fits, ()) for at in order}
+        layers = {at: fit_layer(self.grouping.groups[at], at, order, fits, ()) for at in order}
         wrong, checks = self._check(layers, list(layers), lengths, limit)
         if wrong:
             # What a pass executes once, whatever the batch, shows in a batch of two.
             doubled = [self._pass(2, each.sequence_length) for each in fits[:2]]
-            layers |= {at: self._layer(at, order, fits, doubled) for at in wrong}
+            layers |= {at: fit_layer(self.grouping.groups[at], at, order, fits, doubled) for at in wrong}
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
         if wrong:
@@ -121,7 +101,7 @@ class _Tracer:
             reasons += self._chunked(layers, wrong, order, batch_size, asked)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
-        layers = {at: replace(layer, mask=_mask(layer.parts, sights.get(at))) for at, layer in layers.items()}
+        layers = {at: replace(layer, mask=mask_terms(layer.parts, sights.get(at))) for at, layer in layers.items()}
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
@@ -131,7 +111,7 @@ class _Tracer:
             reasons=tuple(reasons),
         )
 
-    def _fits(self, sequence_length: int, limit: int | None) -> tuple[list[_Pass], bool]:
+    def _fits(self, sequence_length: int, limit: int | None) -> tuple[list[Pass], bool]:
         """Three passes that fix the polynomials, and whether the model loops over its tokens.
 
         The longest is the length that is asked for, so that peaks, which no polynomial describes, are right there.
@@ -144,7 +124,7 @@ class _Tracer:
 
     def _fits_at(
         self, lengths: tuple[int, int, int], sequence_length: int, limit: int | None
-    ) -> tuple[list[_Pass], bool]:
+    ) -> tuple[list[Pass], bool]:
         fits = [self._first(lengths[0]), self._pass(1, lengths[1])]
         looping = fits[1].counts.operators > fits[0].counts.operators * 1.2
         asked = min(sequence_length, limit or sequence_length)
@@ -158,7 +138,7 @@ class _Tracer:
             fits.append(self._pass(1, lengths[2]))
         return fits, looping
 
-    def _first(self, length: int) -> _Pass:
+    def _first(self, length: int) -> Pass:
         """The first pass; it finds out whether images can be run."""
         try:
             return self._pass(1, length, masks=True)
@@ -168,7 +148,7 @@ class _Tracer:
                 raise
             return self._pass(1, length, masks=True)
 
-    def _pass(self, batch_size: int, sequence_length: int, *, masks: bool = False) -> _Pass:
+    def _pass(self, batch_size: int, sequence_length: int, *, masks: bool = False) -> Pass:
         """Count one pass; without memoised layers if it cannot be done with them."""
         inputs = make_inputs(self.model, batch_size, sequence_length, images=self.images)
         try:
@@ -191,7 +171,7 @@ class _Tracer:
                 sights[layer] = sight if sights.get(layer, sight) == sight else EVERYTHING
         kept = {layer: [read_layer(each) for each in caches] for layer, caches in counts.kept.items()}
         counts.kept.clear()
-        return _Pass(batch_size, sequence_length, counts, parts, kept, sights)
+        return Pass(batch_size, sequence_length, counts, parts, kept, sights)
 
     def _part(self, layer: int, path: str) -> str:
         """The sub-part of a layer that the module at `path` is of."""
@@ -207,45 +187,14 @@ class _Tracer:
                 order.insert(order.index(at - 1) + 1 if at else 0, at)
         return order
 
-    def _layer(self, at: int, order: Sequence[int], fits: Sequence[_Pass], doubled: Sequence[_Pass]) -> LayerTrace:
-        """A layer's polynomials through three passes, and two of a batch of two where there are any."""
-        group = self.grouping.groups[at]
-        lengths = [each.sequence_length for each in fits]
-        parts: dict[str, Terms] = {}
-        once_parts: dict[str, Terms] = {}
-        for part in sorted({part for each in fits for part in each.parts.get(at, {})}):
-            single = [each.parts.get(at, {}).get(part, 0) for each in fits]
-            double = [each.parts.get(at, {}).get(part, 0) for each in doubled]
-            shared = [2 * one - two for one, two in zip(single, double, strict=False)]
-            once = once_parts[part] = _fit(lengths[:2], shared)
-            parts[part] = _fit(lengths, [flop - value(once, s) for s, flop in zip(lengths, single, strict=True)])
-        kept = _cache(lengths, [each.kept.get(at, ()) for each in fits])
-        return LayerTrace(
-            name=group.name,
-            layer_type=group.layer_type,
-            number=group.number,
-            stack=group.stack,
-            terms=_add(*parts.values()),
-            once=_add(*once_parts.values()),
-            parts=parts,
-            once_parts={part: terms for part, terms in once_parts.items() if any(terms)},
-            kv_fixed=kept.fixed,
-            kv_per_token=kept.per_token,
-            kv_value_bytes=kept.value_bytes,
-            kv_window=kept.window,
-            state_bytes=kept.state_bytes,
-            activation=_fit(lengths, [_crossing(each.counts, order, at) for each in fits]),
-            peak=_fit(lengths, [each.counts.peak_bytes.get(at, 0) for each in fits]),
-        )
-
     def _check(
         self,
         layers: dict[int, LayerTrace],
         wrong: Sequence[int],
         lengths: Sequence[int],
         limit: int | None,
-        checks: Sequence[_Pass] | None = None,
-    ) -> tuple[list[int], list[_Pass]]:
+        checks: Sequence[Pass] | None = None,
+    ) -> tuple[list[int], list[Pass]]:
         """Compare polynomials with passes at other lengths; returns the layers that none confirms, and the passes."""
         wrong, done = list(wrong), list(checks or ())
         longest_run: int | None = None
@@ -259,7 +208,7 @@ class _Tracer:
                 continue
             for at in list(wrong):
                 layer = layers[at]
-                if _agrees(layer, check, at):
+                if agrees(layer, check, at):
                     wrong.remove(at)
                     # What failed at a longer length holds up to this one.
                     last = limit if longest_run is None else length
@@ -269,7 +218,7 @@ class _Tracer:
             longest_run = longest_run or length
         return wrong, done
 
-    def _checked(self, done: list[_Pass], length: int) -> _Pass | None:
+    def _checked(self, done: list[Pass], length: int) -> Pass | None:
         """Add a pass of a larger batch; None where a table of positions ends before its length."""
         try:
             done.append(self._pass(_CHECK_BATCH, length, masks=not done))
@@ -296,25 +245,22 @@ class _Tracer:
         except NotTraceable as error:
             return [f"FLOP of {len(wrong)} layers follow no polynomial, and cannot be counted at {length}: {error}"]
         for at in wrong:
-            parts = {
-                part: _fit(_FIT_CHUNKED, [each.parts.get(at, {}).get(part, 0) for each in fits])
-                for part in sorted({part for each in fits for part in each.parts.get(at, {})})
-            }
+            anew = fit_layer(self.grouping.groups[at], at, order, fits, ())
             layers[at] = replace(
                 layers[at],
-                terms=_add(*parts.values()),
+                terms=anew.terms,
                 once=ZERO,
-                parts=parts,
+                parts=anew.parts,
                 once_parts={},
+                activation=anew.activation,
+                peak=anew.peak,
                 chunked=True,
-                activation=_fit(_FIT_CHUNKED, [_crossing(each.counts, order, at) for each in fits]),
-                peak=_fit(_FIT_CHUNKED, [each.counts.peak_bytes.get(at, 0) for each in fits]),
                 exact={f"{batch}x{length}": Exact(flop=asked.flop(at), parts=dict(asked.parts.get(at, {})))},
             )
         return []
 
     def _tensors(
-        self, places: Mapping[str, Place], position: Mapping[int, int], counted: _Pass
+        self, places: Mapping[str, Place], position: Mapping[int, int], counted: Pass
     ) -> dict[str, tuple[int, int, float]]:
         """Where each tensor belongs in the trace, whether it is a parameter, and what share of it a token uses."""
         tokens = counted.batch_size * counted.sequence_length
@@ -373,97 +319,3 @@ def _layer_of(grouping: Grouping, model: nn.Module) -> Callable[[str], int | Non
             above = above.rpartition(".")[0]
         found[path] = known.get(path, known.get(above))
     return found.get
-
-
-def _fit(lengths: Sequence[int], values: Sequence[float]) -> Terms:
-    """The polynomial through the points: of degree 2 through three, 1 through two."""
-    return _fitted(tuple(lengths), tuple(values)) if any(values) else ZERO
-
-
-# Equal layers have equal points.
-@lru_cache(maxsize=256)
-def _fitted(lengths: tuple[int, ...], values: tuple[float, ...]) -> Terms:
-    if len(values) == 2:
-        slope = Fraction(int(values[1] - values[0]), lengths[1] - lengths[0])
-        return (_plain(values[0] - slope * lengths[0]), _plain(slope), 0)
-    (x0, x1, x2), (y0, y1, y2) = lengths, (Fraction(int(each)) for each in values)
-    first = (y1 - y0) / (x1 - x0)
-    second = ((y2 - y1) / (x2 - x1) - first) / (x2 - x0)
-    return (_plain(y0 - first * x0 + second * x0 * x1), _plain(first - second * (x0 + x1)), _plain(second))
-
-
-def _plain(number: Fraction | float) -> float:
-    exact = Fraction(number)
-    return exact.numerator if exact.denominator == 1 else float(exact)
-
-
-def _agrees(layer: LayerTrace, check: _Pass, at: int) -> bool:
-    """Whether a pass cost what the polynomials of the layer and of each of its parts say."""
-    counted, length = check.parts.get(at, {}), check.sequence_length
-    return all(
-        counted.get(part, 0)
-        == check.batch_size * value(layer.parts.get(part, ZERO), length)
-        + value(layer.once_parts.get(part, ZERO), length)
-        for part in {*counted, *layer.parts}
-    )
-
-
-def _mask(parts: Mapping[str, Terms], sight: Sight | None) -> MaskTerms | None:
-    """What a mask hides, of the FLOP that grow with the square of the length: those of pairs of tokens."""
-    per_pair = parts.get("attention", ZERO)[2]
-    if sight is None or sight == EVERYTHING or not per_pair:
-        return None
-    return MaskTerms(
-        flop_per_pair=per_pair,
-        behind_tokens=sight.behind,
-        ahead_tokens=sight.ahead,
-        chunk_tokens=sight.chunk,
-    )
-
-
-def _add(*terms: Terms) -> Terms:
-    c0, c1, c2 = (sum(column) for column in zip(*terms, strict=True)) if terms else ZERO
-    return (c0, c1, c2)
-
-
-def _crossing(counts: Counts, order: Sequence[int], at: int) -> int:
-    """Bytes that are made up to layer `at` and read after it; the last layer's are the output's."""
-    executed = counts.order
-    place = order.index(at)
-    while place >= 0 and order[place] not in executed:
-        place -= 1
-    if place < 0:
-        return 0
-    now = executed.index(order[place])
-    if now == len(executed) - 1:
-        return counts.output_bytes
-    return sum(size for made, read, size in counts.flows if made <= now < read)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A layer's cache for each sequence of the batch."""
-
-    #: Values, whatever the length; for each token; bytes of one.
-    fixed: int = 0
-    per_token: int = 0
-    value_bytes: int = 2
-    #: Tokens kept.
-    window: int | None = None
-    state_bytes: int = 0
-
-
-def _cache(lengths: Sequence[int], kept: Sequence[Sequence[Kept]]) -> _Kept:
-    """A layer's cache out of what passes of two lengths left."""
-    if not any(kept):
-        return _Kept()
-    windows = [each.window_tokens for each in kept[0] if each.window_tokens is not None]
-    value_bytes = next((each.value_bytes for each in kept[0] if each.values), 2)
-    state = sum(each.state_bytes for each in kept[0])
-    totals = [sum(each.values for each in layer) for layer in kept]
-    if windows:
-        window = max(windows)
-        per_token = totals[0] // min(lengths[0], window) if window else 0
-        return _Kept(0, per_token, value_bytes, window, state)
-    per_token = (totals[1] - totals[0]) // (lengths[1] - lengths[0])
-    return _Kept(totals[0] - per_token * lengths[0], per_token, value_bytes, None, state)
