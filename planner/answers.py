@@ -69,7 +69,8 @@ def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
         staged, _ = solve_pipeline(problem, work, held, budget_s=limit * (1 + SLACK))
         if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= limit * (1 + 2 * SLACK):
             return staged if hops(staged) < hops(best) else best
-    if not several or len(work.kind) != len(work.layer) or work.followers:
+    alike = len(np.unique(problem.kind)) <= len(problem.kind) / 2
+    if not several or not alike or len(work.kind) != len(work.layer) or work.followers:
         return best
     # The best contiguous stages, with as few layers moved as bring the slowest nodes down to the same time.
     staged, _ = solve_pipeline(problem, work, held)

@@ -154,7 +154,7 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     )
 
 
-def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9, steps: int = 500) -> Ints:
+def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9, steps: int = 1200) -> Ints:
     """Smaller budgets, reached by exchanges from the best so far or from a start by density."""
     reached = float(work.loads_s(best).max())
     failed = bound
