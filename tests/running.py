@@ -76,6 +76,14 @@ class RedisProcess:
             self.process.wait()
             self.process = None
 
+    def stop(self, *, timeout_s: float = 30.0) -> int:
+        """SIGTERM, and the exit code; the append-only file is whole then."""
+        assert self.process is not None
+        self.process.terminate()
+        code = self.process.wait(timeout=timeout_s)
+        self.process = None
+        return code
+
     def __enter__(self) -> Self:
         return self.start()
 

@@ -22,103 +22,24 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from planner.errors import FairshardError, LimitExceeded, NotFound, Unavailable
-from workers.views import event_view, job_view, step_view
+from planner.errors import FairshardError, LimitExceeded
+from workers.ledger_reads import LedgerReads, no_job, reachable
+from workers.steps import ENDED, Claimed, JobState, Refusal, Standing, StepSpec, StepState, Submission, Wakeup
 
-StepState = Literal["waiting", "queued", "running", "done", "failed", "cancelled", "lost"]
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
-#: Job states that nothing changes any more.
-ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled"})
+__all__ = [
+    "ENDED", "Claimed", "JobState", "Ledger", "Refusal", "Standing", "StepSpec", "StepState", "Submission", "Wakeup",
+    "no_job", "reachable",
+]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSpec:
-    """A step as its job is submitted with."""
-
-    #: "download", "plan", "split:<node>", ...: unique within the job.
-    name: str
-    #: Celery task that runs it.
-    task: str
-    #: Celery queue whose workers may run it.
-    queue: str
-    #: Steps that must be done first.
-    after: tuple[str, ...] = ()
-    #: The one node that can run it; None: any consumer of the queue.
-    node_id: str | None = None
-    #: What the step needs beyond the job's parameters, as JSON.
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wakeup:
-    """A message to send: this step may be run."""
-
-    job_id: str
-    step: str
-    task: str
-    queue: str
-    #: For the message's readable form only.
-    model_name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """What became of a submit."""
-
-    job_id: str
-    #: False: the same submission was unfinished already, and this is its job.
-    created: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claimed:
-    """A step that this process may run until its lease ends."""
-
-    job_id: str
-    step: str
-    #: Grows with each claim of the step; writes with an older one change nothing.
-    fence: int
-    #: This attempt, from 1.
-    attempt: int
-    kind: str
-    model_name: str
-    #: The job's parameters.
-    params: Mapping[str, Any]
-    #: The step's own.
-    args: Mapping[str, Any]
-    #: Nodes that died while they held steps of this job.
-    lost_nodes: frozenset[str]
-
-
-#: Why a step was not claimed: its message is then acknowledged and skipped.
-Refusal = Literal["unknown", "done", "closed", "waiting", "busy", "early", "poisoned"]
-#: What becomes of a write: "ok", or the reason why it changed nothing.
-Standing = Literal["ok", "fenced", "cancelled", "unknown", "done"]
-
-
-@contextmanager
-def reachable() -> Iterator[None]:
-    """Redis' own errors as `planner.errors.Unavailable`."""
-    try:
-        yield
-    except (RedisConnectionError, RedisTimeoutError) as error:
-        raise Unavailable(f"Redis cannot be reached: {error}; is it running, and is REDIS_URL right?") from error
-    except (OutOfMemoryError, ReadOnlyError) as error:
-        raise Unavailable(f"Redis refuses writes: {error}") from error
-
-
-class Ledger:
+class Ledger(LedgerReads):
     """Jobs and steps; torch-free, Flask-free, Celery-free.
 
     Redis that cannot be reached raises `planner.errors.Unavailable` from every method.
@@ -135,9 +56,7 @@ class Ledger:
         job_ttl_s: float = 7 * 86400.0,
     ) -> None:
         """Use `redis`; `wake` sends the messages (the reconciler sends again what it loses)."""
-        #: Any: redis-py types each answer as bytes or str; this client decodes, so it is str.
-        self.redis: Any = redis
-        self.prefix = prefix
+        super().__init__(redis, prefix=prefix)
         self.lease_ms = round(lease_s * 1000)
         self._wake = wake
         self._max_attempts = max_attempts
@@ -246,97 +165,6 @@ class Ledger:
             raise no_job(job_id)
         return outcome == "cancelled"
 
-    def job(self, job_id: str) -> dict[str, Any]:
-        """The job as JSON.
-
-        `{job_id, kind, state, step, steps: [{name, state, attempts, progress: {done, total, what, rate_per_s, eta_s}
-        | null, error: {code, message, details} | null, node_id, started_at, ended_at}], model_name, params, error,
-        result, submitter, batch_id, waits_for, created_at, started_at, ended_at}`; times are RFC 3339 in UTC or null.
-
-        Raises:
-            NotFound: If there is no such job.
-        """
-        with reachable():
-            fields = self.redis.hgetall(f"{self.prefix}job:{job_id}")
-            if not fields:
-                raise no_job(job_id)
-            names = fields.get("steps", "").split()
-            pipeline = self.redis.pipeline(transaction=False)
-            for name in names:
-                pipeline.hgetall(f"{self.prefix}step:{job_id}:{name}")
-            steps = pipeline.execute()
-        return {
-            **job_view(job_id, fields),
-            "steps": [step_view(name, found) for name, found in zip(names, steps, strict=True)],
-        }
-
-    def jobs(
-        self,
-        *,
-        state: str | None = None,
-        model_name: str | None = None,
-        kind: str | None = None,
-        limit: int = 50,
-        offset: int = 0,
-    ) -> list[dict[str, Any]]:
-        """Jobs as JSON, newest first, without their `steps` (see `job`)."""
-        found: list[dict[str, Any]] = []
-        begin, page, skipped = 0, 200, 0
-        while len(found) < limit:
-            with reachable():
-                ids = self.redis.zrevrange(f"{self.prefix}jobs", begin, begin + page - 1)
-                pipeline = self.redis.pipeline(transaction=False)
-                for job_id in ids:
-                    pipeline.hgetall(f"{self.prefix}job:{job_id}")
-                hashes = pipeline.execute()
-            for job_id, fields in zip(ids, hashes, strict=True):
-                wanted = {"state": state, "model_name": model_name, "kind": kind}
-                if not fields or any(value and fields.get(name) != value for name, value in wanted.items()):
-                    continue
-                skipped += 1
-                if skipped > offset and len(found) < limit:
-                    found.append(job_view(job_id, fields))
-            if len(ids) < page:
-                break
-            begin += page
-        return found
-
-    def events(self, job_id: str, *, after: str = "0", limit: int = 100) -> list[tuple[str, dict[str, Any]]]:
-        """What happened in a job after the event of id `after`: `(event id, {event, at, step, ...})`, oldest first.
-
-        Events are "submitted", "claimed", "progress", "step", "retry", "lost" and, last, "ended". Never blocks: poll.
-        """
-        with reachable():
-            entries = self.redis.xrange(f"{self.prefix}events:{job_id}", min=f"({after}", count=limit)
-        return [(str(event_id), event_view(fields)) for event_id, fields in entries]
-
-    def metrics(self) -> dict[str, float]:
-        """Counters and gauges by name: jobs_<state>_total, steps_<state>_total, jobs_unfinished, steps_due, ..."""
-        with reachable():
-            pipeline = self.redis.pipeline(transaction=False)
-            pipeline.hgetall(f"{self.prefix}counters")
-            pipeline.zcard(f"{self.prefix}unfinished")
-            pipeline.zcard(f"{self.prefix}due")
-            counters, unfinished, due = pipeline.execute()
-        return {name: float(value) for name, value in counters.items()} | {
-            "jobs_unfinished": float(unfinished),
-            "steps_due": float(due),
-        }
-
-    def running_request(self, model_name: str) -> str | None:
-        """The newest unfinished request for the model, or None."""
-        with reachable():
-            found = self.redis.zrevrange(f"{self.prefix}requests:{model_name}", 0, 0)
-        return str(found[0]) if found else None
-
-    def states(self, job_ids: Sequence[str]) -> list[str | None]:
-        """The jobs' states in one round trip; None where Redis knows no such job."""
-        with reachable():
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id in job_ids:
-                pipeline.hget(f"{self.prefix}job:{job_id}", "state")
-            return list(pipeline.execute())
-
     # -- what workers do -----------------------------------------------------------------------------------------
     def claim(self, job_id: str, step: str, *, owner: str) -> Claimed | Refusal:
         """Take a step for `lease_s`; `owner` is unique to this call, so that a retried call is one claim."""
@@ -400,37 +228,6 @@ class Ledger:
         """Take a running step from the worker `owner` that is stopping, no attempt counted; whether it had it."""
         return self._run("hand_back", job_id, step, owner)[0] == "ok"
 
-    def result(self, job_id: str, step: str) -> dict[str, Any] | None:
-        """What a step of the job was committed with; None if it was not."""
-        with reachable():
-            text = self.redis.hget(f"{self.prefix}step:{job_id}:{step}", "result")
-        return json.loads(text) if text else None
-
-    def job_result(self, job_id: str) -> dict[str, Any]:
-        """The job's result so far; {} if there is none."""
-        with reachable():
-            text = self.redis.hget(f"{self.prefix}job:{job_id}", "result")
-        return json.loads(text) if text else {}
-
-    def running(self) -> list[tuple[str, str, str]]:
-        """(job, step, worker) of the steps that run now; of at most 10,000 jobs."""
-        with reachable():
-            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, 9999)
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.hget(f"{self.prefix}job:{job_id}", "steps")
-            names = pipeline.execute()
-            pairs = [(job, step) for job, text in zip(ids, names, strict=True) for step in (text or "").split()]
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id, step in pairs:
-                pipeline.hmget(f"{self.prefix}step:{job_id}:{step}", "state", "owner")
-            found = pipeline.execute()
-        return [
-            (job_id, step, str(owner).partition("#")[0])
-            for (job_id, step), (state, owner) in zip(pairs, found, strict=True)
-            if state == "running" and owner
-        ]
-
     # -- what the reconciler does --------------------------------------------------------------------------------
     def wake_overdue(self, *, limit: int = 500) -> int:
         """Send again what nobody claimed, take back what vanished workers held, close what passed its attempts.
@@ -439,21 +236,6 @@ class Ledger:
             How many steps were overdue.
         """
         return int(self._run("overdue", limit, self.lease_ms)[0])
-
-    def nodes_in_use(self) -> frozenset[str]:
-        """Nodes that alone can run some unfinished step."""
-        with reachable():
-            return frozenset(self.redis.smembers(f"{self.prefix}nodes_in_use"))
-
-    def plans_wanted(self, node_id: str) -> frozenset[str]:
-        """Plans of which the node has a shard to cut."""
-        with reachable():
-            members = self.redis.smembers(f"{self.prefix}at:{node_id}")
-            pipeline = self.redis.pipeline(transaction=False)
-            for member in members:
-                pipeline.hget(f"{self.prefix}step:{member.replace('|', ':', 1)}", "args")
-            found = [json.loads(text) for text in pipeline.execute() if text]
-        return frozenset(args["plan_id"] for args in found if "plan_id" in args)
 
     def lose_node(self, node_id: str) -> int:
         """Close the dead node's steps and have their jobs planned again, or wait, by each job's policy.
@@ -472,8 +254,3 @@ class Ledger:
 def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     # Lua's cjson reads null as a value that is true.
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def no_job(job_id: str) -> NotFound:
-    """The error for a job that nobody knows."""
-    return NotFound(f"there is no job {job_id[:64]!r}: it never was, or it ended longer ago than jobs are kept")

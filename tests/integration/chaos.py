@@ -87,7 +87,8 @@ class ChaosHub:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
+        # Waits, and closes its pipes.
+        self._process.communicate()
 
 
 class Chaos:
@@ -332,7 +333,7 @@ class Chaos:
                 found[name] = (seen.num_fds(), seen.memory_info().rss)
             return found
 
-        quiet = max(6, self.wanted // 10)
+        quiet = max(4, self.wanted // 10)
         # The first ones load what each process needs once, and reopen what accidents closed.
         for first in (self.wanted, self.wanted + quiet):
             before = sizes()

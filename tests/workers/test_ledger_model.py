@@ -32,6 +32,8 @@ from workers.ledger import ENDED, Claimed, StepSpec, Wakeup
 
 NODES = ("a", "b", "c")
 OPEN = {"waiting", "queued", "running"}
+#: What becomes of an attempt; nobody looks, or the reconciler does.
+FATES = ("fails", "vanishes", "vanishes unseen")
 LEASE_S = 15
 ATTEMPTS = 3
 #: A due time further off than this was written before the clock was set back.
@@ -219,13 +221,15 @@ class LedgerMachine(RuleBasedStateMachine):
             chosen = alive[: 1 + (claimed.fence % len(alive))]
             add = splits(*chosen)
             drop = [f"split:{n}" for n in before.get("nodes", []) if n not in chosen]
-            result: dict[str, Any] = {"nodes": chosen}
+            result: dict[str, Any] = {"nodes": chosen, "by": claimed.fence}
         else:
             result = {"by": claimed.fence}
         standing = self.ledger.commit(claimed, result, add=add, drop=drop, job_result={"last": claimed.step})
         self.collect()
         if standing == "ok" and before != (self.ledger.result(claimed.job_id, "plan") or {}):
             self.start_over(claimed.job_id, *(step.name for step in add), *drop)
+            states = {step["name"]: step["state"] for step in self.ledger.job(claimed.job_id)["steps"]}
+            assert not {states[name] for name in drop} & OPEN, (drop, states)
         if standing == "ok":
             self.let_go(claimed.job_id, claimed.step)
         return standing
@@ -263,15 +267,25 @@ class LedgerMachine(RuleBasedStateMachine):
         self.collect()
 
     @precondition(lambda self: self.messages)
-    @rule(data=st.data(), fates=st.lists(st.sampled_from(["fails", "vanishes"]), min_size=2, max_size=ATTEMPTS + 1))
-    def poison(self, data: st.DataObject, fates: list[str]) -> None:
+    @rule(fates=st.sampled_from([*([fate] * (ATTEMPTS + 1) for fate in FATES), [*FATES, *FATES]]))
+    def poison(self, fates: list[str]) -> None:
         """A step that fails, or takes its worker with it, again and again."""
-        wakeup = data.draw(st.sampled_from(self.messages))
+        for wakeup in self.messages:
+            if self.ledger.job(wakeup.job_id)["state"] not in ENDED and self.claim(wakeup) is not None:
+                break
+        else:
+            return
+        self.time_passes(seconds=16)
         for fate in fates:
             claimed = self.claim(wakeup)
             if claimed is not None and fate == "fails":
                 self.fail(claimed, final=False, delay=5)
-            self.reconcile(seconds=16, limit=500)
+                # The message, doubled: too early.
+                self.claim(wakeup)
+            if fate == "vanishes unseen":
+                self.time_passes(seconds=16)
+            else:
+                self.reconcile(seconds=16, limit=500)
 
     @precondition(lambda self: self.messages)
     @rule(data=st.data(), first=st.sampled_from(["commit", "renew", "fail", "defer"]))
@@ -324,6 +338,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.collect()
 
     # -- accidents ---------------------------------------------------------------------------------------------------
+    @precondition(lambda self: self.messages)
+    @rule()
+    def all_messages_are_lost(self) -> None:
+        self.messages.clear()
+
     @rule(seconds=st.sampled_from([1, 6, 16, 700]))
     def time_passes(self, seconds: int) -> None:
         self.clocked.advance(seconds)
