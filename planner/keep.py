@@ -12,6 +12,7 @@ from planner.packing import best_fit
 from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints, Problem
 from planner.sequence import Sequence
+from planner.staying import least_moved
 
 #: Orders of nodes that are tried for a pipeline.
 MAX_ORDERS = 160
@@ -168,11 +169,17 @@ def _shed(work: Work, homes: Ints, budget_s: float) -> None:
             held = np.delete(held, at)
 
 
-def keep_stages(problem: Problem, memory: Ints, old: Ints, budget_s: float) -> list[Ints]:
-    """Contiguous stages within the budget that move fewest bytes, over orders close to the present one."""
+def keep_stages(
+    problem: Problem, memory: Ints, weights: Ints, old: Ints, budget_s: float
+) -> tuple[list[Ints], float]:
+    """Contiguous stages within the budget that move fewest bytes, over orders close to the present one.
+
+    Returns:
+        (at most one plan's (L,) nodes, bytes that any contiguous plan within the budget moves).
+    """
     length = len(old)
     if length > MAX_LAYERS:
-        return []
+        return [], 0.0
     sequence = Sequence(problem, memory)
     reach = sequence.reach(budget_s)
     class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
@@ -188,7 +195,7 @@ def keep_stages(problem: Problem, memory: Ints, old: Ints, budget_s: float) -> l
     def consider(order: list[int]) -> bool:
         nonlocal tried, best
         tried += 1
-        found = _fixed_order(problem, order, [reach[class_of[node]] for node in order], old)
+        found = _fixed_order(order, [reach[class_of[node]] for node in order], old, weights)
         if found is not None and (best is None or found[0] < best[0] - 0.5):
             best = (*found, order)
             return True
@@ -222,7 +229,12 @@ def keep_stages(problem: Problem, memory: Ints, old: Ints, budget_s: float) -> l
                 if at + 1 < len(swapped):
                     swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
                     consider(swapped)
-    return [] if best is None else [best[1]]
+    known = float(weights.sum()) if best is None else best[0]
+    bound, orders = least_moved(problem, memory, weights.astype(np.float64), old, within_s=budget_s, known=known)
+    for order in orders:
+        consider(order)
+        consider(order + [node for node in present if node not in order])
+    return [] if best is None else [best[1]], bound
 
 
 def _gap(old: Ints, order: Several[int]) -> int:
@@ -234,7 +246,7 @@ def _gap(old: Ints, order: Several[int]) -> int:
     return sum(1 for node in order if node in before)
 
 
-def _fixed_order(problem: Problem, order: Several[int], reach: Several[Ints], old: Ints) -> tuple[float, Ints] | None:
+def _fixed_order(order: Several[int], reach: Several[Ints], old: Ints, weights: Ints) -> tuple[float, Ints] | None:
     """The cuts of a fixed order that move fewest bytes: (bytes, (L,) nodes)."""
     length = len(old)
     positions = np.arange(length + 1)
@@ -243,7 +255,7 @@ def _fixed_order(problem: Problem, order: Several[int], reach: Several[Ints], ol
     starts = np.empty((len(order), length + 1), dtype=np.int64)
     after = positions[None, :] > positions[:, None]
     for at, node in enumerate(order):
-        moved = np.concatenate(([0.0], np.cumsum(np.where(old == node, 0, problem.memory + 1))))
+        moved = np.concatenate(([0.0], np.cumsum(np.where(old == node, 0, weights + 1))))
         open_cut = after & (positions[None, :] <= reach[at][:, None])
         value = np.where(open_cut, (best - moved)[:, None], np.inf)
         start = value.argmin(axis=0)

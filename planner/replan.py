@@ -91,7 +91,8 @@ def replan(
     allowed = least * (1 + tolerance)
     budget = options.time_budget_s
     within = budget if budget is not None else (math.inf if latency else allowed)
-    candidates = [best.nodes, *_candidates(problem, old, within)]
+    staying, in_order = _candidates(problem, old, within)
+    candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
         candidates.append(keep_labels(problem, best.nodes, old))
     fitting: list[tuple[int, float, int, Ints]] = []
@@ -104,7 +105,7 @@ def replan(
         if seconds <= allowed * (1 + 2 * SLACK) or (budget is not None and not latency):
             fitting.append((_moved(problem, nodes, old), seconds, len(fitting), nodes))
     moved, seconds, _, nodes = min(fitting, key=lambda entry: entry[:3])
-    must = _must_move(problem, old, within)
+    must = max(_must_move(problem, old, within), in_order)
     accepted = accept(
         problem, Answer(nodes=nodes, lower_bound_s=min(best.lower_bound_s, seconds)), generated_at=generated_at
     )
@@ -151,15 +152,19 @@ def _holders(plan: Plan, problem: Problem) -> Ints:
     return old
 
 
-def _candidates(problem: Problem, old: Ints, within_s: float) -> list[Ints]:
+def _candidates(problem: Problem, old: Ints, within_s: float) -> tuple[list[Ints], int]:
+    """Plans that keep much, and bytes that every plan moves because stages are contiguous (0 if they need not be)."""
     found: list[Ints] = []
+    bounds: list[float] = []
     if (old >= 0).all():
         found.append(old)
     ways: tuple[Ties, ...] = ("shared", "copied") if (problem.tied_to >= 0).any() else ("shared",)
     for way in ways:
         if problem.options.strategy == "pipeline":
             held = problem.memory + (problem.tied_bytes if way == "copied" else 0)
-            found += keep_stages(problem, held, old, within_s)
+            stages, bound = keep_stages(problem, held, _weights(problem), old, within_s)
+            found += stages
+            bounds.append(bound)
             continue
         work = build_work(problem, way)
         if work is None:
@@ -173,7 +178,7 @@ def _candidates(problem: Problem, old: Ints, within_s: float) -> list[Ints]:
         kept = keep_items(work, old, within_s)
         if kept is not None:
             found.append(kept)
-    return found
+    return found, math.ceil(min(bounds, default=0.0) * (1 - 1e-9))
 
 
 def _moved(problem: Problem, nodes: Ints, old: Ints) -> int:

@@ -326,13 +326,12 @@ def test_a_leave_moves_what_the_lost_node_held_and_no_more() -> None:
         left = Cluster(nodes=tuple(node for node in machines.nodes if node.node_id != gone))
         result = replan(plan, model, left, options)
         assert gone not in result.plan.allocation
-        assert result.must_move_bytes == 30
         assert result.objective_s == pytest.approx(4.0)
+        # In order the borders shift along the chain: 1, 2 and 3 layers; anywhere just the lost 3 move.
+        assert result.must_move_bytes == (30 if strategy == "greedy" else 60)
+        assert result.moved_bytes == result.must_move_bytes
         if strategy == "greedy":
-            assert result.moved_bytes == 30
             assert all(move.source is None for move in result.moves)
-        else:
-            assert result.moved_bytes <= 60 or "contiguous" in result.reason
 
 
 def test_what_is_still_good_enough_stays() -> None:

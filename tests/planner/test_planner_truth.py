@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -15,6 +16,7 @@ from planner.errors import Infeasible
 from planner.plan import Objective, Phase, Plan, PlanOptions
 from planner.problem import Floats, Ints, build
 from planner.profile import ModelProfile
+from planner.replan import replan
 from planner.strategies import make_plan
 from planner.two_runs import two_runs_bound_s
 
@@ -139,6 +141,43 @@ def test_two_runs_are_bounded_by_exactly_what_they_take() -> None:
             problem = build(model, machines, options)
             assert two_runs_bound_s(problem, problem.memory, truth / 5) == pytest.approx(truth, rel=1e-5)
     assert solved > 40
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+def test_no_plan_within_the_tolerance_moves_less_than_what_must_move(strategy: str) -> None:
+    tried, least_found = 0, 0
+    for seed in range(300):
+        model, machines = planning.random_case(seed, runs=seed % 2 == 0)
+        options = PlanOptions(strategy=strategy)
+        if len(machines.nodes) < 3:
+            continue
+        plan = planning.outcome(model, machines, options)
+        if not isinstance(plan, Plan):
+            continue
+        gone = min(plan.allocation)
+        left = dataclasses.replace(machines, nodes=tuple(n for n in machines.nodes if n.node_id != gone))
+        try:
+            result = replan(plan, model, left, options, tolerance=0.2)
+        except Infeasible:
+            continue
+        ids = [node.node_id for node in left.nodes]
+        holder = {name: node_id for node_id, names in plan.allocation.items() for name in names}
+        seconds = planning.layer_seconds(model, left, options)
+        moved = [
+            sum(
+                layer.weight_bytes + layer.tied_bytes
+                for layer, node in zip(model.layers, nodes, strict=True)
+                if holder[layer.name] != ids[node]
+            )
+            for nodes in planning.assignments(model, left, contiguous=strategy == "pipeline")
+            if planning.is_valid(model, left, options, nodes)
+            and planning.bottleneck_s(seconds, nodes) <= result.best_objective_s * 1.2 * (1 + 1e-9)
+        ]
+        tried += 1
+        least_found += result.moved_bytes <= min(moved)
+        assert result.must_move_bytes <= min(moved) <= result.moved_bytes
+    assert tried > 20
+    assert least_found > 0.8 * tried, "the fewest bytes are nearly always found on small cases"
 
 
 def _milp_bottleneck(seconds: Floats, sizes: Ints, room: Ints) -> float:
