@@ -1,8 +1,9 @@
-"""What the ledger costs: steps a second against raw Celery no-ops, growth with workers, and a large backlog.
+"""What the ledger costs: steps against raw Celery no-ops, growth with workers, POSTs by HTTP, and a large backlog.
 
-    python benchmarks/queue.py [--steps 2000] [--processes 1,2,4,8] [--backlog 100000]
+    python -m benchmarks.queue [--parts steps,post,backlog] [--steps 2000] [--processes 1,2,4,8] [--backlog 100000]
 
-Prints one JSON object. Everything runs on this machine: the figures grow with its cores.
+Run it as a module: by its path it would hide the standard library's `queue`. Prints one JSON object, and on stderr
+each target with its figure. Everything runs on this machine, those who ask too: the figures grow with its cores.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "benchmarks")]
 # Python puts this file's folder first, where queue.py hides the standard library's.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _ROOT / "benchmarks"]
 
-from running import RedisProcess, until  # noqa: E402
+from running import RedisProcess, Web, until  # noqa: E402
 
 from workers.ledger import Ledger, StepSpec  # noqa: E402
 
 CHAIN = 4
+#: Connections that post at the same time, and for how long, in seconds.
+CONNECTIONS, POST_S = 32, 8.0
 
 
 class Workers:
@@ -57,11 +60,7 @@ def chain() -> list[StepSpec]:
 
 
 def rates(redis: RedisProcess, processes: int, steps: int, directory: Path) -> dict[str, float]:
-    env = os.environ | {"REDIS_URL": redis.url, "FAIRSHARD_DATA": str(directory), "REMAP_SIGTERM": "SIGQUIT"}
-    (directory / "path").mkdir(exist_ok=True)
-    # A folder with the app alone: benchmarks/ itself has a queue.py that would hide the standard library's.
-    (directory / "path" / "queue_app.py").write_bytes((_ROOT / "benchmarks" / "queue_app.py").read_bytes())
-    env["PYTHONPATH"] = str(directory / "path")
+    env = os.environ | environment(redis, directory) | {"REMAP_SIGTERM": "SIGQUIT"}
     os.environ.update(REDIS_URL=redis.url, FAIRSHARD_DATA=str(directory))
     from workers.celery_app import create_app, sender
 
@@ -97,13 +96,41 @@ def rates(redis: RedisProcess, processes: int, steps: int, directory: Path) -> d
             for _ in range(steps // CHAIN):
                 warm()
             until(
-                lambda goal=before + steps // CHAIN: int(client.hget(done, "jobs_done_total")) == goal,
+                lambda goal=before + steps // CHAIN: int(client.hget(done, "jobs_done_total")) == goal,  # type: ignore[misc]
                 what="jobs are done", timeout_s=300, every_s=0.01,
             )  # fmt: skip
             found["steps_per_s"] = max(found.get("steps_per_s", 0), steps / (time.perf_counter() - begin))
     return {name: round(value, 1) for name, value in found.items()} | {
         "ratio": round(found["steps_per_s"] / found["noops_per_s"], 3)
     }
+
+
+def environment(redis: RedisProcess, directory: Path) -> dict[str, str]:
+    (directory / "path").mkdir(exist_ok=True)
+    # A folder with the apps alone: benchmarks/ itself has a queue.py that would hide the standard library's.
+    (directory / "path" / "queue_app.py").write_bytes((_ROOT / "benchmarks" / "queue_app.py").read_bytes())
+    found = {"REDIS_URL": redis.url, "FAIRSHARD_DATA": str(directory), "PYTHONPATH": str(directory / "path")}
+    return found | {"FAIRSHARD_MAX_QUEUE": "10000000", "FAIRSHARD_MAX_JOBS_PER_TOKEN": "10000000"}
+
+
+def posts(redis: RedisProcess, directory: Path) -> dict[str, Any]:
+    """POST /api/request (journal on disk, ledger, message) against a view that validates the same body alone."""
+    found: dict[str, Any] = {}
+    redis.client().flushall()
+    for name, app in (("validating", "queue_app:validating()"), ("service", "web.wsgi:app")):
+        with Web(env=environment(redis, directory), directory=directory, app=app) as web:
+            hammer(web.port, 1.0)
+            found[name] = hammer(web.port, POST_S)
+    found["ratio"] = round(found["service"]["posts_per_s"] / found["validating"]["posts_per_s"], 3)
+    return found
+
+
+def hammer(port: int, seconds: float) -> dict[str, float]:
+    """Post over `CONNECTIONS` connections from a process of its own, which shares no lock with anybody."""
+    script = _ROOT / "benchmarks" / "queue_load.py"
+    command = [sys.executable, "-P", str(script), str(port), str(CONNECTIONS), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def backlog(redis: RedisProcess, steps: int) -> dict[str, float]:
@@ -133,29 +160,80 @@ def backlog(redis: RedisProcess, steps: int) -> dict[str, float]:
     )
     begin = time.perf_counter()
     count = ledger.wake_overdue(limit=500)
+    took = time.perf_counter() - begin
     return {
         "steps": float(steps),
         "bytes_per_step": round(memory / steps, 1),
         "reconciler_pass_s_nothing_due": round(quiet, 5),
-        f"reconciler_pass_s_{count}_due": round(time.perf_counter() - begin, 5),
+        f"reconciler_pass_s_{count}_due": round(took, 5),
         "submits_per_s_empty": round(empty_rate, 1),
         "submits_per_s_with_backlog": round(full_rate, 1),
     }
 
 
+def targets(report: dict[str, Any]) -> list[tuple[str, bool]]:
+    """What was to be reached, and whether it was."""
+    found: list[tuple[str, bool]] = []
+    by = report.get("by_processes", {})
+    cores = os.cpu_count() or 1
+    for processes, rate in by.items():
+        found.append((f"steps / no-ops with {processes} processes: {rate['ratio']} >= 0.6", rate["ratio"] >= 0.6))
+    if 1 in by and min(cores, max(by)) > 1:
+        most = min(cores, max(by))
+        growth = by[most]["steps_per_s"] / by[1]["steps_per_s"]
+        raw = by[most]["noops_per_s"] / by[1]["noops_per_s"]
+        found.append(
+            (f"growth from 1 to {most} processes: {growth:.2f} >= 0.9 x the no-ops' {raw:.2f}", growth >= 0.9 * raw)
+        )
+    if "post" in report:
+        post = report["post"]
+        service = post["service"]
+        said = (
+            f"POST: {service['posts_per_s']}/s, p99 {service['p99_ms']} ms; {post['ratio']} of a view that validates"
+        )
+        found.append((f"{said} >= 0.5", post["ratio"] >= 0.5))
+        found.append(("POST: every one was answered 202", post["service"]["others"] == 0))
+    if "backlog" in report:
+        back = report["backlog"]
+        ratio = back["submits_per_s_with_backlog"] / back["submits_per_s_empty"]
+        found += [
+            (f"{back['bytes_per_step']} bytes a step <= 4096", back["bytes_per_step"] <= 4096),
+            (f"submits with the backlog / without: {ratio:.2f} >= 0.8", ratio >= 0.8),
+            (
+                f"reconciler's pass, nothing due: {back['reconciler_pass_s_nothing_due']} s <= 0.1",
+                back["reconciler_pass_s_nothing_due"] <= 0.1,
+            ),
+            (
+                f"reconciler's pass, 500 due: {back['reconciler_pass_s_500_due']} s <= 1",
+                back["reconciler_pass_s_500_due"] <= 1,
+            ),
+        ]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="steps,post,backlog")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", default="1,2,4,8")
     parser.add_argument("--backlog", type=int, default=100_000)
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
     with tempfile.TemporaryDirectory(prefix="fairshard-bench-") as name, RedisProcess(Path(name) / "redis") as redis:
         directory = Path(name)
-        report: dict[str, Any] = {"cores": os.cpu_count(), "by_processes": {}}
-        for processes in map(int, arguments.processes.split(",")):
-            report["by_processes"][processes] = rates(redis, processes, arguments.steps, directory)
-        report["backlog"] = backlog(redis, arguments.backlog)
+        report: dict[str, Any] = {"cores": os.cpu_count()}
+        if "steps" in parts:
+            report["by_processes"] = {
+                processes: rates(redis, processes, arguments.steps, directory)
+                for processes in map(int, arguments.processes.split(","))
+            }
+        if "post" in parts:
+            report["post"] = posts(redis, directory)
+        if "backlog" in parts:
+            report["backlog"] = backlog(redis, arguments.backlog)
     print(json.dumps(report, indent=1))
+    for what, reached in targets(report):
+        print(f"{'reached' if reached else 'MISSED '}  {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tasks that benchmarks/queue.py measures: a bare no-op, and a no-op as a step of the ledger."""
+"""What benchmarks/queue.py measures: a no-op task, a no-op as a step of the ledger, and a view that validates."""
 
 from __future__ import annotations
 
@@ -30,3 +30,27 @@ def noop(job_id: str, step: str, version: int = 1) -> None:
 def step_task(self: Any, job_id: str, step: str, version: int = 1) -> None:
     """The same as a step: claimed, committed, its successor woken."""
     run_step(services().ledger, job_id, step, lambda _: {}, owner=str(self.request.hostname))
+
+
+def validating() -> Any:
+    """A Flask app whose POST /api/request checks its body as the service's does, and answers as many bytes."""
+    from flask import Flask, jsonify, request
+
+    from web import schemas
+
+    flask = Flask("validating")
+    schema = schemas.RequestIn()
+
+    @flask.get("/api/health/live")
+    def live() -> Any:
+        return jsonify(status="ok")
+
+    @flask.post("/api/request")
+    def request_model() -> Any:
+        given = schema.load(request.get_json())
+        answer = jsonify(success=True, message="m" * 96, model_name=given["model_name"], node_id=None,
+                         received_at="2026-01-01T00:00:00.000Z", job_id="0" * 32)  # fmt: skip
+        answer.status_code = 202
+        return answer
+
+    return flask
