@@ -31,7 +31,6 @@ class _Recorded:
     output: Any
     flop: dict[str, int]
     peak_bytes: int
-    operators: int
     gathered: dict[str, tuple[int, int]]
     kept: list[Any]
     sights: dict[str, Sight]
@@ -108,18 +107,20 @@ class _Memo:
     ) -> Any:
         counter = self._counter
         inputs: list[Tensor] = []
-        structure = self._structures.get(path)
-        if structure is None:
-            described = _structure(child, _entries(*place))
-            structure = self._structures[path] = self._structures.setdefault(described, len(self._structures))
-        signature = _signature(_without_position(forward, args, kwargs), inputs)
-        masks = [counter.masks.get(each.untyped_storage()._cdata) for each in inputs] if counter.masks else ()  # noqa: SLF001
-        key = (structure, signature, tuple(masks))
-        recorded = self._recorded.get(key)
-        if recorded is not None:
-            return self._repeat(recorded, path, inputs)
+        # Looking at tensors here asks nothing of the modes that the model's own code runs under.
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            structure = self._structures.get(path)
+            if structure is None:
+                described = _structure(child, _entries(*place))
+                structure = self._structures[path] = self._structures.setdefault(described, len(self._structures))
+            signature = _signature(_without_position(forward, args, kwargs), inputs)
+            masks = [counter.masks.get(each.untyped_storage()._cdata) for each in inputs] if counter.masks else ()  # noqa: SLF001
+            key = (structure, signature, tuple(masks))
+            recorded = self._recorded.get(key)
+            if recorded is not None:
+                return self._repeat(recorded, path, inputs)
         flop_before = dict(counter.counts.flop)
-        operators, gathered = counter.counts.operators, dict(counter.counts.gathered)
+        gathered = dict(counter.counts.gathered)
         live, high = counter.live - counter.kept_bytes, counter.high
         sights_before = set(counter.counts.sights)
         kept_before = {id(each) for each in counter.kept_here()}
@@ -136,7 +137,6 @@ class _Memo:
                 if flop != flop_before.get(place, 0)
             },
             peak_bytes=counter.high - counter.kept_bytes - live,
-            operators=counts.operators - operators,
             gathered={n[len(path) :]: g for n, g in counts.gathered.items() if gathered.get(n) != g},
             kept=[each for each in counter.kept_here() if id(each) not in kept_before],
             sights={n[1].removeprefix(path): s for n, s in counts.sights.items() if n not in sights_before},
@@ -247,7 +247,8 @@ def _describe(output: Any, places: Mapping[int, int]) -> Any:
 
 def _rebuild(described: Any, inputs: list[Tensor], counter: Counter) -> Any:
     if isinstance(described, _Made):
-        tensor = torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
+        with torch._C._DisableTorchDispatch():  # noqa: SLF001 (no operator of the model's)
+            tensor = torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
         counter.makes(tensor, described.weighted)
         return tensor
     if isinstance(described, _Given):

@@ -66,7 +66,8 @@ def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
         model: PreTrainedModel = make(described, attn_implementation="eager", experts_implementation="batched_mm")
     # Without initial weights transformers leaves out the tying, too.
     model.tie_weights()
-    model.train(mode=False)
+    for module in model.modules():
+        module.training = False
     return model
 
 
