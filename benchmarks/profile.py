@@ -288,7 +288,7 @@ def measure_rivals(folder: Path, runs: int) -> None:
 
     with TestHub() as hub, tempfile.TemporaryDirectory() as home:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": home}
-        hub.add_repo("owner/llama", Path(model), cheap_digests=True)
+        hub.add_repo("owner/llama", Path(model))
         theirs, _ = fresh(_HUB, "owner/llama", runs=runs)
         seconds, _ = fresh(_OURS_HUB, "owner/llama", runs=runs)
         report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,23 @@ def folder_of(name: str) -> Path:
         config = transformers.CONFIG_MAPPING[model_type](**settings)
         getattr(transformers, architecture)(config).save_pretrained(folder)
     return folder
+
+
+def load(name: str) -> Any:
+    """Family `name`'s model with its weights, as eager PyTorch runs it."""
+    folder = folder_of(name)
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = getattr(transformers, config.architectures[0]).from_pretrained(
+            folder, attn_implementation="eager", experts_implementation="eager"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def real_inputs(made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Data for the meta tensors that `workers.inputs.make_inputs` made."""
+    return {
+        key: torch.randint(3, 90, each.shape) if "ids" in key else torch.ones(each.shape, dtype=each.dtype)
+        for key, each in made.items()
+        if isinstance(each, torch.Tensor)
+    }

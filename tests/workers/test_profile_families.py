@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 import transformers
-from families import NAMES, folder_of
+from families import NAMES, folder_of, load, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.profile import ModelProfile
@@ -60,20 +60,12 @@ def test_every_tensor_is_in_one_layer_and_every_layer_has_its_own(name: str) -> 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in _NO_REAL_RUN])
 def test_a_real_run_costs_and_caches_what_the_profile_says(name: str) -> None:
-    folder = folder_of(name)
     profile = profiled(name)
+    model = load(name)
+    made = make_inputs(model, BATCH, LENGTH)
+    taken = {"use_cache": True} if "use_cache" in made else {}
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0]).from_pretrained(
-            folder, attn_implementation="eager", experts_implementation="eager"
-        )
-        model.eval().requires_grad_(False)
-        inputs = {
-            key: torch.randint(3, 90, each.shape) if "ids" in key else torch.ones(each.shape, dtype=each.dtype)
-            for key, each in make_inputs(model, BATCH, LENGTH).items()
-            if isinstance(each, torch.Tensor)
-        }
-        taken = {"use_cache": True} if "use_cache" in make_inputs(model, BATCH, LENGTH) else {}
+        inputs = real_inputs(made)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             output = model(**inputs, **taken)
     assert profile.total_compute == counter.get_total_flops()

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from families import NAMES, folder_of
+from families import NAMES, folder_of, load, real_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.masking_utils import (
@@ -65,17 +64,8 @@ class _Pairs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def real_pairs(name: str, length: int) -> _Pairs:
     with quiet():
-        folder = folder_of(name)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0]).from_pretrained(
-            folder, attn_implementation="eager", experts_implementation="eager"
-        )
-        model.eval().requires_grad_(False)
-        inputs = {
-            key: torch.randint(3, 90, each.shape) if "ids" in key else torch.ones(each.shape, dtype=each.dtype)
-            for key, each in make_inputs(model, BATCH, length).items()
-            if isinstance(each, torch.Tensor)
-        }
+        model = load(name)
+        inputs = real_inputs(make_inputs(model, BATCH, length))
         tokens = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["input_ids"]
         pairs = _Pairs(tokens.shape[1])
         for path, module in model.named_modules():

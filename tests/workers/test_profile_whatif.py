@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from families import NAMES, folder_of
+from families import NAMES, folder_of, load, real_inputs
 from torch.profiler import ProfilerActivity
 
 from planner import wire
@@ -57,22 +56,12 @@ def test_another_batch_and_length_cost_what_a_profile_made_there_says(name: str)
 
 def real_peaks(name: str, profile: ModelProfile) -> dict[str, int]:
     """Layer -> the most bytes that torch's allocator gave out while it ran, beyond what is kept for later tokens."""
-    folder = folder_of(name)
-    with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0]).from_pretrained(
-            folder, attn_implementation="eager", experts_implementation="eager"
-        )
-        model.eval().requires_grad_(False)
-        made = make_inputs(model, profile.batch_size, profile.sequence_length)
+    model = load(name)
+    made = make_inputs(model, profile.batch_size, profile.sequence_length)
 
     def run(open_ranges: list[Any]) -> Any:
         # The inputs are part of the working set, so they are made inside.
-        inputs: dict[str, Any] = {
-            key: torch.full(each.shape, 5) if "ids" in key else torch.ones(each.shape, dtype=each.dtype)
-            for key, each in made.items()
-            if isinstance(each, torch.Tensor)
-        }
+        inputs = real_inputs(made)
 
         def enters(name: str) -> None:
             open_ranges.append(torch.ops.profiler._record_function_enter_new(f"layer {name}", None))
