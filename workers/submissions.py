@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
@@ -21,6 +22,7 @@ from workers.ledger import StepSpec
 from workers.process_params import process_params
 from workers.services import Services
 from workers.settings import QueueSettings, Settings
+from workers.views import queued_view
 
 #: A job as JSON; the fields are those of `workers.ledger.Ledger.job`.
 JobView = dict[str, Any]
@@ -94,10 +96,11 @@ class Submissions:
         if hub_token:
             # A token is never in the journal: should Redis lose it, its job says so (`Services.user_token`).
             entry["params"] = {**entry["params"], "with_token": True}
+        plain = [{"name": step.name, "task": step.task, "queue": step.queue, "after": list(step.after),
+                  "node_id": step.node_id, "args": dict(step.args)} for step in steps]  # fmt: skip
+        accepted = {"kind": kind, "model_name": model_name, "steps": plain, **entry}
         if journal is not None:
-            plain = [{"name": step.name, "task": step.task, "queue": step.queue, "after": list(step.after),
-                      "node_id": step.node_id, "args": dict(step.args)} for step in steps]  # fmt: skip
-            journal.record(job_id, {"kind": kind, "model_name": model_name, "steps": plain, **entry})
+            journal.record(job_id, accepted)
         try:
             if hub_token:
                 services.tokens.put(job_id, hub_token)
@@ -108,11 +111,13 @@ class Submissions:
             if journal is not None:
                 journal.forget([job_id])
             raise
-        if not submission.created:
-            if journal is not None:
-                journal.forget([job_id])
-            if hub_token:
-                services.tokens.drop(job_id)
+        if submission.created:
+            # As it was when it was made: to read it back would cost a POST two more round trips.
+            return queued_view(job_id, accepted | {"created_at": time.time_ns() // 1_000_000})
+        if journal is not None:
+            journal.forget([job_id])
+        if hub_token:
+            services.tokens.drop(job_id)
         return services.ledger.job(submission.job_id)
 
     def submit_request(

@@ -69,7 +69,7 @@ def event_view(fields: Mapping[str, str]) -> dict[str, Any]:
 
 
 def queued_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An accepted job that Redis has yet to hear of, from the journal's entry."""
+    """A job as it was accepted, from the journal's entry: nothing of it has run yet."""
     names = [step["name"] for step in entry["steps"]]
     fields = {
         "kind": entry["kind"],
@@ -79,6 +79,17 @@ def queued_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "params": json.dumps(entry["params"]),
         "batch_id": entry.get("batch_id") or "",
         "submitter": entry.get("submitter") or "",
+        "waits_for": entry.get("waits_for") or "",
         "created_at": str(entry["created_at"]),
     }
-    return {**job_view(job_id, fields), "steps": [step_view(name, {"state": "waiting"}) for name in names]}
+    steps = [
+        step_view(
+            step["name"],
+            {
+                "state": "waiting" if step.get("after") or fields["waits_for"] else "queued",
+                "node_id": step.get("node_id") or "",
+            },
+        )
+        for step in entry["steps"]
+    ]
+    return {**job_view(job_id, fields), "steps": steps}

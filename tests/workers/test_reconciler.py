@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,26 @@ def test_two_machines_cannot_be_the_same_node(clocked: Clocked) -> None:
     assert [info["host"] for info in registry.alive()] == ["h"]
     registry.leave("a", instance="two")
     assert registry.alive_ids() == {"a"}
+
+
+def test_entries_of_many_threads_and_processes_are_all_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journals = [Accepted(path), Accepted(path)]
+
+    def record(n: int) -> None:
+        journals[n % 2].record(f"job{n}", {"n": n})
+        # On disk when it returns: another connection sees it.
+        assert (journals[1 - n % 2].get(f"job{n}") or {})["n"] == n
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(record, range(400)))
+    assert len(journals[0]) == 400
+    for journal in journals:
+        journal.close()
+    broken = Accepted(path)
+    broken.close()
+    with pytest.raises(sqlite3.Error):
+        broken.record("job", {})
 
 
 def test_accepted_jobs_outlive_the_process(tmp_path: Path) -> None:
