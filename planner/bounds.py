@@ -7,7 +7,6 @@ import numpy as np
 from planner.placement import Work
 from planner.problem import Floats, Ints
 
-
 #: Kinds of layers beyond which fewer price lists are tried.
 _MANY = 2_000
 

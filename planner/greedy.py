@@ -154,12 +154,12 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     )
 
 
-def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9, steps: int = 1200) -> Ints:
+def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9) -> Ints:
     """Smaller budgets, reached by exchanges from the best so far or from a start by density."""
     reached = float(work.loads_s(best).max())
-    failed = bound
+    failed, failures, steps = bound, 0, min(1200, 12 * len(work.kind))
     for _ in range(probes):
-        if reached <= failed * 1.002:
+        if reached <= failed * 1.002 or failures == 5:
             break
         target = (failed + reached) / 2
         found = mend(work, best, target, steps=steps)
@@ -167,6 +167,7 @@ def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int =
             found = mend(work, by_density(work, rate, target), target, steps=steps)
         if found is None:
             failed = target
+            failures += 1
         else:
             best, reached = found, float(work.loads_s(found).max())
     return refine(work, best, target_s=bound)
