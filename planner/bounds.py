@@ -115,7 +115,7 @@ def priced_bound_s(work: Work, rates: Floats, *, above_s: float = 0.0) -> float:
     for grain in _thresholds(flop, cuts):
         for part in (1.0, 2.0, 3.0):
             best = priced.bound_s(np.floor(flop * part / grain * (1 + 1e-9)), best, grain=grain / part)
-    if not size.any():
+    if not size.any() or not flop.any():
         return best
     with np.errstate(divide="ignore", invalid="ignore"):
         exchange = size / flop

@@ -32,7 +32,7 @@ def bits(name: str) -> int | None:
 
 
 def canonical(dtype: str) -> str | None:
-    """safetensors' name of `dtype` ("torch.bfloat16", "bfloat16", "BF16"), or None if it is not known."""
+    """Safetensors' name of `dtype` ("torch.bfloat16", "bfloat16", "BF16"), or None if it is not known."""
     name = dtype.removeprefix("torch.")
     return name if name in _BITS else _TORCH.get(name.lower())
 
