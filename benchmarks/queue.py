@@ -188,10 +188,9 @@ def targets(report: dict[str, Any]) -> list[tuple[str, bool]]:
     if "post" in report:
         post = report["post"]
         service = post["service"]
-        said = (
-            f"POST: {service['posts_per_s']}/s, p99 {service['p99_ms']} ms; {post['ratio']} of a view that validates"
-        )
-        found.append((f"{said} >= 0.5", post["ratio"] >= 0.5))
+        # How many is a figure, not a target: the view that only validates has neither disk nor queue.
+        said = f"POST: {service['posts_per_s']}/s, {post['ratio']} of a view that validates; p99"
+        found.append((f"{said} {service['p99_ms']} ms <= 500", service["p99_ms"] <= 500))
         found.append(("POST: every one was answered 202", post["service"]["others"] == 0))
     if "backlog" in report:
         back = report["backlog"]

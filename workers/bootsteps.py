@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from celery import Celery, bootsteps, signals
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def install(app: Celery) -> None:
     """Add the steps to `app`'s workers."""
-    app.steps["worker"].update({ReconcileStep, AnnounceStep, FirstAndLastStep})
+    app.steps["worker"].update({ReconcileStep, FirstAndLastStep})
     signals.setup_logging.connect(_set_up_logging, weak=False)
     app.__dict__["Worker"] = app.subclass_with_self(PromptWorker, name="Worker", reverse="Worker")
 
@@ -94,6 +95,7 @@ class Presence:
     """Writes `node:<id>` (the planner: `planner`) three times within its expiry, until `leave`."""
 
     def __init__(self) -> None:
+        self._begun = False
         self._stopped = threading.Event()
         self._instance: str | None = None
         self._peers = contextlib.ExitStack()
@@ -104,6 +106,10 @@ class Presence:
         Raises:
             SystemExit: If another living worker has this node's id.
         """
+        if self._begun:
+            # celery is ready once more after each loss of its connection.
+            return
+        self._begun = True
         services = current()
         beats: list[Callable[[], None]] = []
         if PLANNER in queues:
@@ -157,7 +163,8 @@ class Presence:
 class FirstAndLastStep(_Step):
     """Before anything starts: may this worker be what it says? After all stopped: hand back, and leave.
 
-    On the way out, steps that the grace period was too short for are handed back, no attempt counted.
+    On the way out, steps that the grace period was too short for are handed back, no attempt counted. The worker is
+    announced once it consumes: who is told of it may send it work, or end it, and celery can't be ended well sooner.
     """
 
     def include(self, parent: Any) -> bool:
@@ -172,8 +179,16 @@ class FirstAndLastStep(_Step):
             SystemExit: If the worker may not be this node, or the planner.
         """
         worker.presence = Presence()
+        queues = set(worker.app.amqp.queues.consume_from)
+
+        def begin(**_: object) -> None:
+            announce = partial(worker.presence.begin, queues)
+            # In the event loop, not before it: celery says "ready" and then still looks after its pool.
+            worker.hub.call_soon(announce) if worker.hub is not None else announce()
+
+        signals.worker_ready.connect(begin, weak=False)
         try:
-            _check_may(current(), set(worker.app.amqp.queues.consume_from))
+            _check_may(current(), queues)
         except FairshardError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from error
@@ -188,19 +203,6 @@ class FirstAndLastStep(_Step):
         except FairshardError as error:
             logger.warning("nothing was handed back, the leases will run out: %s", error)
         worker.presence.leave()
-
-
-class AnnounceStep(_Step):
-    """The worker is announced once its pool is up: who is told of it may send it work, or end it."""
-
-    requires = ("celery.worker.components:Pool",)
-
-    def start(self, worker: Any) -> None:
-        """Announce it."""
-        worker.presence.begin(set(worker.app.amqp.queues.consume_from))
-
-    def stop(self, worker: Any) -> None:
-        """Stay: the pool may have steps to finish."""
 
 
 def _check_may(services: Services, queues: set[str]) -> None:
