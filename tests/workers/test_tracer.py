@@ -51,7 +51,7 @@ _DEPTHS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_lay
 
 def shallow(values: dict[str, Any], layers: int) -> dict[str, Any]:
     """The config with so many layers in each stack: what repeats once more proves nothing more."""
-    made = {}
+    made: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             made[key] = shallow(value, layers)
