@@ -166,7 +166,29 @@ class BlackHole:
             end.close()
 
 
-class Worker:
+class Role:
+    """A process of the service, with those that it started."""
+
+    process: subprocess.Popen[bytes] | None
+
+    def kill(self) -> None:
+        """kill -9 to the whole group."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self, *, timeout_s: float = 60.0) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=timeout_s)
+        self.kill()
+        return code
+
+
+class Worker(Role):
     """A Celery worker process of the service; its log is one file over restarts."""
 
     def __init__(
@@ -203,9 +225,9 @@ class Worker:
             return file.read().decode(errors="replace")
 
     def ready(self) -> bool:
-        """Whether it consumes."""
+        """Whether it consumes, and has announced itself (celery's own "ready" comes before that)."""
         assert self.alive(), f"{self.name} died:\n{self.log[-3000:]}"
-        return " ready." in self.log
+        return " serving " in self.log
 
     def alive(self) -> bool:
         """Whether its main process lives."""
@@ -223,24 +245,8 @@ class Worker:
         assert self.process is not None
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
-    def kill(self) -> None:
-        """kill -9 to the whole group."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
-    def stop(self, *, timeout_s: float = 60.0) -> int:
-        """SIGTERM, and the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=timeout_s)
-        self.kill()
-        return code
-
-
-class Web:
+class Web(Role):
     """The API, served by gunicorn as it is delivered; the port stays the same over restarts."""
 
     def __init__(self, *, env: Mapping[str, str], directory: Path, app: str = "web.wsgi:app") -> None:
@@ -284,22 +290,6 @@ class Web:
         assert self.process is not None
         assert self.process.poll() is None, self.log_path.read_text()[-3000:]
         return self.ask("GET", "/api/health/live")[0] == 200
-
-    def kill(self) -> None:
-        """kill -9 to the whole group."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def stop(self, *, timeout_s: float = 60.0) -> int:
-        """SIGTERM, and the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=timeout_s)
-        self.kill()
-        return code
 
     def __enter__(self) -> Self:
         self.start()

@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 from celery.apps.worker import Worker
+from celery.events.dispatcher import EventDispatcher
 from celery.worker import state
 
 from planner.errors import Conflict, FairshardError, InvalidInput
@@ -28,6 +29,7 @@ def install(app: Celery) -> None:
     app.steps["worker"].update({ReconcileStep, FirstAndLastStep})
     signals.setup_logging.connect(_set_up_logging, weak=False)
     app.__dict__["Worker"] = app.subclass_with_self(PromptWorker, name="Worker", reverse="Worker")
+    app.events.dispatcher_cls = "workers.bootsteps:PromptDispatcher"
 
 
 class PromptWorker(Worker):
@@ -46,6 +48,14 @@ class PromptWorker(Worker):
         while time.monotonic() < deadline and _busy(self.hostname):
             time.sleep(0.2)
         return True
+
+
+class PromptDispatcher(EventDispatcher):
+    """celery's repeats a heartbeat until Redis is back, and a worker that is told to end waits for it, for ever."""
+
+    def send(self, type: str, *args: Any, **options: Any) -> Any:  # noqa: A002  (celery's name)
+        """Send an event once; what no one heard of a worker's health is of no use later."""
+        return super().send(type, *args, **{**options, "retry": False})
 
 
 def _busy(hostname: str) -> bool:
@@ -120,6 +130,7 @@ class Presence:
             _once(beat)
         if beats:
             threading.Thread(target=self._again, args=(services, beats), name="fairshard-alive", daemon=True).start()
+        logger.info("serving %s", ", ".join(sorted(queues)))
 
     def _node(self, services: Services) -> Callable[[], None]:
         from workers.node import describe, live

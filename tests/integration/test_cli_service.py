@@ -147,7 +147,7 @@ def test_a_node_joins_and_leaves(cli: Cli, tmp_path: Path) -> None:
     try:
         cli.until(lambda: "extra" in ids(), "the node is alive")
         # Celery's start-up is not to be interrupted: its pool may not be there yet for the stop to stop.
-        cli.until(lambda: " ready." in (tmp_path / "node.log").read_text(), "the node is ready")
+        cli.until(lambda: " serving " in (tmp_path / "node.log").read_text(), "the node is ready")
         (entry,) = [entry for entry in cli.json("nodes")["nodes"] if entry["node_id"] == "extra"]
         assert (entry["flop_per_s"], entry["memory_bytes"]) == (2e12, 2**30)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -15,11 +16,14 @@ import psutil
 import pytest
 from checkpoints import checkpoint
 from hub.server import TestHub
-from running import BlackHole, Service, Worker, until
+from running import BlackHole, RedisProcess, Service, Worker, until
 
 from planner.errors import Unavailable
+from workers.bootsteps import install
+from workers.celery_app import create_app
 from workers.downloader import resolve
 from workers.ledger import ENDED
+from workers.settings import QueueSettings, Settings
 from workers.splitter import verify
 
 #: One process runs them all: they share their services.
@@ -237,6 +241,45 @@ def test_a_node_that_is_ended_as_soon_as_it_is_seen_ends_well(killed: Service, t
         assert "late" not in {n["node_id"] for n in killed.jobs().nodes()}
     finally:
         late.kill()
+
+
+def test_workers_end_while_redis_is_away(killed: Service) -> None:
+    killed.redis.kill()
+    try:
+        for worker in killed.all_workers:
+            worker.signal(signal.SIGTERM)
+        for worker in killed.all_workers:
+            assert worker.process is not None
+            worker.process.wait(timeout=60)
+    finally:
+        killed.redis.start()
+
+
+def test_an_event_waits_for_no_redis(tmp_path: Path) -> None:
+    """What kept a worker from ending while Redis was away, in the one moment of its shutdown in which it sent one."""
+    redis = RedisProcess(tmp_path)
+    redis.start()
+    app = create_app(Settings.from_env({"REDIS_URL": redis.url}), QueueSettings.from_env({}))
+    install(app)
+    connected, away = threading.Event(), threading.Event()
+
+    def send() -> None:
+        with app.connection_for_write() as connection:
+            dispatcher = app.events.Dispatcher(connection, hostname="a-worker", enabled=True)
+            dispatcher.send("worker-heartbeat", retry=True)
+            connected.set()
+            away.wait()
+            dispatcher.send("worker-heartbeat", retry=True)
+
+    sender = threading.Thread(target=send, daemon=True)
+    try:
+        sender.start()
+        assert connected.wait(20)
+    finally:
+        redis.kill()
+        away.set()
+    sender.join(20)
+    assert not sender.is_alive()
 
 
 def test_redis_that_is_away_or_deaf_is_said_within_five_seconds(killed: Service) -> None:
