@@ -287,3 +287,17 @@ def assign_any_order(counts: Counts, hosting: Hosting) -> Ints:
         nodes[work.kind == kind] = np.repeat(ids, held[row])
     nodes[work.kind == counts.main] = np.repeat(ids, hosting.main)
     return nodes
+
+
+def drop_weakest(counts: Counts, hosting: Hosting) -> Hosting:
+    """Leave out the nodes that add least while all of the run still has room."""
+    main = hosting.main.copy()
+    surplus = int(main.sum()) - counts.run
+    for node in np.lexsort((np.arange(len(main)), main)).tolist():
+        if hosting.state[node] or main[node] == 0:
+            continue
+        if main[node] > surplus:
+            break
+        surplus -= int(main[node])
+        main[node] = 0
+    return Hosting(state=hosting.state, main=main)

@@ -8,7 +8,7 @@ ones the same question is answered exactly by counting (`planner.counts`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from planner.bounds import lower_bound_s
 from planner.counts import (
     MAX_STATES,
     Counts,
-    Hosting,
     assign_any_order,
+    drop_weakest,
     fewest_nodes,
     in_any_order,
     smallest_budget,
@@ -79,25 +79,11 @@ def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solut
             return None
         hosting, at_s, low = placed, budget_s, bound
     few = fewest_nodes(counts, at_s)
-    hosting = few if few is not None else _drop_weakest(counts, hosting)
+    hosting = few if few is not None else drop_weakest(counts, hosting)
     assignment = assign_any_order(counts, counts.trimmed(hosting))
     reached = float(counts.work.loads_s(assignment).max())
     exact = budget_s is None and reached <= low * (1 + 4 * SLACK)
     return Solution(assignment=assignment, bottleneck_s=reached, lower_bound_s=min(low, reached), exact=exact)
-
-
-def _drop_weakest(counts: Counts, hosting: Hosting) -> Hosting:
-    """Leave out the nodes that add least while all of the run still has room."""
-    main = hosting.main.copy()
-    surplus = int(main.sum()) - counts.run
-    for node in np.lexsort((np.arange(len(main)), main)).tolist():
-        if hosting.state[node] or main[node] == 0:
-            continue
-        if main[node] > surplus:
-            break
-        surplus -= int(main[node])
-        main[node] = 0
-    return Hosting(state=hosting.state, main=main)
 
 
 def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None) -> Solution | None:
@@ -184,19 +170,7 @@ def _fewest_items(work: Work, rate: Floats, budget_s: float) -> Ints | None:
         chosen = set(order[:middle].tolist()) | pinned
         closed = np.array([node not in chosen for node in range(len(rate))])
         room = np.where(closed, np.int64(-1), work.room_bytes)
-        part = Work(
-            layer=work.layer,
-            kind=work.kind,
-            followers=work.followers,
-            count=work.count,
-            memory=work.memory,
-            flop=work.flop,
-            seconds=work.seconds,
-            base_s=work.base_s,
-            room_bytes=room,
-            room_flop=work.room_flop,
-            fixed=work.fixed,
-        )
+        part = replace(work, room_bytes=room)
         packed = most_available(part, rate, budget_s)
         if packed is None:
             packed = best_fit(part, by_compute(part), budget_s)

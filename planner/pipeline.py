@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.bounds import lower_bound_s
-from planner.counts import Counts, Groups, Hosting, fewest_nodes, in_any_order, smallest_budget
+from planner.counts import Counts, Groups, Hosting, drop_weakest, fewest_nodes, in_any_order, smallest_budget
 from planner.greedy import is_exact
 from planner.long import MOST_ENTRIES, solve_long
 from planner.placement import Found, Work
@@ -135,18 +135,9 @@ def _solve_run(counts: Counts, ends: RunEnds, bound: float, budget_s: float | No
 
 def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
     """Leave out the nodes that hold only a little of the run while the others have room for it."""
-    main = hosting.main.copy()
     if counts.groups.run_least[hosting.state].any():
         return hosting
-    surplus = int(main.sum()) - counts.run
-    for node in np.lexsort((np.arange(len(main)), main)).tolist():
-        if hosting.state[node] or main[node] == 0:
-            continue
-        if main[node] > surplus:
-            break
-        surplus -= int(main[node])
-        main[node] = 0
-    return Hosting(state=hosting.state, main=main)
+    return drop_weakest(counts, hosting)
 
 
 def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: float | None = None) -> Found:
