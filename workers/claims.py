@@ -145,10 +145,6 @@ class Claim:
         elif progress and self.on_progress is not None:
             self.on_progress(progress)
 
-    def stop(self, reason: Exception) -> None:
-        """Have the work's next progress call raise `reason`."""
-        self._stop = self._stop or reason
-
     def commit(self, result: Mapping[str, Any]) -> str:
         """Store the outcome; waits for a Redis that is away."""
         proof = self.joining.prove(self.node_id, self._at(self.claimed.step), result)
@@ -210,13 +206,6 @@ def _beating() -> _Heart:
             _heart = _Heart()
             _heart.start()
         return _heart
-
-
-def stop_all(reason: Exception) -> None:
-    """Have every claim of this process stop at its next progress call."""
-    if _heart is not None and _heart.pid == os.getpid():
-        for claim in _heart.claims():
-            claim.stop(reason)
 
 
 def _patiently(call: Callable[[], str]) -> str:
