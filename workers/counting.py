@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from workers.masks import Sight
 from workers.pointwise import pointwise
+from workers.tree import Tree
 
 
 @dataclass(slots=True)
@@ -50,24 +51,27 @@ class Counts:
 class Subject:
     """A model and what every pass over it needs to know, found once."""
 
-    def __init__(self, model: nn.Module, layer_of: Callable[[str], int | None]) -> None:
-        self.model = model
+    def __init__(self, tree: Tree, layer_of: Callable[[str], int | None]) -> None:
+        self.model = tree.model
         #: Module path -> layer, or None for containers of several.
         self.layer_of = layer_of
-        self.paths = {id(module): path for path, module in model.named_modules()}
-        self.parameters = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self.paths = {id(module): path for path, module in tree.modules.items()}
+        self.parameters = {id(parameter): name for name, parameter in tree.parameters.items()}
         # A storage has no identity but its address, which lasts as long as the model does.
-        self.trained = {each.untyped_storage()._cdata for each in model.parameters()}  # noqa: SLF001
-        self.weights = self.trained | {each.untyped_storage()._cdata for each in model.buffers()}  # noqa: SLF001
+        self.trained = {each.untyped_storage()._cdata for each in tree.parameters.values()}  # noqa: SLF001
+        self.weights = self.trained | {each.untyped_storage()._cdata for each in tree.buffers.values()}  # noqa: SLF001
         #: Children of `ModuleList`s: the module, its path, its place in the list and the list's length.
         self.children = [
             (child, f"{path}.{number}", number, len(module))
-            for path, module in model.named_modules()
+            for path, module in tree.modules.items()
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for number, child in enumerate(module)
         ]
         #: Child's path, or what the child is -> a number that children of equal cost share.
         self.structures: dict[Any, int] = {}
+
+
+_BOOL, _ITEM, _INDEX = Tensor.__bool__, Tensor.item, torch.ops.aten.index
 
 
 class Truth(TorchFunctionMode):
@@ -76,10 +80,9 @@ class Truth(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        asked = func is Tensor.__bool__ or (func is Tensor.item and args[0].dtype is torch.bool)
-        if asked and args[0].is_meta:
+        if (func is _BOOL or (func is _ITEM and args[0].dtype is torch.bool)) and args[0].is_meta:
             return True
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +105,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.high = 0
         self.kept_bytes = 0
         self._storages: dict[int, list[int]] = {}
+        #: Called when a storage dies. (`weakref.finalize` does the same in thrice the time.)
+        self._watched: dict[int, weakref.ref[Any]] = {}
         #: Storages of attention masks, and of what was made from them: what they let see, and their last sizes.
         self.masks: dict[int, tuple[Sight, tuple[int, ...]]] = {}
 
@@ -129,7 +134,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for each in value:
                     if isinstance(each, Tensor):
                         weighted |= self.reads(each)
-        if packet is torch.ops.aten.index and self._gathers(args, out):
+        if packet is _INDEX and self._gathers(args, out):
             return out
         if isinstance(out, Tensor):
             self.makes(out, weighted)
@@ -180,9 +185,10 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages[key] = [self._layer, self._layer, 0, weighted, size]
         self.live += size
         self.high = max(self.high, self.live)
-        weakref.finalize(storage, self._frees, key)
+        self._watched[key] = weakref.ref(storage, lambda _: self._frees(key))
 
     def _frees(self, key: int) -> None:
+        self._watched.pop(key, None)
         known = self._storages.pop(key, None)
         self.masks.pop(key, None)
         if known is not None:
@@ -241,7 +247,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for known in self._storages.values():
             if known[3] and known[1] > known[0]:
                 self.counts.flows.append(known[:3])
-        self._storages = {}
+        self._storages, self._watched = {}, {}
         self.counts.output_bytes = sum(t.numel() * t.element_size() for t in tensors_in(output))
         return self.counts
 

@@ -7,7 +7,8 @@ its own size for each sequence, whose tokens are among the S; a model of sound g
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def make_inputs(
     Raises:
         NotTraceable: If the forward takes nothing that is known here.
     """
-    taken = inspect.signature(model.forward).parameters
+    taken = _arguments(type(model).forward)
     config = model.config
     inputs: dict[str, Any] = {}
     sequence_length = min(sequence_length, longest(model) or sequence_length)
@@ -55,12 +56,18 @@ def make_inputs(
     return inputs
 
 
+@cache
+def _arguments(forward: Callable[..., Any]) -> Mapping[str, Any]:
+    """What a class's forward takes, by name."""
+    return dict(list(inspect.signature(forward).parameters.items())[1:])
+
+
 def longest(model: PreTrainedModel) -> int | None:
     """Tokens that the model takes at most; None where it refuses none.
 
     The text towers of dual encoders and the decoders of speech models have a table of positions and no more.
     """
-    taken = inspect.signature(model.forward).parameters
+    taken = _arguments(type(model).forward)
     config = model.config
     limit: int | None = None
     if "pixel_values" in taken and "decoder_input_ids" not in taken and not hasattr(model, "lm_head"):

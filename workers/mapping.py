@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 
 from planner.errors import InvalidCheckpoint
 from workers.grouping import Grouping
+from workers.tree import Tree
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.)\d+$|^\d+(?=\.)")
+#: A name's pieces between the dots; None for a number.
+_Template = tuple[str | None, ...]
 #: Stands for numbers while a template is renamed; no model has so many layers.
 _FIRST_MARK = 810_001
 
@@ -39,31 +41,32 @@ class Place:
 class Renamer:
     """Renames tensor names as transformers would when it loads them into `model`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, known: Container[str]) -> None:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._prefix = model.base_model_prefix
-        self._known = set(model.state_dict())
-        self._templates: dict[str, tuple[str, bool] | None] = {}
+        self._known = known
+        self._templates: dict[_Template, tuple[str, bool] | None] = {}
 
     def __call__(self, name: str) -> tuple[str, bool]:
         """The name in the module tree, and whether a conversion (fusing, splitting, ...) makes it.
 
         92,000 names have a few dozen shapes: each shape is renamed once, with marks for its numbers.
         """
-        numbers = _NUMBER.findall(name)
-        template = _NUMBER.sub("#", name)
+        pieces = name.split(".")
+        numbers = [piece for piece in pieces if piece.isdecimal()]
+        template = tuple([None if piece.isdecimal() else piece for piece in pieces])
         if template not in self._templates:
-            self._templates[template] = self._learn(name, numbers)
+            self._templates[template] = self._learn(name, template, numbers)
         known = self._templates[template]
         renamed, converted = self._rename(name) if known is None else (_filled(known[0], numbers), known[1])
         return self._with_prefix(renamed), converted
 
-    def _learn(self, name: str, numbers: list[str]) -> tuple[str, bool] | None:
+    def _learn(self, name: str, template: _Template, numbers: list[str]) -> tuple[str, bool] | None:
         """The renamed template with marks for numbers, or None if the numbers themselves matter."""
         marks = iter(range(_FIRST_MARK, _FIRST_MARK + len(numbers)))
-        marked, converted = self._rename(_NUMBER.sub(lambda _: str(next(marks)), name))
+        marked, converted = self._rename(".".join([str(next(marks)) if each is None else each for each in template]))
         if (_filled(marked, numbers), converted) != self._rename(name):
             return None
         return marked, converted
@@ -91,7 +94,7 @@ def _filled(marked: str, numbers: list[str]) -> str:
 
 
 def place_tensors(
-    model: PreTrainedModel,
+    tree: Tree,
     names: Iterable[str],
     grouping: Grouping,
     layer_of: Callable[[str], int | None],
@@ -101,9 +104,7 @@ def place_tensors(
 
     A tensor that becomes no parameter belongs to the layer whose module its name is below (a buffer), else to none.
     """
-    modules = {path for path, _ in model.named_modules()}
-    buffers = {name for name, _ in model.named_buffers()}
-    prefix = model.base_model_prefix
+    prefix = tree.model.base_model_prefix
     places: dict[str, Place] = {}
     for name in names:
         target, converted = rename(name)
@@ -114,10 +115,10 @@ def place_tensors(
         found = None
         for name_there in (target, f"{prefix}.{target}"):
             path = name_there.rpartition(".")[0]
-            while path and path not in modules:
+            while path and path not in tree.modules:
                 path = path.rpartition(".")[0]
             found = layer_of(path) if path and found is None else found
-        if found is None and target in buffers:
+        if found is None and target in tree.buffers:
             # A buffer of the model itself (a bias of the logits) goes with what comes last.
             found = len(grouping.groups) - 1
         places[name] = Place(-1 if found is None else found, None, alone=False)

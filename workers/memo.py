@@ -173,19 +173,22 @@ def _entries(config: Any, number: int, length: int) -> tuple[Any, ...]:
 
 def _structure(module: nn.Module, entries: Any) -> Any:
     """What a module is: classes, parameter shapes and settings of all its parts, without its position."""
-    parts: list[Any] = [entries]
-    for path, part in module.named_modules():
-        parts.append((path, type(part)))
-        for name, value in part.__dict__.items():
-            if name in _POSITIONS or name.startswith("_"):
-                continue
-            if isinstance(value, _SCALARS):
-                parts.append((name, value))
-        for name, parameter in part._parameters.items():  # noqa: SLF001 (parameters() would recurse)
-            parts.append((name, None if parameter is None else (tuple(parameter.shape), parameter.dtype)))
-        for name, buffer in part._buffers.items():  # noqa: SLF001
-            parts.append((name, None if buffer is None else (tuple(buffer.shape), buffer.dtype)))
-    return tuple(parts)
+    found: list[Any] = [entries]
+    _settings(module, "", found)
+    return tuple(found)
+
+
+def _settings(module: nn.Module, path: str, found: list[Any]) -> None:
+    found.append((path, type(module)))
+    for name, value in module.__dict__.items():
+        if isinstance(value, _SCALARS) and name[0] != "_" and name not in _POSITIONS:
+            found.append((name, value))
+    for kept in (module._parameters, module._buffers):  # noqa: SLF001 (parameters() would recurse)
+        for name, tensor in kept.items():
+            found.append((name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)))
+    for name, child in module._modules.items():  # noqa: SLF001
+        if child is not None:
+            _settings(child, f"{path}.{name}", found)
 
 
 @cache

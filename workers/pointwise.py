@@ -1,11 +1,13 @@
-"""What a few operators make of contiguous meta tensors, without torch's own reference code in Python.
+"""What a few operators make of meta tensors, without torch's own reference code in Python.
 
 Half the time of a pass goes into that code for operators whose result is plain: element-wise ones (of the operands'
-common shape, contiguous, of their common dtype) and means. Everything else is left to torch.
+common shape and dtype, laid out as they are), means, concatenations and ranges. Everything else is left to torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,34 +18,132 @@ _aten = torch.ops.aten
 _ARITHMETIC = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.pow.Tensor_Scalar}
 _ARITHMETIC |= {_aten.neg.default, _aten.silu.default, _aten.gelu.default, _aten.sigmoid.default, _aten.relu.default}
 _ARITHMETIC |= {_aten.rsqrt.default, _aten.exp.default, _aten.tanh.default, _aten.cos.default, _aten.sin.default}
+#: Of whole numbers as well.
+_WHOLE = {_aten.add.Tensor, _aten.mul.Tensor, _aten.where.self}
 _COMPARISONS = {_aten.le.Tensor, _aten.lt.Tensor, _aten.ge.Tensor, _aten.gt.Tensor, _aten.ge.Scalar, _aten.gt.Scalar}
 _BITS = {_aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor}
-_MEAN = _aten.mean.dim
-_KNOWN = _ARITHMETIC | _COMPARISONS | _BITS
+_MEAN, _CAT, _ARANGE, _WHERE = _aten.mean.dim, _aten.cat.default, _aten.arange.default, _aten.where.self
+_META = torch.device("meta")
+_KNOWN = _ARITHMETIC | _COMPARISONS | _BITS | {_WHERE}
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The operator's result, or None where torch must tell."""
+    if func in _KNOWN and not kwargs:
+        return _elementwise(func, args)
+    if func is _CAT and not kwargs:
+        return _cat(*args)
     if func is _MEAN and not kwargs and len(args) == 3:
         return _mean(*args)
-    if func not in _KNOWN or kwargs or len(args) > 2:
+    return _arange(args[0], kwargs) if func is _ARANGE else None
+
+
+def _elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    operands = [each for each in args if isinstance(each, Tensor)]
+    if not all(each.is_meta for each in operands) or not isinstance(args[0], Tensor) or len(args) > 3:
         return None
-    first, *others = args
-    shape, dtype = first.shape, first.dtype
-    if not (first.is_meta and first.is_contiguous()):
-        return None
-    for other in others:
-        if isinstance(other, Tensor):
-            if not (other.is_meta and other.is_contiguous()):
-                return None
-            if other.shape != shape:
-                shape = torch.broadcast_shapes(shape, other.shape)  # type: ignore[no-untyped-call]
-        dtype = torch.result_type(first, other)
+    # What decides the dtype: not the condition of a choice.
+    typed = args[1:] if func is _WHERE else args
+    dtype = common = torch.result_type(*typed) if len(typed) == 2 else args[0].dtype
     if func in _COMPARISONS:
         dtype = torch.bool
-    elif not (dtype.is_floating_point if func in _ARITHMETIC else dtype is torch.bool):
+    elif not (dtype is torch.bool if func in _BITS else dtype.is_floating_point or func in _WHOLE):
         return None
-    return torch.empty(shape, dtype=dtype, device="meta")
+    shape: tuple[int, ...] | None = tuple(args[0].shape)
+    plain = True
+    for each in operands:
+        plain = plain and each.is_contiguous()
+        if shape is not None and each.shape != shape:
+            shape = _broadcast(shape, tuple(each.shape))
+    if shape is None:
+        return None
+    if plain:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if any(each.dtype != common and each.ndim for each in typed if isinstance(each, Tensor)):
+        return None  # it is copied first, and the copy may lie otherwise
+    order = _layout(shape, tuple((tuple(each.shape), each.stride()) for each in operands))
+    return torch.empty_permuted(shape, order, dtype=dtype, device="meta")
+
+
+def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The common shape; None where there is none."""
+    if len(one) < len(other):
+        one, other = other, one
+    shape = list(one)
+    for at, size in enumerate(other, start=len(one) - len(other)):
+        if shape[at] == 1:
+            shape[at] = size
+        elif size not in {1, shape[at]}:
+            return None
+    return tuple(shape)
+
+
+@lru_cache(maxsize=256)
+def _layout(shape: tuple[int, ...], operands: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[int]:
+    """Dimensions from the outermost in memory to the innermost, as torch orders an element-wise result's.
+
+    The operands' strides decide, the first's first; a dimension along which one is repeated says nothing.
+    """
+    strides = []
+    for sizes, steps in operands:
+        missing = len(shape) - len(sizes)
+        repeated = zip(sizes, steps, shape[missing:], strict=True)
+        strides.append([0] * missing + [0 if size != wanted else step for size, step, wanted in repeated])
+    order = list(reversed(range(len(shape))))
+    for at in range(1, len(order)):
+        moving = at
+        for before in reversed(range(at)):
+            inner, outer = order[before], order[moving]
+            wrong = _inside_out(shape, strides, inner, outer)
+            if wrong > 0:
+                order[before], order[moving] = outer, inner
+                moving = before
+            elif wrong < 0:
+                break
+    return order[::-1]
+
+
+def _inside_out(shape: tuple[int, ...], strides: Sequence[Sequence[int]], inner: int, outer: int) -> int:
+    """1 if `outer` belongs inside `inner`, -1 if not, 0 if nothing tells."""
+    for steps in strides:
+        if not steps[inner] or not steps[outer]:
+            continue
+        if steps[inner] != steps[outer]:
+            return 1 if steps[inner] > steps[outer] else -1
+        if shape[inner] > shape[outer]:
+            return 1
+    return 0
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    # A cache that holds nothing yet is an empty list of numbers, of whatever it is put before.
+    filled = [each for each in tensors if each.shape != (0,)]
+    if not filled or not all(each.is_meta and each.dtype == filled[0].dtype for each in tensors):
+        return None
+    shape, total = list(filled[0].shape), 0
+    for each in filled:
+        sizes = list(each.shape)
+        # Images whose channels are innermost in memory stay so.
+        if len(sizes) != len(shape) or (len(sizes) > 3 and not _channels_outside(each)):
+            return None
+        total += sizes[dim]
+        sizes[dim] = shape[dim]
+        if sizes != shape:
+            return None
+    shape[dim] = total
+    return torch.empty(shape, dtype=filled[0].dtype, device="meta")
+
+
+def _channels_outside(tensor: Tensor) -> bool:
+    return tensor.shape[1] > 1 and (tensor.is_contiguous() or tensor.stride(-1) == 1) and tensor.shape[-1] > 1
+
+
+def _arange(end: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    dtype = given.pop("dtype", torch.int64)
+    if type(end) is not int or end < 0 or given != {"device": _META}:
+        return None
+    return torch.empty((end,), dtype=dtype, device="meta")
 
 
 def _mean(tensor: Tensor, dims: list[int], keepdim: bool) -> Tensor | None:

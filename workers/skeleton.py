@@ -65,9 +65,9 @@ def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
         make: Any = model_class._from_config  # noqa: SLF001
         model: PreTrainedModel = make(described, attn_implementation="eager", experts_implementation="batched_mm")
     # Without initial weights transformers leaves out the tying, too.
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     for module in model.modules():
-        module.training = False
+        module.__dict__["training"] = False
     return model
 
 

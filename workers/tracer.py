@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from workers.counting import Subject
@@ -27,6 +26,7 @@ from workers.model_config import ModelConfig
 from workers.parts import part_of
 from workers.skeleton import NotTraceable, build, first_line, quiet
 from workers.trace import ZERO, Exact, LayerTrace, ModelTrace
+from workers.tree import Tree, look_through
 
 #: Sequence lengths that fix the polynomial: small, for models that loop over tokens.
 _FIT = (16, 40, 72)
@@ -69,16 +69,19 @@ class _Tracer:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.model: PreTrainedModel = build(config)
-        self.model.requires_grad_(requires_grad=False)
-        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
+        self.tree = look_through(self.model)
+        self.parameters = self.tree.parameters
+        for each in self.parameters.values():
+            each.requires_grad = False
         self.grouping: Grouping = group_names({name: each.numel() for name, each in self.parameters.items()})
-        self.layer_of = _layer_of(self.grouping, self.model)
+        self.layer_of = _layer_of(self.grouping, self.tree)
         self.images = True
-        self.subject = Subject(self.model, self.layer_of)
+        self.parts: dict[tuple[int, str], str] = {}
+        self.subject = Subject(self.tree, self.layer_of)
 
     def run(self, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
-        rename = Renamer(self.model)
-        places = place_tensors(self.model, tensors, self.grouping, self.layer_of, rename)
+        rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
+        places = place_tensors(self.tree, tensors, self.grouping, self.layer_of, rename)
         check_stacks(self.model, tensors, places, self.grouping, rename)
         check_sizes(self.parameters, tensors, places)
         limit = longest(self.model)
@@ -175,9 +178,12 @@ class _Tracer:
 
     def _part(self, layer: int, path: str) -> str:
         """The sub-part of a layer that the module at `path` is of."""
-        group = self.grouping.groups[layer]
-        inside = path[len(group.name) + 1 :] if path.startswith(f"{group.name}.") else path
-        return part_of(inside, group.layer_type)
+        found = self.parts.get((layer, path))
+        if found is None:
+            group = self.grouping.groups[layer]
+            inside = path[len(group.name) + 1 :] if path.startswith(f"{group.name}.") else path
+            found = self.parts[layer, path] = part_of(inside, group.layer_type)
+        return found
 
     def _order(self, executed: Sequence[int]) -> list[int]:
         """Layers as they run; those that this pass does not run stay behind the one they follow by name."""
@@ -303,7 +309,7 @@ def _positions(config: Any) -> int | None:
     return None
 
 
-def _layer_of(grouping: Grouping, model: nn.Module) -> Callable[[str], int | None]:
+def _layer_of(grouping: Grouping, tree: Tree) -> Callable[[str], int | None]:
     """Module path -> layer: below a numbered layer, that one; else the one that all its parameters are of."""
     owners: dict[str, set[int]] = defaultdict(set)
     for name, layer in grouping.of.items():
@@ -313,7 +319,7 @@ def _layer_of(grouping: Grouping, model: nn.Module) -> Callable[[str], int | Non
             path = path.rpartition(".")[0]
     known = {path: next(iter(layers)) for path, layers in owners.items() if len(layers) == 1}
     found: dict[str, int | None] = {}
-    for path, _ in model.named_modules():
+    for path in tree.modules:
         above = path
         while above and above not in known:
             above = above.rpartition(".")[0]

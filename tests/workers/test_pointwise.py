@@ -1,0 +1,109 @@
+"""The short cuts for meta tensors give what torch makes of real ones: shape, dtype and layout in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from workers.pointwise import pointwise
+
+_aten = torch.ops.aten
+_SHAPES = [(2, 3, 4, 5), (2, 3, 1, 5), (1, 3, 4, 5), (4, 5), (4, 1), (1,), (), (3, 3, 3, 3), (2, 1, 4, 1), (2, 2, 3)]
+_DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A meta tensor: contiguous, permuted, cut out of a larger one, or repeated along a dimension."""
+    sizes = shape if shape is not None else draw(st.sampled_from(_SHAPES))
+    kind = dtype or draw(st.sampled_from(_DTYPES))
+    order = draw(st.permutations(range(len(sizes))))
+    step = draw(st.integers(1, 2))
+    inner = [sizes[at] * step if place == len(sizes) - 1 else sizes[at] for place, at in enumerate(order)]
+    whole = torch.empty(inner, dtype=kind, device="meta")[..., ::step] if sizes else torch.empty((), device="meta")
+    made = whole.permute([order.index(at) for at in range(len(sizes))]).to(kind)
+    return made.expand(sizes) if draw(st.booleans()) else made[:1].expand(sizes) if sizes else made
+
+
+def real(value: Any) -> Any:
+    """The like of it with data. (torch's own code for meta tensors lays repeated operands out otherwise.)"""
+    if isinstance(value, list):
+        return [real(each) for each in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+
+def same(func: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether there was a short cut; it is what torch gives."""
+    short = pointwise(func, args, kwargs)
+    if short is None:
+        return False
+    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    wanted = func(*(real(each) for each in args), **kwargs)
+    assert (short.shape, short.dtype, short.is_meta) == (wanted.shape, wanted.dtype, True)
+    # A step along a dimension of one is never taken.
+    steps = zip(wanted.shape, short.stride(), wanted.stride(), strict=True)
+    assert all(mine == its for size, mine, its in steps if size > 1)
+    return True
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    func=st.sampled_from([_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor, _aten.div.Tensor, _aten.le.Tensor]),
+    one=tensors(),
+    other=st.one_of(tensors(), st.sampled_from([2, 0.5])),
+)
+def test_of_two_operands(func: Any, one: torch.Tensor, other: Any) -> None:
+    assume(isinstance(other, torch.Tensor) or func is not _aten.le.Tensor)
+    try:
+        func(real(one), real(other))
+    except RuntimeError:
+        # Their shapes don't fit; or torch refuses to subtract truths, which no model that runs does.
+        assert pointwise(func, (one, other), {}) is None or func is _aten.sub.Tensor
+        return
+    same(func, one, other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(func=st.sampled_from([_aten.neg.default, _aten.silu.default, _aten.exp.default]), one=tensors())
+def test_of_one_operand(func: Any, one: torch.Tensor) -> None:
+    assert same(func, one) or not one.is_floating_point()
+
+
+@settings(max_examples=100, deadline=None)
+@given(condition=tensors(dtype=torch.bool), one=tensors(), other=tensors())
+def test_choices(condition: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    try:
+        real(condition) | real(one).bool() | real(other).bool()
+    except RuntimeError:
+        assert pointwise(_aten.where.self, (condition, one, other), {}) is None
+        return
+    same(_aten.where.self, condition, one, other)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), shape=st.sampled_from(_SHAPES[:6]), dim=st.integers(-1, 1))
+def test_concatenations(data: st.DataObject, shape: tuple[int, ...], dim: int) -> None:
+    dim = min(dim, len(shape) - 1)
+    parts = [data.draw(tensors(shape=shape, dtype=torch.float32)) for _ in range(2)]
+    same(_aten.cat.default, parts, dim)
+    assert same(_aten.cat.default, [torch.empty(0, device="meta"), torch.empty(shape, device="meta")], dim)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"dtype": torch.float32}, {"dtype": torch.int32, "pin_memory": False}])
+def test_ranges(kwargs: dict[str, Any]) -> None:
+    assert same(_aten.arange.default, 7, device=torch.device("meta"), **kwargs)
+    assert pointwise(_aten.arange.default, (7,), kwargs) is None
+    assert pointwise(_aten.arange.default, (7.5,), {"device": torch.device("meta")}) is None
+
+
+def test_what_does_not_fit_is_left_to_torch_to_refuse() -> None:
+    one, other = torch.empty(2, 3, device="meta"), torch.empty(2, 4, device="meta")
+    assert pointwise(_aten.add.Tensor, (one, other), {}) is None
+    assert pointwise(_aten.cat.default, ([one, other],), {}) is None
+    assert pointwise(_aten.add.Tensor, (torch.ones(2), one), {}) is None
