@@ -220,6 +220,10 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.high = self.live
         self._stack.append(path)
 
+    def inside(self, module: nn.Module) -> bool:
+        """Whether `module` is the innermost that runs."""
+        return bool(self._stack) and self._stack[-1] == self._subject.paths.get(id(module))
+
     def leaves(self, *_: Any) -> None:
         """Forward hook."""
         self._stack.pop()

@@ -92,7 +92,14 @@ class _Memo:
         self._wrapped.append(child)
 
         def memoised(*args: Any, **kwargs: Any) -> Any:
-            return self._call(forward, child, path, place, args, kwargs)
+            if self._counter.inside(child):
+                return self._call(forward, child, path, place, args, kwargs)
+            # Some models call it past its hooks.
+            self._counter.enters(child, None)
+            try:
+                return self._call(forward, child, path, place, args, kwargs)
+            finally:
+                self._counter.leaves()
 
         child.__dict__["forward"] = memoised
 

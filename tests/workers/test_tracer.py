@@ -177,6 +177,18 @@ def test_chunked_scans_are_exact_where_asked_and_say_that_the_polynomial_is_not(
     assert total(traced, 1, 768) == reference(values, 1, 768)[1]
 
 
+def test_layers_that_are_called_past_their_hooks_cost_what_is_in_them() -> None:
+    values = {"model_type": "squeezebert", "architectures": ["SqueezeBertForMaskedLM"], "num_hidden_layers": 4}
+    traced = trace(config_of(values), names_of(values))
+    paths, all_flop = reference(values, 1, 512)
+    assert total(traced, 1, 512) == all_flop
+    numbered = [layer for layer in traced.layers if layer.number is not None]
+    assert len(numbered) == 4
+    for layer in numbered:
+        # The counter knows such a layer by its parts only.
+        assert flop_at(layer, 1, 512)[0] == sum(parts_of(layer, paths).values()) > 0
+
+
 def test_positions_end_where_the_model_says() -> None:
     traced = trace(config_of(PUBLISHED["google-bert/bert-large-uncased"]),
                    names_of(PUBLISHED["google-bert/bert-large-uncased"]))  # fmt: skip
