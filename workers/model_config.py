@@ -36,7 +36,14 @@ _LIMITS = {
     "num_experts_per_tok": 2**16,
     "image_size": 2**20,
 }
-_MAY_BE_ZERO = {"num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "num_layers"}
+_MAY_BE_ZERO = {
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "num_layers",
+}
 _ARCHITECTURE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 
 
@@ -144,8 +151,9 @@ def _parts(values: Mapping[str, Any], path: str, depth: int) -> Iterator[tuple[s
 def _check_sizes(part: Mapping[str, Any], path: str) -> None:
     for name, largest in _LIMITS.items():
         value = part.get(name)
-        # Some architectures state a value per layer.
-        for each in value if isinstance(value, list) and len(value) <= 10_000 else (value,):
+        # Some architectures state a value per layer, or one for each of their parts.
+        stated = list(value.values()) if isinstance(value, dict) and value else value
+        for each in stated if isinstance(stated, list) and len(stated) <= 10_000 else (value,):
             if each is None:
                 continue
             least = 0 if name in _MAY_BE_ZERO else 1

@@ -349,6 +349,8 @@ def test_mxfp4_experts_have_their_true_parameters() -> None:
     ("change", "says"),
     [
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a whole number from 1"),
+        ({"num_hidden_layers": {"language": 2, "vision": -1}}, "num_hidden_layers must be a whole number from 1"),
+        ({"num_hidden_layers": {}}, "num_hidden_layers must be a whole number from 1"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be a whole number"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers must be a whole number"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a whole number"),
@@ -365,6 +367,15 @@ def test_bad_config_values_are_refused_by_name(change: dict[str, Any], says: str
     with pytest.raises(InvalidCheckpoint) as error:
         generate(memory({**LLAMA, **change}, llama_tensors()))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    # As LXMERT states its depths; as models of compressed attention, which have no such dimension.
+    [{"num_hidden_layers": {"language": 9, "vision": 5}}, {"text_config": {"head_dim": 0}}],
+)
+def test_sizes_are_read_as_architectures_state_them(stated: dict[str, Any]) -> None:
+    assert parse_config(json.dumps(stated).encode()).values == stated
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"nonsense", b'{"a":' * 100_000, b"\xff\xfe", b"3"])
