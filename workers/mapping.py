@@ -144,7 +144,7 @@ def check_sizes(parameters: Mapping[str, Any], tensors: Mapping[str, int], place
 
 
 def check_stacks(
-    model: PreTrainedModel,
+    tree: Tree,
     names: Iterable[str],
     places: Mapping[str, Place],
     grouping: Grouping,
@@ -155,7 +155,11 @@ def check_stacks(
     Raises:
         InvalidCheckpoint: If they differ, unless the model's class expects the surplus (multi-token prediction).
     """
-    filled = {place.layer for place in places.values() if place.parameter is not None}
+    # A layer all of whose weights are tied has none of its own to be stored.
+    stored = {id(tree.parameters[place.parameter]) for place in places.values() if place.parameter is not None}
+    filled = {
+        grouping.of[name] for name, each in tree.parameters.items() if name in grouping.of and id(each) in stored
+    }
     missing = [group for at, group in enumerate(grouping.groups) if group.number is not None and at not in filled]
     if missing:
         depth = grouping.stacks[missing[0].stack]
@@ -164,8 +168,8 @@ def check_stacks(
             f"{len(missing)} of them: {', '.join(group.name for group in missing[:5])}",
             details={"stack": missing[0].stack, "config_layers": depth, "missing": [g.name for g in missing[:20]]},
         )
-    expected = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
-    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
+    expected = [re.compile(pattern) for pattern in tree.model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
+    extra = getattr(tree.model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
     surplus: dict[str, set[int]] = defaultdict(set)
     for name in names:
         if places[name].layer >= 0 or any(pattern.search(name) for pattern in expected):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +82,7 @@ class _Tracer:
     def run(self, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
         places = place_tensors(self.tree, tensors, self.grouping, self.layer_of, rename)
-        check_stacks(self.model, tensors, places, self.grouping, rename)
+        check_stacks(self.tree, tensors, places, self.grouping, rename)
         check_sizes(self.parameters, tensors, places)
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
@@ -99,6 +99,7 @@ class _Tracer:
             layers |= {at: fit_layer(self.grouping.groups[at], at, order, fits, doubled) for at in wrong}
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
+        reasons += self._idle({at for each in (*fits, *checks) for at in each.counts.order})
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
             reasons += self._chunked(layers, wrong, order, batch_size, asked)
@@ -192,6 +193,14 @@ class _Tracer:
             if at not in order:
                 order.insert(order.index(at - 1) + 1 if at else 0, at)
         return order
+
+    def _idle(self, executed: Container[int]) -> list[str]:
+        """Say which numbered layers no pass ran, for want of what they read (sound beside text, a film)."""
+        idle = [g for at, g in enumerate(self.grouping.groups) if g.number is not None and at not in executed]
+        idle = [group for group in idle if self.images or group.layer_type != "vision"]
+        if not idle:
+            return []
+        return [f"{len(idle)} layers are not counted: the pass's text and images do not reach {idle[0].name}, ..."]
 
     def _check(
         self,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
     """What a model consists of, in the order of its own walk."""
 
-    model: nn.Module
+    model: PreTrainedModel
     #: Path -> module; a module that is in several places by its first path only.
     modules: dict[str, nn.Module] = field(default_factory=dict)
     #: Name -> parameter, under every name that it has.
@@ -19,7 +20,7 @@ class Tree:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
-def look_through(model: nn.Module) -> Tree:
+def look_through(model: PreTrainedModel) -> Tree:
     """Walk `model`."""
     tree = Tree(model)
     _visit(model, "", tree, set())

@@ -25,7 +25,7 @@ from workers.inputs import make_inputs
 from workers.memo import count
 from workers.model_config import ModelConfig
 from workers.parts import part_of
-from workers.skeleton import build, quiet
+from workers.skeleton import NotTraceable, build, quiet
 from workers.trace import LayerTrace, ModelTrace
 from workers.tracer import trace
 
@@ -187,6 +187,27 @@ def test_layers_that_are_called_past_their_hooks_cost_what_is_in_them() -> None:
     for layer in numbered:
         # The counter knows such a layer by its parts only.
         assert flop_at(layer, 1, 512)[0] == sum(parts_of(layer, paths).values()) > 0
+
+
+def test_layers_that_no_pass_reaches_are_said_to_be_uncounted() -> None:
+    text = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    values = {
+        "model_type": "qwen2_audio",
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "text_config": {**text, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 160},
+        "audio_config": {"encoder_layers": 3, "d_model": 32, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
+    }
+    traced = trace(config_of(values), names_of(values))
+    assert traced.reasons == (
+        "3 layers are not counted: the pass's text and images do not reach model.audio_tower.layers.0, ...",
+    )
+
+
+def test_a_layer_whose_weights_are_all_tied_need_not_be_stored() -> None:
+    values = {"model_type": "udop", "architectures": ["UdopForConditionalGeneration"], "num_layers": 2}
+    # Its table of relative positions is a layer by its name. (It cannot be run: it wants boxes beside text.)
+    with pytest.raises(NotTraceable, match="cannot run"):
+        trace(config_of(values), names_of(values))
 
 
 def test_positions_end_where_the_model_says() -> None:
