@@ -6,7 +6,8 @@
     python benchmarks/split.py memory                                                 resident bytes by size
 
 A shard is on the disk when it is there, so `cp` is followed by `sync FILE`; the ratio to `cp` alone, which leaves
-its bytes in memory, is printed beside it. "first byte" is the time to the first file's space.
+its bytes in memory, is printed beside it. On XFS and btrfs (--folder) the shards share the checkpoint's blocks.
+"first byte" is the time to the first file's space.
 Figures are medians, with the smallest and largest beside them; page cache warm unless it says otherwise.
 """
 
@@ -38,6 +39,7 @@ from shard_cases import plan_of, profile_of  # noqa: E402
 from planner.plan import Plan  # noqa: E402
 from planner.profile import ModelProfile  # noqa: E402
 from workers.checkpoint import Checkpoint  # noqa: E402
+from workers.copying import can_clone  # noqa: E402
 from workers.downloader import resolve  # noqa: E402
 from workers.splitter import split  # noqa: E402
 
@@ -162,10 +164,11 @@ def local(folder: Path, *, size_bytes: int, rounds: int, slow: bool) -> None:
 
     def cp(*, sync: bool) -> None:
         for node in plan.allocation:
-            target = str(copies / node)
-            subprocess.run(["cp", "--reflink=never", str(pieces / node / "model.safetensors"), target], check=True)
-            if sync:
-                subprocess.run(["sync", target], check=True)
+            for piece in sorted((pieces / node).glob("*.safetensors")):
+                target = str(copies / f"{node}-{piece.name}")
+                subprocess.run(["cp", "--reflink=never", str(piece), target], check=True)
+                if sync:
+                    subprocess.run(["sync", target], check=True)
 
     ways: dict[str, Callable[[], object]] = {
         "cp --reflink=never, sync": lambda: cp(sync=True),
@@ -179,11 +182,18 @@ def local(folder: Path, *, size_bytes: int, rounds: int, slow: bool) -> None:
     print(f"\n{size / GB:.2f} GB to 3 nodes, local, warm, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
     table(alternate(ways, rounds=rounds, clear=clear), against=["cp --reflink=never, sync", "cp --reflink=never"])
     whole = plan_of(profile, {"n": [layer.name for layer in profile.layers]}, plan_id="whole")
-    linked = []
-    for number in range(rounds):
-        work = lambda: split(source, profile, whole, node_id="n", output=folder / f"whole{number}")  # noqa: E731, B023
-        linked.append(timed(work))
-    print(f"all on one node, linked: {1000 * statistics.median(linked):.1f} ms")
+    shared = {"all on one node, linked": (whole, "n")}
+    if can_clone(source.local_path("model.safetensors") or folder, folder):
+        shared["all on one node, reflinked"] = shared.pop("all on one node, linked")
+        shared |= {f"a third on {node}, reflinked": (plan, node) for node in plan.allocation}
+    for what, (planned, node) in shared.items():
+        took = []
+        for number in range(rounds):
+            os.sync()
+            output = folder / f"shared{number}-{node}" / node
+            work = lambda: split(source, profile, planned, node_id=node, output=output)  # noqa: E731, B023
+            took.append(timed(work))
+        print(f"{what}: {1000 * statistics.median(took):.1f} ms ({1000 * min(took):.1f} to {1000 * max(took):.1f})")
 
 
 def torch_ways(source: Checkpoint, profile: ModelProfile, plan: Plan, out: Path) -> dict[str, Callable[[], object]]:
