@@ -112,8 +112,10 @@ def _trace(
     try:
         from workers.skeleton import NotTraceable
         from workers.tracer import trace
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return None, [f"torch and transformers are not installed: {error.name} is missing"]
+    except ImportError as error:
+        return None, [f"the installed torch and transformers do not do: {error}"[:300]]
     try:
         made = trace(contents.config, sizes, batch_size=batch_size, sequence_length=sequence_length)
     except NotTraceable as error:

@@ -1,7 +1,7 @@
 """From a checkpoint's tensor names to the module tree's parameters, by transformers' own conversion tables.
 
-`get_model_conversion_mapping`, `apply_renamings` and `apply_converters` are semi-private: the tests save a checkpoint
-of every family and compare, so that a change there is seen.
+`get_model_conversion_mapping` and `rename_source_key` are semi-private: the tests save a checkpoint of every family
+and compare, so that a change there is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from planner.errors import InvalidCheckpoint
 from workers.grouping import Grouping
@@ -72,7 +72,7 @@ class Renamer:
         return marked, converted
 
     def _rename(self, name: str) -> tuple[str, bool]:
-        renamed, pattern = apply_converters(apply_renamings(name, self._renamings), self._converters)
+        renamed, pattern = rename_source_key(name, self._renamings, self._converters)
         return renamed, pattern is not None
 
     def _with_prefix(self, name: str) -> str:

@@ -107,6 +107,22 @@ def test_a_cached_trace_needs_no_torch(tmp_path: Path) -> None:
     assert (loaded, flop, approximate) == ([], traced.total_compute, [])
 
 
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("sys.modules['torch'] = None", "torch and transformers are not installed: torch is missing"),
+        (
+            "import transformers.core_model_loading as m; del m.rename_source_key",
+            "the installed torch and transformers do not do: cannot import name 'rename_source_key'",
+        ),
+    ],
+)
+def test_a_profile_without_a_torch_that_traces_says_what_is_wrong(before: str, reason: str, tmp_path: Path) -> None:
+    _, flop, approximate = run(f"import sys; {before}{_IMPORTS}", str(checkpoints.checkpoint("llama")), str(tmp_path))
+    assert flop > 0
+    assert any(each.startswith(reason) for each in approximate), approximate
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "t5", "bert_mlm"])
 def test_a_cached_profile_is_the_traced_one_at_any_batch_and_length(name: str, tmp_path: Path) -> None:
     checkpoint = open_folder(checkpoints.checkpoint(name))
