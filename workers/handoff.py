@@ -37,6 +37,7 @@ class Handoff:
         """The handoff as safetensors; tensors that share their data are sent once."""
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
+        orders: dict[str, list[int]] = {}
         seen: dict[tuple[object, ...], str] = {}
         named = {_INPUT + name: value for name, value in self.inputs.items()}
         for name, value in sorted((named | {_VALUE + name: value for name, value in self.values.items()}).items()):
@@ -45,13 +46,16 @@ class Handoff:
                 aliases[name] = seen[place]
                 continue
             seen[place] = name
+            # In the order of memory, which is restored: a GPU's kernels round differently where it is another.
+            orders[name] = list(value.dim_order())
             # A copy where need be: safetensors takes neither views of one storage nor holes.
-            tensors[name] = value.detach().contiguous().clone()
+            tensors[name] = value.detach().permute(orders[name]).contiguous().clone()
         head = {
             "plan_id": self.plan_id,
             "revision": self.revision,
             "next_module": self.next_module,
             "aliases": aliases,
+            "orders": {name: order for name, order in orders.items() if order != sorted(order)},
         }
         return save(tensors, metadata={_HEADER: json.dumps(head)})
 
@@ -66,9 +70,11 @@ class Handoff:
             length = int.from_bytes(data[:8], "little")
             head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
             tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
+            for name, order in head["orders"].items():
+                tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
             tensors |= {name: tensors[other] for name, other in head["aliases"].items()}
             plan_id, revision, next_module = (head[key] for key in ("plan_id", "revision", "next_module"))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InvalidInput(f"not a handoff between stages: {error!r:.200}") from error
         return cls(
             inputs={name.removeprefix(_INPUT): t for name, t in tensors.items() if name.startswith(_INPUT)},
