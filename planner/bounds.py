@@ -53,7 +53,9 @@ def effective_rates(work: Work) -> Floats:
 def _most_flop(work: Work) -> Floats:
     """(N,) most FLOP that a node's memory and share let it hold: densest layers first, parts of layers allowed."""
     most = np.minimum(work.room_flop, float(work.flop @ work.count))
-    dense = np.lexsort((work.memory, -work.flop / np.maximum(work.memory, 1)))
+    # Layers without bytes come first, whatever their FLOP: they take none of the room.
+    density = np.divide(work.flop, work.memory, out=np.full(len(work.flop), np.inf), where=work.memory > 0)
+    dense = np.lexsort((work.memory, -density))
     memory = np.concatenate(([0.0], np.cumsum((work.memory * work.count)[dense].astype(np.float64))))
     flop = np.concatenate(([0.0], np.cumsum((work.flop * work.count)[dense])))
     room = np.maximum(work.room_bytes, 0).astype(np.float64)

@@ -82,6 +82,14 @@ def test_one_node_may_hold_the_whole_run_while_a_later_one_holds_what_comes_befo
     assert plan.allocation["n1"] == ("layers.0",)
 
 
+def test_layers_without_bytes_go_to_a_node_without_memory() -> None:
+    # n1 has no memory, but 4 of the 5 layers need none: 2 + 2 + 9 = 13 FLOP at 6/s; n0 has 2 + 10 = 12 at 5/s.
+    model = planning.profile([2, 2, 2, 10, 9], [0, 0, 0, 3, 0])
+    plan = make_plan(model, planning.cluster([5, 6], [3, 0]))
+    assert plan.predicted.bottleneck_s == pytest.approx(12 / 5)
+    assert plan.predicted.lower_bound_s <= 12 / 5
+
+
 def test_decode_is_bound_by_memory_traffic() -> None:
     # A token: 2 FLOP a layer, 10 bytes of weights. n0 computes 100x faster, n1 reads 2x faster: n1 gets 2/3 of 6.
     layers = tuple(
