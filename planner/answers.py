@@ -26,7 +26,12 @@ NEARLY = 0.0005
 Once = Callable[[Problem, Ties], Found]
 
 
-def _need_compute(problem: Problem) -> None:
+def need_compute(problem: Problem) -> None:
+    """Refuse a profile that says nothing of compute.
+
+    Raises:
+        InvalidInput: If no layer has any FLOP.
+    """
     if not problem.flop.any():
         raise InvalidInput(
             f"the metadata of {problem.profile.model_name} states 0 FLOP for all {len(problem.flop)} layers; "
@@ -160,7 +165,7 @@ def best_answer(problem: Problem, strategy: str, once: Once) -> Answer:
     Raises:
         Infeasible: If it finds none; says whether that is proven, what binds and what would help.
     """
-    _need_compute(problem)
+    need_compute(problem)
     best = attempt(problem, once)
     if isinstance(best, Answer):
         if problem.options.time_budget_s is not None and problem.options.objective == "throughput":

@@ -169,21 +169,21 @@ class Priced:
             return above_s
         flop, size, count, price = flop[~idle], size[~idle], count[~idle], price[~idle]
         by_memory = np.minimum(
-            np.interp(self.room, *_concave(price, size, count)), _within(size, price, count, self.room)
+            np.interp(self.room, *concave(price, size, count)), within(size, price, count, self.room)
         )
         smallest = np.argsort(flop, kind="stable")
         axis = np.concatenate(([0.0], np.cumsum(np.repeat(flop[smallest], count[smallest]))))
         lightest = np.sort(np.repeat(size, count))
         most = np.searchsorted(np.cumsum(lightest), self.room, side="right")
         dearest = np.concatenate(([0.0], np.cumsum(np.sort(np.repeat(price, count))[::-1])))
-        by_time = _concave(price, flop, count)
+        by_time = concave(price, flop, count)
 
         def possible(at_s: float) -> bool:
             # A little generous, so that rounding never makes the bound too large.
             able = np.minimum(np.maximum(at_s - self.base_s, 0.0) * self.rates * (1 + 1e-9), self.most_flop)
             whole = np.minimum(np.searchsorted(axis, able, side="right") - 1, most)
             taken = np.minimum(np.minimum(by_memory, np.interp(able, *by_time)), dearest[whole])
-            taken = np.minimum(taken, _within(flop, price, count, able))
+            taken = np.minimum(taken, within(flop, price, count, able))
             if grain:
                 taken = np.minimum(taken, np.floor(able / grain))
             return bool(taken.sum() >= (total - free) * (1 - 1e-9))
@@ -206,14 +206,14 @@ class Priced:
         return max(above_s, low * (1 - 1e-9))
 
 
-def _within(cost: Floats, price: Floats, count: Ints, room: Floats) -> Floats:
+def within(cost: Floats, price: Floats, count: Ints, room: Floats) -> Floats:
     """(N,) price of all layers whose own cost is within the room."""
     order = np.argsort(cost, kind="stable")
     value = np.concatenate(([0.0], np.cumsum((price * count)[order])))
     return value[np.searchsorted(cost[order], room, side="right")]
 
 
-def _concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]:
+def concave(weight: Floats, cost: Floats, count: Ints) -> tuple[Floats, Floats]:
     """The most weight for a cost, best ratio first: points (cost, weight) of a concave line."""
     ratio = np.divide(weight, cost, out=np.full(len(cost), np.inf), where=cost > 0)
     order = np.argsort(-ratio, kind="stable")
