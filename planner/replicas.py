@@ -199,7 +199,12 @@ def _stated(problem: Problem, plans: tuple[Plan, ...], one: Plan, most: float) -
     total = _throughput(plans)
     most = max(most, total)
     used = {node_id for plan in plans for node_id in plan.allocation}
-    idle = dict.fromkeys(set(problem.index_of) - used, "no chain would be faster with it")
+    least = int(problem.memory.min())
+    idle = {
+        node_id: f"{gib(room)} hold no layer" if room < least else "no chain would be faster with it"
+        for node_id, room in zip(problem.node_ids, problem.capacity.tolist(), strict=True)
+        if node_id not in used
+    }
     idle |= {node_id: why for node_id, (_, why) in problem.left_out.items()}
     return Replicas(
         plans=plans,

@@ -22,6 +22,7 @@ from planner.wire_write import (
     options_to_json,
     plan_to_json,
     profile_to_json,
+    replicas_to_json,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA_VERSION", "cluster_from_json", "cluster_to_json", "dumps", "links_from_json", "load_file",
     "node_from_json", "node_to_json", "options_from_json", "options_to_json", "plan_from_json", "plan_to_json",
-    "profile_from_json", "profile_to_json",
+    "profile_from_json", "profile_to_json", "replicas_to_json",
 ]  # fmt: skip
 
 

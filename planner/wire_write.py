@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.cluster import Cluster, Link, Node
 from planner.plan import Plan, PlanOptions
 from planner.profile import Layer, ModelProfile
+
+if TYPE_CHECKING:
+    from planner.replicas import Replicas  # which loads numpy
 
 #: The newest version of the metadata and plan JSON that this release reads, and the one that it writes.
 SCHEMA_VERSION = 1
@@ -110,6 +113,29 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
             }
             for report in plan.nodes
         ],
+    }
+
+
+def replicas_to_json(found: Replicas) -> dict[str, Any]:
+    """Several chains as the command line and the API answer them; each of `plans` is a plan of its own."""
+    one = found.one_chain
+    return {
+        "success": True,
+        "schema_version": SCHEMA_VERSION,
+        "model_name": one.model_name,
+        "chains": len(found.plans),
+        "throughput_per_s": _number(found.throughput_per_s),
+        "upper_bound_per_s": _number(found.upper_bound_per_s),
+        "gap": _number(found.gap),
+        "exact": bool(found.exact),
+        "ratio": _number(found.ratio),
+        "one_chain": {
+            "plan_id": one.plan_id,
+            "throughput_per_s": _number(1 / one.predicted.bottleneck_s),
+            "nodes_used": len(one.allocation),
+        },
+        "idle": [{"node_id": node_id, "reason": why} for node_id, why in found.idle],
+        "plans": [plan_to_json(plan) for plan in found.plans],
     }
 
 

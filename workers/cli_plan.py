@@ -14,6 +14,7 @@ from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from workers import cli_plan_output as output
 from workers.cli_io import adder, assignment, emit, fraction, positive, say, size, write_document
 from workers.cli_models import add_sizes, add_source, checkpoint_of, profile_of
+from workers.cli_replicas import replicas_count, run_replicas
 
 if TYPE_CHECKING:
     from planner.cluster import Cluster
@@ -35,6 +36,7 @@ examples:
   fairshard plan owner/name --nodes changed.yaml --from-plan plan.yaml      moves as few bytes as it can
   fairshard plan owner/name --nodes nodes.yaml --import edited.yaml         checks a plan that was edited
   fairshard plan owner/name --nodes nodes.yaml --max-context
+  fairshard plan owner/name --nodes nodes.yaml --replicas auto --output plan.yaml    plan-1.yaml, plan-2.yaml, ...
 """
 
 
@@ -81,6 +83,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     what.add_argument("--explain", action="store_true", help="why each node holds what it holds")
     what.add_argument("--compare", action="store_true", help="what every strategy would give")
     what.add_argument("--max-context", action="store_true", help="the longest sequence for which a plan exists")
+    what.add_argument(
+        "--replicas", type=replicas_count, metavar="N", help="several chains, each of the whole model: N or auto"
+    )
     what.add_argument("--from-plan", type=Path, metavar="PLAN", help="re-plan: move as few bytes as possible")
     what.add_argument(
         "--tolerance",
@@ -100,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.source is None) == (args.metadata is None):
         raise InvalidInput("give either SOURCE or --metadata FILE")
-    if sum((args.compare, args.max_context, args.from_plan is not None, args.edited is not None)) > 1:
-        raise InvalidInput("--compare, --max-context, --from-plan and --import exclude each other")
+    others = (args.replicas, args.from_plan, args.edited)
+    if args.compare + args.max_context + sum(given is not None for given in others) > 1:
+        raise InvalidInput("--compare, --max-context, --replicas, --from-plan and --import exclude each other")
     nodes = load_file(args.nodes)
     profile = _profile(args)
     cluster = cluster_from_json(nodes, dtype=profile.dtype)
@@ -110,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args, profile, cluster, options)
     if args.max_context:
         return _max_context(args, profile, cluster, options)
+    if args.replicas is not None:
+        return run_replicas(args, profile, cluster, options, generated_at=_now())
     if args.from_plan is not None:
         return _replan(args, profile, cluster, options)
     return _show(args, _plan(args, profile, cluster, options), profile)

@@ -253,6 +253,8 @@ def test_options_hold_in_every_chain() -> None:
 def test_too_many_replicas_are_refused_with_the_bytes_that_are_missing() -> None:
     model, machines = planning.profile([1.0] * 10, [10] * 10), planning.cluster([1, 2, 3, 4], [60, 60, 60, 65])
     assert len(make_replicas(model, machines, replicas=2).plans) == 2  # 100 bytes each, and 245 in all
+    tiny = dataclasses.replace(machines, nodes=(*machines.nodes, Node(node_id="n4", flop_per_s=9, memory_bytes=9)))
+    assert make_replicas(model, tiny, replicas=2).idle == (("n4", "9 B hold no layer"),)
     with pytest.raises(
         Infeasible, match=r"3 replicas of test/model need 300 B .* have 245 B: 55 B are missing"
     ) as error:

@@ -106,6 +106,13 @@ def test_the_version_is_the_packages(fairshard: Shell) -> None:
         ("plan", "--nodes", "nodes.yaml"),
         ("plan", "m", "--metadata", "x.json", "--nodes", "nodes.yaml"),
         ("plan", "m", "--nodes", "nodes.yaml", "--compare", "--max-context"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--compare", "--replicas", "2"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "0"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "some"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "2", "--objective", "latency"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "2", "--strategy", "equal"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "auto", "--pin", "lm_head=fast"),
+        ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--replicas", "auto", "--device-map", "map.json"),
         ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--pin", "lm_head"),
         ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--pin", "nothing.*=fast"),
         ("plan", "m", "--nodes", "nodes.yaml", "--no-compute", "--pin", "0-99=fast"),
@@ -308,6 +315,40 @@ def test_strategies_are_compared_and_the_longest_context_found(fairshard: Shell)
         "plan", "--metadata", "p.json", "--nodes", "tight.yaml", "--kv-dtype", "F16", "--max-context"
     )
     assert 1.9 * longest <= more["max_sequence_length"] <= 2.1 * longest
+
+
+def test_several_chains_are_shown_and_written_one_plan_each(fairshard: Shell) -> None:
+    (fairshard.folder / "four.yaml").write_text(
+        "nodes:\n"
+        + "".join(f"  - {{node_id: n{at}, flop_per_s: {at}e12, memory_bytes: 24e9}}\n" for at in (1, 2, 3, 4))
+    )
+    arguments = ("plan", "m", "--no-compute", "--nodes", "four.yaml", "--replicas")
+    answer = fairshard.json(*arguments, "3", "--exclude", "n1")
+    assert answer["chains"] == len(answer["plans"]) == 3
+    assert sorted(node for plan in answer["plans"] for node in plan["split_plan"]) == ["n2", "n3", "n4"]
+    assert answer["idle"] == [{"node_id": "n1", "reason": "excluded by the request"}]
+    total = sum(1 / plan["predicted"]["bottleneck_s"] for plan in answer["plans"])
+    assert answer["throughput_per_s"] == pytest.approx(total)
+    assert answer["ratio"] == pytest.approx(total / answer["one_chain"]["throughput_per_s"])
+    assert total <= answer["upper_bound_per_s"] == pytest.approx(total * (1 + answer["gap"]))
+    done = fairshard(*arguments, "auto", "--explain", "--output", "plan.yaml")
+    written = sorted(path.name for path in fairshard.folder.glob("plan-*.yaml"))
+    assert written == [f"plan-{number}.yaml" for number in range(1, len(written) + 1)]
+    assert len(written) > 1
+    assert done.stderr == "".join(f"wrote {name}\n" for name in written)
+    assert f"{len(written)} chains make" in done.stdout
+    assert "one chain's" in done.stdout
+    # Each is a plan like any other.
+    again = fairshard.json("plan", "m", "--no-compute", "--nodes", "four.yaml", "--import", "plan-2.yaml")
+    assert again["split_plan"].keys() == fairshard.json(*arguments, "auto")["plans"][1]["split_plan"].keys()
+
+
+def test_chains_that_do_not_fit_are_refused_with_the_bytes_that_are_missing(fairshard: Shell) -> None:
+    (fairshard.folder / "tight.yaml").write_text("nodes: [{node_id: a, flop_per_s: 1e12, memory_bytes: 1000000}]")
+    answer = fairshard.json("plan", "m", "--no-compute", "--nodes", "tight.yaml", "--replicas", "99", rc=3)
+    assert answer["details"]["missing_bytes"] > 0
+    assert "99 replicas of" in answer["error"]
+    assert len(fairshard.json("plan", "m", "--no-compute", "--nodes", "tight.yaml", "--replicas", "1")["plans"]) == 1
 
 
 def test_a_replan_moves_only_what_it_must(fairshard: Shell) -> None:
