@@ -125,7 +125,13 @@ def make_replicas(
         raise _too_many(problem, parts, bound, proven=True)
     divisions = divide(paces, bound.most_each, parts)
     most = bound.per_s(parts)
-    chain = functools.cache(lambda ids: _chain(profile, cluster, options, ids=ids, generated_at=generated_at))
+
+    @functools.cache
+    def chain(ids: frozenset[str]) -> Plan | None:
+        if ids == frozenset(problem.node_ids):
+            return one
+        return _chain(profile, cluster, options, ids=ids, generated_at=generated_at)
+
     found: list[tuple[Plan, ...]] = []
     for division in divisions[: 1 if paces.exact else _TRIED]:
         found.append(_planned(paces, division, chain))

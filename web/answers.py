@@ -193,11 +193,41 @@ class OutcomeOut(Answer):
     error = text()
 
 
+class OneChainOut(Answer):
+    """One chain of all nodes, to compare with."""
+
+    plan_id = text(required=True)
+    throughput_per_s = number(required=True)
+    nodes_used = whole(required=True)
+
+
+class IdleOut(Answer):
+    """A node that is in no chain."""
+
+    node_id = text(required=True)
+    reason = text(required=True)
+
+
+class ReplicasOut(Answer):
+    """Several chains on disjoint nodes, each of the whole model."""
+
+    chains = whole(required=True)
+    throughput_per_s = number("Passes a second of all chains together.", required=True)
+    upper_bound_per_s = number("No division of these nodes makes more.", required=True)
+    gap = number("bound ÷ throughput − 1.", required=True)
+    exact = fields.Boolean(required=True)
+    ratio = number("Throughput over that of one chain.", required=True)
+    one_chain = fields.Nested(OneChainOut, required=True)
+    idle = fields.List(fields.Nested(IdleOut), required=True)
+    plans = fields.List(fields.Nested(PlanOut), required=True, metadata={"description": "The fastest first."})
+
+
 class PreviewOut(PlanOut):
     """A plan that nobody stored."""
 
     explanation = text("The reasons as one paragraph.")
     comparison = fields.Dict(keys=fields.String(), values=fields.Nested(OutcomeOut))
+    replicas = fields.Nested(ReplicasOut)
 
 
 class ProgressOut(Answer):

@@ -9,7 +9,7 @@ from marshmallow import Schema, ValidationError, fields
 
 from planner.errors import InvalidInput
 from planner.names import check_model_name, check_revision
-from planner.wire_fields import shown
+from planner.wire_fields import Integer, shown
 
 _PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 
@@ -57,6 +57,18 @@ class Timestamp(fields.Field[Any]):
         if (type(value) in (int, float) and abs(value) <= 1e15) or (type(value) is str and len(value) <= 64):
             return value
         raise ValidationError(f"must be seconds since 1970 or text of at most 64 characters, got {shown(value)}")
+
+
+class Replicas(Integer):
+    """How many chains: a whole number, or `auto`."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if value == "auto" and type(value) is str:
+            return value
+        try:
+            return super()._deserialize(value, *args, **kwargs)
+        except ValidationError as error:
+            raise ValidationError(str(error.messages[0]).replace("must be", "must be auto or", 1)) from None
 
 
 class Either(fields.Field[Any]):

@@ -116,6 +116,9 @@ def _describe(self: Any, field: fields.Field[Any], *, ret: dict[str, Any], **_: 
     if isinstance(field, wire_fields.Number):
         low = "exclusiveMinimum" if field.positive else "minimum"
         found = {"type": _types(field, "number"), low: field.low, "maximum": field.high}
+    elif isinstance(field, own.Replicas):
+        number = {"type": "integer", "minimum": field.low, "maximum": field.high}
+        found = {"anyOf": [number, {"type": "string", "enum": ["auto"]}]}
     elif isinstance(field, wire_fields.Integer):
         found = {"type": _types(field, "integer"), "minimum": field.low, "maximum": field.high}
     elif isinstance(field, wire_fields.Text):

@@ -9,16 +9,24 @@ from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from planner.wire import cluster_from_json, options_from_json, plan_to_json, profile_from_json
+from planner.wire import (
+    cluster_from_json,
+    options_from_json,
+    plan_to_json,
+    profile_from_json,
+    replicas_to_json,
+)
 from web.schemas import plan_options
 from web.services import services
 
 #: Layers × nodes that one preview may plan; it runs in the server, not in a worker.
 _LARGEST = 10_000_000
+#: The same with replicas, which takes thousands of plans' time.
+_LARGEST_REPLICAS = 20_000
 
 
 def preview(given: dict[str, Any]) -> dict[str, Any]:
-    """The plan's JSON with `explanation` and, if asked for, `comparison`.
+    """The plan's JSON with `explanation` and, if asked for, `comparison` and `replicas`.
 
     Raises:
         NotFound: If the named model's metadata is not published.
@@ -28,23 +36,31 @@ def preview(given: dict[str, Any]) -> dict[str, Any]:
     """
     # The planner brings numpy along; a process that previews nothing does without.
     from planner.explain import explain
+    from planner.replicas import check_replicas, make_replicas
     from planner.strategies import compare, make_plan
 
     profile = _profile(given)
     cluster = _cluster(given, profile)
-    if len(profile.layers) * len(cluster.nodes) > _LARGEST:
+    replicas = given.get("replicas")
+    largest = _LARGEST if replicas is None else _LARGEST_REPLICAS
+    if len(profile.layers) * len(cluster.nodes) > largest:
         raise InvalidInput(
-            f"a preview plans at most {_LARGEST:,} layers × nodes, got {len(profile.layers):,} × "
-            f"{len(cluster.nodes):,}; use `fairshard plan`",
-            details={"largest": _LARGEST, "layers": len(profile.layers), "nodes": len(cluster.nodes)},
+            f"a preview {'' if replicas is None else 'with replicas '}plans at most {largest:,} layers × nodes, got "
+            f"{len(profile.layers):,} × {len(cluster.nodes):,}; use `fairshard plan`",
+            details={"largest": largest, "layers": len(profile.layers), "nodes": len(cluster.nodes)},
         )
     options = options_from_json(plan_options(given))
+    if replicas is not None:
+        check_replicas(options, replicas)
     plan = make_plan(profile, cluster, options, generated_at=_now())
     answer = {"success": True, **plan_to_json(plan), "job_id": None, "explanation": explain(plan)}
     if given.get("compare"):
         answer["comparison"] = {
             name: _outcome(outcome) for name, outcome in compare(profile, cluster, options).items()
         }
+    if replicas is not None:
+        found = make_replicas(profile, cluster, options, replicas=replicas, generated_at=_now())
+        answer["replicas"] = replicas_to_json(found)
     return answer
 
 

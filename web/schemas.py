@@ -9,7 +9,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 from planner.limits import MAX_BATCH_SIZE, MAX_SEQUENCE_LENGTH
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from planner.wire_fields import Flag, Integer, NodeId, Number, Text, seconds
-from web.fields import Either, Model, RepoId, Revision, Timestamp
+from web.fields import Either, Model, Replicas, RepoId, Revision, Timestamp
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
 KINDS = ("request", "process", "delete")
@@ -201,6 +201,11 @@ class PreviewIn(PlanFields):
     batch_size = batch_size()
     sequence_length = sequence_length()
     compare = Flag(metadata={"description": "What every strategy would give."})
+    replicas = Replicas(
+        low=1,
+        high=MAX_BODY_NODES,
+        metadata={"description": "Several chains as well, each of the whole model: so many, or as many as are best."},
+    )
 
     @validates_schema
     def has_a_model(self, data: dict[str, Any], **_: Any) -> None:

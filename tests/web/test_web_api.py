@@ -283,10 +283,56 @@ def test_a_preview_needs_no_cluster(client: FlaskClient) -> None:
     assert client.get("/api/jobs").get_json() == {"jobs": []}
 
 
+@pytest.mark.parametrize("replicas", ["auto", 2, 2.0])
+def test_a_preview_with_replicas_has_a_plan_for_each_chain(client: FlaskClient, replicas: object) -> None:
+    nodes = [*NODES, *({**node, "node_id": f"{node['node_id']}-2"} for node in NODES)]
+    body = {"metadata": SEED_METADATA, "available_nodes": nodes}
+    answer = client.post("/api/plans/preview", json={**body, "replicas": replicas})
+    assert answer.status_code == 200, answer.get_data(as_text=True)
+    found = answer.get_json()
+    one = client.post("/api/plans/preview", json=body).get_json()
+    assert found["plan_id"] == one["plan_id"] == found["replicas"]["one_chain"]["plan_id"]
+    chains = found["replicas"]
+    assert chains["chains"] == len(chains["plans"]) >= 2
+    used = [node_id for plan in chains["plans"] for node_id in plan["split_plan"]]
+    assert sorted([*used, *(idle["node_id"] for idle in chains["idle"])]) == sorted(
+        str(node["node_id"]) for node in nodes
+    )
+    total = sum(1 / plan["predicted"]["bottleneck_s"] for plan in chains["plans"])
+    assert chains["throughput_per_s"] == pytest.approx(total)
+    assert chains["ratio"] >= 1
+    assert "replicas" not in one
+    assert client.get("/api/plans").get_json() == {"plans": []}
+
+
+@pytest.mark.parametrize("bad", [0, -1, "2", "all", 1.5, True, [], 1001])
+def test_replicas_are_a_number_or_auto(client: FlaskClient, bad: object) -> None:
+    body = {"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": bad}
+    answer = client.post("/api/plans/preview", json=body)
+    assert answer.status_code == 422
+    assert "replicas must be auto or a whole number from 1 to 1,000, got" in error_of(answer)["error"]
+
+
+def test_a_preview_with_replicas_is_of_no_more_than_the_server_plans_in_time(client: FlaskClient) -> None:
+    layers = [{"name": f"layers.{at}", "compute_required": 1.0} for at in range(21)]
+    body = {
+        "metadata": {"model_name": "a/b", "layers": layers},
+        "available_nodes": [{"node_id": f"n{at}", "flop_per_s": 1e9, "memory_bytes": 10} for at in range(1000)],
+    }
+    assert client.post("/api/plans/preview", json=body).status_code == 200
+    answer = client.post("/api/plans/preview", json={**body, "replicas": "auto"})
+    assert answer.status_code == 422
+    assert "at most 20,000 layers × nodes, got 21 × 1,000" in error_of(answer)["error"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
         ({"available_nodes": NODES}, 422, "exactly one of"),
+        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": None}, 422, "must not be null"),
+        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": 3}, 409, "3 replicas"),
+        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": 2, "objective": "latency"}, 422,
+         "one request's time"),
         ({"metadata": SEED_METADATA, "model_name": "a/b"}, 422, "exactly one of"),
         ({"metadata": {}, "available_nodes": NODES}, 422, "model_name"),
         ({"metadata": {"model_name": "a/b", "layers": []}, "available_nodes": NODES}, 422, "layers"),

@@ -51,8 +51,10 @@ def test_the_seeds_fields_are_required_of_a_plan(document: dict[str, Any]) -> No
 
 def test_answers_are_as_the_document_has_them(client: FlaskClient, document: dict[str, Any]) -> None:
     made = client.post(
-        "/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES, "compare": True}
+        "/api/plans/preview",
+        json={"metadata": SEED_METADATA, "available_nodes": NODES, "compare": True, "replicas": 1},
     ).get_json()
+    assert len(made["replicas"]["plans"]) == 1
     _valid(document, "PreviewOut", made)
     _valid(document, "PlanOut", made)
     accepted = client.post("/api/request", json={"model_name": "a/b"})
