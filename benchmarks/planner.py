@@ -1,9 +1,11 @@
 """How good and how quick plans are, each checked by a referee of the benchmark's own.
 
     python benchmarks/planner.py [--quick] [--milp SECONDS] [--rivals] [--parallax FOLDER] [--json FILE] [--plot FILE]
+    python benchmarks/planner.py --replicas [--quick] [--json FILE]
 
 Ratios are bottleneck (or latency) over the proven lower bound, which `--milp` sharpens with HiGHS where the plan is
-not proven to be the best. Pass and fail are against the targets named in `TARGETS`.
+not proven to be the best. `--replicas` compares several chains with one, and does no more. Pass and fail are against
+the targets named in `TARGETS`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import planner_rivals as rivals
-from benchmarks.planner_cases import Case, cases, machines, model, random_model, real_models
+from benchmarks.planner_cases import Case, cases, machines, model, needed_bytes, random_model, real_models
 from planner.cluster import Cluster, Link, Node
 from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, roofline_s
 from planner.errors import Infeasible
 from planner.plan import Plan, PlanOptions
 from planner.replan import replan
+from planner.replicas import Replicas, make_replicas
 from planner.strategies import make_plan
 
 TARGETS = {
@@ -47,6 +50,7 @@ TARGETS = {
     "hops_ratio": 1.5,
     "latency_ratio": 1.05,
     "moved_ratio": 1.2,
+    "replicas_130x64_ms": 5000.0,
 }
 
 
@@ -392,17 +396,96 @@ def moves(report: Report, *, quick: bool) -> None:
         report.count(f"{strategy}: above 1.2 without a reason", silent)
 
 
-def main() -> int:
-    """Run the parts and say what passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="every fifth instance")
-    parser.add_argument("--milp", type=float, default=0.0, metavar="SECONDS", help="HiGHS's time for each bound")
-    parser.add_argument("--rivals", action="store_true", help="the seed's rule, accelerate, largest remainder")
-    parser.add_argument("--parallax", type=Path, metavar="FOLDER", help="its layer allocator, from a checkout there")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="growth as an SVG")
-    arguments = parser.parse_args()
-    report = Report()
+def replicas(report: Report, *, quick: bool) -> None:
+    """Passes a second of several chains over those of one, wherever the cluster has the bytes of two models."""
+    chosen = [
+        case
+        for case in cases(quick=quick)
+        if sum(node.memory_bytes for node in case.cluster.nodes) >= 2 * needed_bytes(case.model)
+    ]
+    print(f"\nseveral chains (auto) against one: {len(chosen)} instances with memory for two models or more")
+    for strategy in ("greedy", "pipeline"):
+        ratios: list[tuple[float, str]] = []
+        gaps, times, faults = [], [], []
+        several = worse = 0
+        for case in chosen:
+            options = PlanOptions(strategy=strategy)
+            one, _ = timed(case, options)
+            start = time.perf_counter()
+            try:
+                found = make_replicas(case.model, case.cluster, options)
+            except Infeasible:
+                if not isinstance(one, Infeasible):
+                    faults.append(f"{case.name}: refused")
+                continue
+            times.append((time.perf_counter() - start) * 1e3)
+            referee = Referee(case, options)
+            fault = replicas_fault(referee, found, contiguous=strategy == "pipeline")
+            if fault or isinstance(one, Infeasible):
+                faults.append(f"{case.name}: {fault or 'one chain is refused'}")
+                continue
+            ratio = found.throughput_per_s * referee.bottleneck_s(referee.nodes_of(one))
+            ratios.append((ratio, case.name))
+            gaps.append((found.gap, case.name))
+            several += len(found.plans) > 1
+            worse += ratio < 1 - 1e-9
+        values, bounds = [ratio for ratio, _ in ratios], [gap for gap, _ in gaps]
+        report.data[f"{strategy}: replicas"] = {
+            "instances": len(values), "several": several, "ratio_mean": geometric_mean(values),
+            "ratio_worst": min(values), "ratio_best": max(values), "gap_median": statistics.median(bounds),
+            "gap_worst": max(bounds), "median_ms": statistics.median(times), "worst_ms": max(times),
+        }  # fmt: skip
+        print(
+            f"\n{strategy}: {len(values)} divisions, {several} of them into several chains; median "
+            f"{statistics.median(times):.0f} ms, worst {max(times):.0f} ms\n"
+            f"        throughput over one chain's: {geometric_mean(values):.3f} (geometric mean), worst "
+            f"{min(values):.3f}, best {max(values):.3f}\n"
+            f"        gap to the bound of any division: median {statistics.median(bounds):.3%}, mean "
+            f"{statistics.mean(bounds):.3%}, worst {max(bounds):.2%}"
+        )
+        report.count(f"{strategy}: fewer passes than one chain", worse)
+        report.count(f"{strategy}: invalid divisions", len(faults), "; ".join(faults[:3]))
+        for what, ranked in (("most", ratios), ("largest gaps", gaps)):
+            print(
+                f"  {what}: " + ", ".join(f"{name} {value:.2f}" for value, name in sorted(ranked, reverse=True)[:6])
+            )
+    times = []
+    for seed in range(2 if quick else 6):
+        blocks = [(200_000_000, 2e8, 4096)] * 128
+        deep = (
+            model("deep", blocks, hidden=4096, vocab=128256) if seed % 2 else random_model("r", 128, seed, "uniform")
+        )
+        start = time.perf_counter()
+        make_replicas(deep, _cluster(64, seed))
+        times.append((time.perf_counter() - start) * 1e3)
+    print()
+    report.verdict("replicas, 130 layers x 64 nodes, worst ms", max(times), "replicas_130x64_ms")
+
+
+def replicas_fault(referee: Referee, found: Replicas, *, contiguous: bool) -> str | None:
+    """What is wrong with a division into chains, or None."""
+    used: set[str] = set()
+    total = 0.0
+    for plan in found.plans:
+        nodes = referee.nodes_of(plan)
+        fault = referee.fault(nodes, contiguous=contiguous)
+        if fault:
+            return fault
+        ids = {referee.case.cluster.nodes[node].node_id for node in nodes}
+        if used & ids:
+            return f"{min(used & ids)} is in two chains"
+        used |= ids
+        total += 1 / referee.bottleneck_s(nodes)
+    if not math.isclose(total, found.throughput_per_s, rel_tol=1e-9):
+        return "prediction"
+    if total > found.upper_bound_per_s * (1 + 1e-9):
+        return "above the bound"
+    idle = {node_id for node_id, _ in found.idle}
+    return None if idle == {node.node_id for node in referee.case.cluster.nodes} - used else "idle nodes"
+
+
+def everything(report: Report, arguments: argparse.Namespace) -> list[tuple[int, int, float]]:
+    """All parts for single plans; the points of growth."""
     points = growth(report, quick=arguments.quick)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report.verdict("resident after planning, MB", resident, "resident_mb")
@@ -418,9 +501,29 @@ def main() -> int:
     quality(report, quick=arguments.quick, milp_s=arguments.milp, rival_rules=rules)
     latency(report)
     moves(report, quick=arguments.quick)
+    return points
+
+
+def main() -> int:
+    """Run the parts and say what passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every fifth instance")
+    parser.add_argument("--milp", type=float, default=0.0, metavar="SECONDS", help="HiGHS's time for each bound")
+    parser.add_argument("--rivals", action="store_true", help="the seed's rule, accelerate, largest remainder")
+    parser.add_argument("--parallax", type=Path, metavar="FOLDER", help="its layer allocator, from a checkout there")
+    parser.add_argument("--replicas", action="store_true", help="only: several chains against one")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="growth as an SVG")
+    arguments = parser.parse_args()
+    report = Report()
+    points: list[tuple[int, int, float]] = []
+    if arguments.replicas:
+        replicas(report, quick=arguments.quick)
+    else:
+        points = everything(report, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.data, indent=1))
-    if arguments.plot:
+    if arguments.plot and points:
         arguments.plot.write_text(svg(points))
     print(f"\n{len(report.failed)} targets missed" + (": " + "; ".join(report.failed) if report.failed else ""))
     return 1 if report.failed else 0
