@@ -285,9 +285,9 @@ def measure_rivals(folder: Path, runs: int) -> None:
     ):
         seconds, resident = fresh(code, *arguments, runs=max(1, runs // 3))
         report(name, seconds, "s", note=f"{resident:.0f} MB resident")
-        report(f"{name}, over ours from headers", seconds / ours, "x", target=1, least=True,
+        report(f"{name}, over ours from headers", seconds / ours, "x",
                note=f"{resident / size:.1f} x its memory")  # fmt: skip
-        report(f"{name}, over ours exact", seconds / exact, "x", target=1, least=True,
+        report(f"{name}, over ours exact", seconds / exact, "x",
                note=f"{resident / exact_size:.1f} x its memory")  # fmt: skip
     from hub.server import TestHub
 
@@ -298,7 +298,7 @@ def measure_rivals(folder: Path, runs: int) -> None:
         seconds, _ = fresh(_OURS_HUB, "owner/llama", runs=runs)
         report("huggingface_hub.get_safetensors_metadata, loopback", theirs, "s")
         report("ours from the same Hub, profile included", seconds, "s")
-        report("get_safetensors_metadata, over ours", theirs / seconds, "x", target=1, least=True)
+        report("get_safetensors_metadata, over ours", theirs / seconds, "x")
 
 
 def measure_queue(folder: Path, runs: int) -> None:
