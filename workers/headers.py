@@ -5,7 +5,6 @@ No torch, numpy or Hub client is loaded; a Hub checkpoint is read by ranges, fil
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor
 from workers.checkpoint import Checkpoint
+from workers.garbage import uncollected
 from workers.progress import Progress, silent
 from workers.safetensors_file import read_file
 from workers.strict_json import pairs, parse_json, show, some
@@ -52,14 +52,9 @@ def read_headers(checkpoint: Checkpoint, *, progress: Progress = silent) -> Head
         InvalidCheckpoint: If there are no weights, or a file or index contradicts itself or another.
         Unavailable: If the server cannot be reached.
     """
-    # 100,000 tensors make a million objects, none of them garbage: the collector would look through all, often.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    # 100,000 tensors make a million objects: the collector would look through all, often.
+    with uncollected():
         return _read_headers(checkpoint, progress)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _read_headers(checkpoint: Checkpoint, progress: Progress) -> Headers:

@@ -188,7 +188,7 @@ def _structure(module: nn.Module, entries: Any) -> Any:
 def _settings(module: nn.Module, path: str, found: list[Any]) -> None:
     found.append((path, type(module)))
     for name, value in module.__dict__.items():
-        if isinstance(value, _SCALARS) and name[0] != "_" and name not in _POSITIONS:
+        if name[0] != "_" and isinstance(value, _SCALARS) and name not in _POSITIONS:
             found.append((name, value))
     for kept in (module._parameters, module._buffers):  # noqa: SLF001 (parameters() would recurse)
         for name, tensor in kept.items():

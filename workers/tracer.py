@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from workers.counting import Subject
 from workers.fitting import Pass, agrees, fit_layer, mask_terms
+from workers.garbage import uncollected
 from workers.grouping import Grouping, group_names
 from workers.inputs import longest, make_inputs
 from workers.kv import read_layer
@@ -59,7 +60,7 @@ def trace(
         NotTraceable: If transformers cannot build or run it without weights.
         InvalidCheckpoint: If the tensors are not those of the config's model.
     """
-    with _LOCK, quiet():
+    with _LOCK, quiet(), uncollected():
         return _Tracer(config).run(tensors, batch_size, sequence_length)
 
 
