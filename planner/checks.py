@@ -95,4 +95,6 @@ def check_layers(profile: ModelProfile) -> None:
             raise InvalidInput(f"layer {layer.name!r} is given twice", details={"layer": layer.name})
         seen.add(layer.name)
         for name in ("compute_required", "weight_bytes", "kv_cache_bytes", "activation_bytes", "tied_bytes"):
-            _number(getattr(layer, name), f"layer {layer.name!r}: {name}")
+            # Asked here as well: 10,000 layers' figures are right, and their names need not be put together.
+            if not 0 <= getattr(layer, name) < math.inf:
+                _number(getattr(layer, name), f"layer {layer.name!r}: {name}")
