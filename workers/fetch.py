@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,11 @@ from workers.progress import Progress
 from workers.segments import LocalOrigin, Origin, Segment
 
 CONNECTIONS = 16
+#: Connections to begin with. More help where the network is slow; where it is as fast as this machine, they only take
+#: time from each other: 243 MB over loopback on 2 cores, 0.32 s with 16 from the start, 0.25 s with 2.
+_FIRST_LANES = 2
+#: How long the machine is watched before their number is doubled.
+_LOOK_S = 0.02
 #: Times that bytes which prove wrong are fetched before they are given up.
 ROUNDS = 3
 _BUFFER_BYTES = 1024 * 1024
@@ -63,7 +69,7 @@ def fetch_outputs(
         journal: The folder, and what of it is done.
         wanted: How to check.
         progress: Told the bytes.
-        connections: How many ranges are fetched at once.
+        connections: How many ranges are fetched at once, at most.
 
     Returns:
         Digests by output name.
@@ -78,8 +84,7 @@ def fetch_outputs(
     job = _Fetch(journal, wanted, crew)
     try:
         job.begin(outputs, segments)
-        for number in range(max(1, min(connections, len(segments)))):
-            crew.start(job.lane, name=f"fetch-{number}")
+        job.start(max(1, min(connections, len(segments))))
         crew.wait()
     finally:
         job.close()
@@ -98,6 +103,7 @@ class _Fetch:
         self._digester = Digester(crew)
         #: Servers that failed though another was there to ask: a node that is gone is waited for once, not each time.
         self._failed: set[int] = set()
+        self._over = threading.Event()
         crew.on_stop(self._wake)
 
     def begin(self, outputs: Sequence[Output], segments: Sequence[Segment]) -> None:
@@ -124,7 +130,27 @@ class _Fetch:
         if not outputs:
             self._wake()
 
-    def lane(self) -> None:
+    def start(self, lanes: int) -> None:
+        """Start the first lanes; the others, up to `lanes` in all, while this machine has time left for them."""
+        first = min(lanes, _FIRST_LANES)
+        self._start(range(first))
+        self._crew.start(lambda: self._start_more(first, lanes), name="fetch-more")
+
+    def _start(self, numbers: range) -> None:
+        for number in numbers:
+            self._crew.start(self._lane, name=f"fetch-{number}")
+
+    def _start_more(self, running: int, lanes: int) -> None:
+        began, busy_s = time.perf_counter(), time.process_time()
+        while running < lanes and not self._over.wait(_LOOK_S):
+            now, now_busy_s = time.perf_counter(), time.process_time()
+            if now_busy_s - busy_s < _cores() / 2 * (now - began):
+                more = range(running, min(lanes, 2 * running))
+                self._start(more)
+                running = more.stop
+            began, busy_s = now, now_busy_s
+
+    def _lane(self) -> None:
         """Fetch what is next until nothing is left."""
         with contextlib.ExitStack() as stack:
             readers = _Readers(self._crew, stack)
@@ -146,6 +172,7 @@ class _Fetch:
             os.close(file.descriptor)
 
     def _wake(self) -> None:
+        self._over.set()
         self._ahead.put(None)
 
     def _with_sha256(self, output: Output) -> bool:
@@ -313,3 +340,8 @@ class _Readers:
         for (key, _), reader in self._readers.items():
             if key == id(server):
                 reader.close()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

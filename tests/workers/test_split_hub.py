@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from shard_cases import dealt, profile_of, raw_tensors
 from planner.errors import AccessDenied, IntegrityError, NotFound, Unavailable
 from planner.plan import Plan
 from planner.profile import ModelProfile
+from workers import fetch, segments
 from workers.checkpoint import Checkpoint
+from workers.http_ranges import RangeReader
 from workers.hub import HubCheckpoint, open_hub
 from workers.retry import RetryPolicy
 from workers.settings import HubSettings
@@ -114,6 +118,30 @@ def test_a_mood_of_the_server_passes(
     mine = raw_tensors(tmp_path / "b")
     assert mine == {name: everything[name] for name in mine}
     assert len(mine) == sum(len(layer.tensors) for layer in profile.layers if layer.name in plan.allocation["b"])
+
+
+def test_a_slow_server_is_asked_over_as_many_connections_as_allowed(
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "_SMALLEST_BYTES", 1000)
+    together = threading.Barrier(8)
+
+    class Slow(RangeReader):
+        """Answers none of the first 8 before the last of them has asked."""
+
+        def read(self, *args: Any, **settings: Any) -> None:
+            if not together.broken and together.n_waiting < together.parties:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    together.wait(20)
+                    passed.append(1)
+                    together.abort()
+            super().read(*args, **settings)
+
+    passed: list[int] = []
+    monkeypatch.setattr(fetch, "RangeReader", Slow)
+    source, profile, plan = opened()
+    split(source, profile, plan, node_id="b", output=tmp_path / "b", connections=8)
+    assert passed, "no 8 were ever asked at once"
 
 
 @pytest.mark.parametrize(
