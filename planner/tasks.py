@@ -40,9 +40,10 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     where = before.get("profile") or _profile_source(claim, asked)
     profile = services.plan_profile(where, token=token)
     alive = {info["node_id"]: info for info in services.registry.alive()}
-    cluster = _cluster(asked, alive, claim.claimed.lost_nodes, dtype=profile.dtype)
+    lost = claim.claimed.lost_nodes
+    cluster = _cluster(asked, alive, lost, dtype=profile.dtype, splits=bool(before.get("split")))
     claim.check()
-    made = _plan(services, profile, cluster, asked, before if claim.claimed.lost_nodes else {})
+    made = _plan(services, profile, cluster, asked, before if lost else {})
     chosen = sorted(made.allocation)
     do_split = _wants_split(asked, chosen, alive)
     revision = made.revision
@@ -94,8 +95,14 @@ def _profile_source(claim: Claim, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cluster(
-    asked: Mapping[str, Any], alive: Mapping[str, Mapping[str, Any]], lost: frozenset[str], *, dtype: str | None
+    asked: Mapping[str, Any],
+    alive: Mapping[str, Mapping[str, Any]],
+    lost: frozenset[str],
+    *,
+    dtype: str | None,
+    splits: bool,
 ) -> Cluster:
+    """The nodes to plan for: those given, or the living. Once the job `splits`, of those given only the living."""
     given = asked.get("available_nodes")
     links = asked.get("links")
     if given:
@@ -103,7 +110,7 @@ def _cluster(
     else:
         base = links_from_json(links) if links else Cluster(nodes=())
     if given:
-        nodes = tuple(node for node in base.nodes if node.node_id not in lost or node.node_id in alive)
+        nodes = tuple(n for n in base.nodes if n.node_id in alive or not (splits or n.node_id in lost))
     else:
         nodes = tuple(to_node(info) for _, info in sorted(alive.items()))
     if not nodes:

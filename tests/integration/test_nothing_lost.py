@@ -126,6 +126,27 @@ def test_a_dead_node_s_part_is_planned_again_over_the_others(hub: TestHub, kille
     assert "big" in step(killed, job_id, "split:big")["error"]["message"]
 
 
+def test_a_node_that_left_with_its_shard_done_is_not_planned_for_again(hub: TestHub, killed: Service) -> None:
+    """Named by the request, and not one that the job lost: it held nothing unfinished when it went."""
+    hub.add_repo("tester/named", checkpoint("llama_deep"))
+    jobs = killed.jobs()
+    assert ended(killed, jobs.submit_request("tester/named")["job_id"])["state"] == "done"
+    named = [{"node_id": n, "flop_per_s": f, "memory_bytes": m} for n, (f, m) in killed.nodes.items()]
+    for pid in killed.workers["mid"].children():
+        psutil.Process(pid).suspend()
+    job_id = jobs.submit_process("tester/named", available_nodes=named)["job_id"]
+    for node_id in ("small", "big"):
+        until(
+            lambda n=node_id: step(killed, job_id, f"split:{n}")["state"] == "done",  # type: ignore[misc]
+            what=lambda: json.dumps(jobs.job(job_id)) + killed.logs(),
+        )
+    killed.workers["small"].stop()
+    killed.workers["mid"].kill()
+    view = ended(killed, job_id)
+    check_whole(killed, view)
+    assert view["result"]["node_ids"] == ["big"]
+
+
 def test_a_job_may_wait_for_its_node(hub: TestHub, killed: Service) -> None:
     hub.add_repo("tester/patient", checkpoint("llama"))
     jobs = killed.jobs()
