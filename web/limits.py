@@ -10,6 +10,7 @@ from web.auth import is_loopback
 from web.errors import Refused
 from web.guard import caller_name
 from web.services import services, services_of
+from workers.settings import QueueSettings
 
 _DEFAULT = "600/minute"
 
@@ -51,8 +52,12 @@ def init_app(app: Flask) -> None:
         application_limits=[limit],
         application_limits_exempt_when=_exempt,
         storage_uri=made.settings.redis_url,
-        storage_options={"socket_connect_timeout": 1, "socket_timeout": 1},
-        key_prefix="fairshard:limits",
+        # Below the service's own keys: deploy/redis.sh lets it write no others.
+        storage_options={
+            "socket_connect_timeout": 1,
+            "socket_timeout": 1,
+            "key_prefix": f"{QueueSettings.from_env().prefix}limits",
+        },
         headers_enabled=True,
         # Redis away: this process counts alone until it is back; nobody waits for it.
         in_memory_fallback_enabled=True,
