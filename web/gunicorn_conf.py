@@ -6,6 +6,8 @@ together leave threads over for everyone else.
 
 from __future__ import annotations
 
+import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,13 @@ limit_request_fields = 64
 accesslog = None
 errorlog = "-"
 
+#: Seconds that a request under way may say nothing: it holds a thread until it was read.
+_SILENCE_S = 10
+
 
 def post_worker_init(worker: Any) -> None:
     """Let event streams and waits end when the process is asked to: else it stays for the whole grace period."""
     stop_when(worker.wsgi, lambda: not worker.alive)
+    for listener in worker.sockets:
+        # The system's own limit, which connections inherit: gunicorn has none once it began to read.
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _SILENCE_S, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from running import until
+from running import RedisProcess, until
 from web_cases import NODES, SEED_METADATA, Server, error_of
 
 from planner.errors import InvalidInput
@@ -269,3 +270,16 @@ def test_settings_come_from_the_environment() -> None:
     )
     assert found.bind == "0.0.0.0:80"
     assert found.cors_origins == ("https://a.example", "https://b.example")
+
+
+def test_requests_that_are_never_sent_whole_let_the_others_through(bare_redis: RedisProcess, tmp_path: Path) -> None:
+    env = {"REDIS_URL": bare_redis.url, "FAIRSHARD_DATA": str(tmp_path)}
+    env |= {"FAIRSHARD_WAITERS": "1", "FAIRSHARD_LISTENERS": "1"}
+    headers = b"POST /api/request HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+    with Server(tmp_path, env) as server, contextlib.ExitStack() as silent:
+        # As many as it has threads, and some more.
+        for number in range(2 * 10 + 8):
+            connection = silent.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            connection.sendall(headers + b"\r\n{" if number % 2 else headers)
+        with urllib.request.urlopen(f"{server.url}/api/health/live", timeout=50) as response:
+            assert response.status == 200
