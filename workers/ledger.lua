@@ -389,6 +389,7 @@ end
 operations.overdue = function(limit, lease_ms)
   mend_clock(tonumber(limit), tonumber(lease_ms))
   local late = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, tonumber(limit))
+  local due = redis.call('ZCARD', P .. 'due')
   for _, member in ipairs(late) do
     local job, step = string.match(member, '^([^|]+)|(.+)$')
     local key = step_key(job, step)
@@ -406,10 +407,13 @@ operations.overdue = function(limit, lease_ms)
       end
     elseif found[1] == 'queued' then
       local sends = tonumber(found[5] or 0)
-      redis.call('HSET', key, 'sends', sends + 1)
       redis.call('ZADD', P .. 'due', now + math.min(FIRST_RESEND_MS * 2 ^ sends, LAST_RESEND_MS), member)
-      if sends > 0 then count('resends_total') end
-      wakes[#wakes + 1] = {job, step, found[6], found[7], get(job_key(job), 'model_name') or ''}
+      -- A queue that nobody empties holds messages for all that is due: more of them would only fill Redis.
+      if redis.call('LLEN', P .. 'celery:' .. found[7]) < due then
+        redis.call('HSET', key, 'sends', sends + 1)
+        if sends > 0 then count('resends_total') end
+        wakes[#wakes + 1] = {job, step, found[6], found[7], get(job_key(job), 'model_name') or ''}
+      end
     else
       redis.call('ZREM', P .. 'due', member)
     end

@@ -131,6 +131,22 @@ def test_a_vanished_worker_s_step_is_run_again_and_its_late_outcome_does_not_cou
     assert clocked.ledger.result(job_id, "plan") == {"from": "again"}
 
 
+def test_a_queue_that_nobody_empties_is_not_filled(clocked: Clocked) -> None:
+    for _ in range(3):
+        clocked.ledger.submit("request", model_name="a/b", params={}, steps=chain("download"))
+    queue = "fairshard:celery:compute"
+    for _ in range(60):
+        for message in clocked.taken():
+            clocked.client.rpush(queue, message)
+        clocked.advance(600)
+        clocked.ledger.wake_overdue()
+    assert clocked.client.llen(queue) == 3
+    clocked.client.delete(queue)  # lost, or taken by a worker that vanished
+    clocked.advance(600)
+    clocked.ledger.wake_overdue()
+    assert clocked.taken() == ["download"] * 3
+
+
 def test_a_renewed_lease_lasts(clocked: Clocked) -> None:
     job_id = submit(clocked, "plan")
     held = claim(clocked, job_id, "plan")
