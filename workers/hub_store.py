@@ -97,7 +97,7 @@ class HubStore:
             details={"store": self.spec, "path": path, "revision": commit, "digest": etag},
         )
 
-    def write(self, files: Mapping[str, bytes], *, message: str) -> str:
+    def write(self, files: Mapping[str, bytes | None], *, message: str) -> str:
         """See `MetadataStore.write`; makes the repository if there is none."""
         for path in files:
             check_path(path)
@@ -134,9 +134,9 @@ class HubStore:
 
         time.sleep(replace(self.policy, first_s=0.05, longest_s=2.0).pause_s(attempt))
 
-    def _commit_once(self, api: HfApi, files: Mapping[str, bytes], message: str) -> str:
+    def _commit_once(self, api: HfApi, files: Mapping[str, bytes | None], message: str) -> str:
         """Commit what differs from the branch's head, on top of it; the new id, or the head's if nothing does."""
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
         try:
@@ -149,10 +149,13 @@ class HubStore:
         changed = {path: content for path, content in files.items() if not _is(there.get(path), content)}
         if not changed:
             return head
-        additions = [CommitOperationAdd(path, content) for path, content in sorted(changed.items())]
+        operations = [
+            CommitOperationDelete(path) if content is None else CommitOperationAdd(path, content)
+            for path, content in sorted(changed.items())
+        ]
         try:
             return api.create_commit(
-                self.repo_id, additions, commit_message=message, repo_type=self.kind, parent_commit=head
+                self.repo_id, operations, commit_message=message, repo_type=self.kind, parent_commit=head
             ).oid
         except HfHubHTTPError as error:
             if error.response.status_code in {409, 412}:
@@ -233,9 +236,11 @@ def _digest(content: bytes, *, lfs: bool) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
-def _is(entry: RepoFile | None, content: bytes) -> bool:
-    """Whether the repository's file has this content."""
-    if entry is None or entry.size != len(content):
+def _is(entry: RepoFile | None, content: bytes | None) -> bool:
+    """Whether the repository's file has this content (None: is not there)."""
+    if entry is None or content is None:
+        return entry is None and content is None
+    if entry.size != len(content):
         return False
     return _digest(content, lfs=entry.lfs is not None) == (entry.lfs.sha256 if entry.lfs else entry.blob_id)
 

@@ -1,7 +1,8 @@
 """Where metadata and plans are published: a Hub repository (`owner/name`) or a folder.
 
 Both keep history: `write` adds one commit for all its files and returns its id, and `read` takes that id as
-`revision`, so that a message can name exactly what was published. Writing what is there already adds nothing.
+`revision`, so that a message can name exactly what was published. Writing what is there already adds nothing, nor
+does removing what is not; what was removed is still read by the commits that had it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class MetadataStore(Protocol):
             Unavailable: If the Hub cannot be reached within the retries.
         """
 
-    def write(self, files: Mapping[str, bytes], *, message: str) -> str:
-        """Publish `files` (path -> content) in one commit and return its id; the latest id if nothing changed.
+    def write(self, files: Mapping[str, bytes | None], *, message: str) -> str:
+        """Publish `files` (path -> content; None removes it) in one commit and return its id.
+
+        If nothing changed, that is the latest commit's id.
 
         Raises:
             InvalidInput: If a path is not a plain relative one.
@@ -190,24 +193,28 @@ class FolderStore:
             )
         return content
 
-    def write(self, files: Mapping[str, bytes], *, message: str) -> str:
+    def write(self, files: Mapping[str, bytes | None], *, message: str) -> str:
         """See `MetadataStore.write`."""
-        digests = {check_path(path): hashlib.sha256(content).hexdigest() for path, content in sorted(files.items())}
+        digests = {
+            check_path(path): None if content is None else hashlib.sha256(content).hexdigest()
+            for path, content in sorted(files.items())
+        }
         try:
             with self._locked():
                 head = self._head()
                 if head is not None and all(self._has(path, files[path]) for path in digests):
                     return head
                 for path, digest in digests.items():
-                    if not self._object(digest).exists():
-                        _write(self._object(digest), files[path])
+                    content = files[path]
+                    if digest and content is not None and not self._object(digest).exists():
+                        _write(self._object(digest), content)
                 stamp = datetime.now(UTC).isoformat(timespec="seconds")
                 identity = json.dumps({"parent": head, "files": digests}, sort_keys=True)
                 commit = hashlib.sha256(identity.encode()).hexdigest()[:40]
                 record = {"parent": head, "files": digests, "message": message, "date": stamp}
                 _write(self._commit(commit), json.dumps(record, indent=1).encode())
                 for path in digests:
-                    _write(self._place(path), files[path])
+                    _put(self._place(path), files[path])
                 # Last: whoever reads the head finds all of the above.
                 _write(self.root / _HISTORY / "head", commit.encode())
                 return commit
@@ -233,11 +240,11 @@ class FolderStore:
             raise InvalidInput(f"{path!r:.80} leads out of {self.root} by a link", details={"path": path})
         return place
 
-    def _has(self, path: str, content: bytes) -> bool:
+    def _has(self, path: str, content: bytes | None) -> bool:
         try:
             return self._place(path).read_bytes() == content
         except FileNotFoundError:
-            return False
+            return content is None
 
     def _object(self, digest: str) -> Path:
         return self.root / _HISTORY / "objects" / digest[:2] / digest
@@ -256,15 +263,19 @@ class FolderStore:
     def _digest_at(self, path: str, revision: str) -> str:
         """sha256 of `path` as of `revision`, found by walking back; FileNotFoundError if it was not there."""
         commit: str | None = revision
+        digest = None
         while commit is not None:
             try:
                 record = json.loads(self._commit(commit).read_bytes())
                 if path in record["files"]:
-                    return str(record["files"][path])
+                    digest = record["files"][path]
+                    break
                 commit = record["parent"]
             except (ValueError, KeyError, TypeError) as error:
                 raise IntegrityError(f"{self._commit(str(commit))} is damaged: {error}") from error
-        raise FileNotFoundError(path)
+        if digest is None:
+            raise FileNotFoundError(path)
+        return str(digest)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -272,6 +283,14 @@ class FolderStore:
         with (self.root / _HISTORY / "lock").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        _write(path, content)
+    elif path.exists():
+        path.unlink()
+        _sync(path.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -287,8 +306,13 @@ def _write(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in `folder` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

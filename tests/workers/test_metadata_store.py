@@ -64,6 +64,20 @@ def test_writing_the_same_again_makes_no_commit(store: MetadataStore) -> None:
     assert store.read("x", revision=back) == store.read("x") == b"1"
 
 
+def test_what_is_removed_is_gone_and_its_history_stays(store: MetadataStore) -> None:
+    one = store.write({"a/x": b"1", "a/y": b"y"}, message="one")
+    two = store.write({"a/x": None, "a/z": b"z"}, message="two")
+    with pytest.raises(NotFound):
+        store.read("a/x")
+    with pytest.raises(NotFound):
+        store.read("a/x", revision=two)
+    assert store.read("a/x", revision=one) == b"1"
+    assert store.list() == ["a/y", "a/z"]
+    assert store.write({"a/x": None, "none/such": None}, message="again") == two
+    back = store.write({"a/x": b"1", "none/such": None}, message="back")
+    assert store.read("a/x") == store.read("a/x", revision=back) == b"1"
+
+
 def test_what_is_not_there_is_not_found(store: MetadataStore) -> None:
     with pytest.raises(NotFound):
         store.read("x")
@@ -235,6 +249,16 @@ def test_a_commit_whose_reply_is_lost_is_not_made_twice(hub: TestHub, kind: str)
     assert fault.hits == 1
     assert [c.title for c in hub.repo(REPO).history("main")] == ["two", "one", "initial commit"]
     assert hub.repo(REPO).branches["main"] == commit
+
+
+def test_a_removal_whose_reply_is_lost_is_not_made_twice(hub: TestHub) -> None:
+    store = hub_store(hub)
+    store.write({"x": b"1", "y": b"1"}, message="one")
+    fault = hub.fault("lost_reply", path="*/commit/*")
+    store.write({"x": None}, message="two")
+    assert fault.hits == 1
+    assert [c.title for c in hub.repo(REPO).history("main")] == ["two", "one", "initial commit"]
+    assert store.list() == ["y"]
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "flip", "status"])
