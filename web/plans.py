@@ -50,7 +50,7 @@ def show_plan(plan_id: str) -> Response:
 @blp.alt_response(404, schema=answers.ErrorOut)
 @needs("admin")
 def delete_plan(plan_id: str) -> Response:
-    """Forget a plan and have each node delete its shard of it."""
+    """Forget a plan, in the metadata store as well, and have each node delete its shard of it."""
     job = services().jobs.submit_delete(plan_id, submitter=caller_name())
     changed("delete", plan_id=plan_id, job_id=job["job_id"])
     response = jsonify({**job, "success": True, "message": "The plan is forgotten; its nodes delete their shards."})

@@ -18,7 +18,7 @@ from checkpoints import checkpoint
 from hub.server import TestHub
 from running import BlackHole, RedisProcess, Service, Worker, until
 
-from planner.errors import Unavailable
+from planner.errors import NotFound, Unavailable
 from workers.bootsteps import install
 from workers.celery_app import create_app
 from workers.downloader import resolve
@@ -227,11 +227,37 @@ def test_a_wiped_redis_gets_the_accepted_jobs_back(hub: TestHub, killed: Service
     for job_id in job_ids:
         check_whole(killed, ended(killed, job_id))
     until(lambda: jobs.replay() == 0 and jobs.metrics()["journal_jobs"] == 0, what="the journal is empty")
-    # Plans are read again from the metadata store.
-    plan_id = jobs.job(job_ids[0])["result"]["plan_id"]
+
+
+def test_a_wiped_redis_gets_plans_and_metadata_back_and_no_deleted_plan(hub: TestHub, killed: Service) -> None:
+    jobs, plan_ids = killed.jobs(), {}
+    for name in ("tester/kept", "tester/dropped"):
+        hub.add_repo(name, checkpoint("llama"))
+        view = ended(killed, jobs.submit_request(name, process={})["job_id"])
+        check_whole(killed, view)
+        plan_ids[name] = view["result"]["plan_id"]
+    kept, dropped = plan_ids.values()
+    assert ended(killed, jobs.submit_delete(dropped)["job_id"])["state"] == "done"
+    killed.redis.kill()
+    shutil.rmtree(killed.redis.directory)
+    killed.redis.start()
+    assert jobs.latest_plan("tester/kept") == jobs.plan(kept)
+    assert kept in [plan["plan_id"] for plan in jobs.plans(limit=500)]
+    assert jobs.profile("tester/kept")["model_name"] == "tester/kept"
+    with pytest.raises(NotFound):
+        jobs.plan(dropped)
+    with pytest.raises(NotFound):
+        jobs.latest_plan("tester/dropped")
+    # Made again from the metadata that is there, it is a plan like any other, in Redis or not.
+    until(lambda: len(jobs.nodes()) == len(killed.nodes), what="the nodes are back")
+    view = ended(killed, jobs.submit_process("tester/dropped")["job_id"])
+    check_whole(killed, view)
+    assert view["result"]["plan_id"] == dropped
     with killed.redis.client() as client:
-        client.delete(f"fairshard:plan:{plan_id}")
-    assert jobs.plan(plan_id)["plan_id"] == plan_id
+        client.delete(f"fairshard:plan:{dropped}")
+    assert jobs.latest_plan("tester/dropped") == jobs.plan(dropped)
+    assert ended(killed, jobs.submit_delete(dropped)["job_id"])["state"] == "done"
+    assert not [path for node_id in killed.nodes if (path := killed.shards(node_id, dropped)).exists()]
 
 
 def test_sigterm_lets_a_step_finish(hub: TestHub, killed: Service) -> None:

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from running import RedisProcess
 from web_cases import NODES, SEED_METADATA, error_of
 
 from planner import errors
+from planner.documents import dumps
 from planner.errors import FairshardError
 from planner.plan import STRATEGIES as NAMES
 from planner.strategies import STRATEGIES
 from web.errors import STATUS, Refused, status_of, status_of_code
 from web.prefer import Waiting, waiting
+from workers.metadata_store import open_store, plan_path
+from workers.settings import Settings
 
 BAD_NAMES = [
     "../../etc/passwd", "a/b/c", "", "gpt2", "/", "a/", "/b", "a//b", "a/..", "./b", "a/b ", "a/b\n", "a\\b",
@@ -169,6 +173,23 @@ def test_what_is_not_there_is_404(client: FlaskClient, method: str, path: str) -
 def test_get_plan_of_a_model_without_one_is_404(client: FlaskClient) -> None:
     answer = client.post("/api/get-plan", json={"model_name": "a/b", "node_id": "n"})
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
+
+
+def test_what_redis_lost_is_answered_from_the_store_until_it_is_deleted(
+    client: FlaskClient, settings: Settings, bare_redis: RedisProcess
+) -> None:
+    made = client.post("/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES}).get_json()
+    plan = {name: value for name, value in made.items() if name != "explanation"}
+    path, asked = f"/api/plans/{plan['plan_id']}", {"model_name": "seed/model", "node_id": "n"}
+    open_store(settings.store_dir).write({plan_path(plan["plan_id"]): dumps(plan)}, message="A plan")
+    assert client.post("/api/get-plan", json=asked).get_json() == client.get(path).get_json() == plan
+    assert [entry["plan_id"] for entry in client.get("/api/plans").get_json()["plans"]] == [plan["plan_id"]]
+    assert client.delete(path).status_code == 202
+    for _ in range(2):
+        assert client.get(path).status_code == client.post("/api/get-plan", json=asked).status_code == 404
+        assert client.get("/api/plans").get_json() == {"plans": []}
+        with bare_redis.client() as redis:
+            redis.flushall()
 
 
 def test_another_method_is_405_and_told_which(client: FlaskClient) -> None:
