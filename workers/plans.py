@@ -16,7 +16,7 @@ from typing import Any
 
 from redis import Redis
 
-from planner.documents import loads_json
+from planner.documents import dumps, loads_json
 from planner.errors import FairshardError, InvalidInput, NotFound, Unavailable
 from planner.names import check_model_name
 from workers.ledger import reachable
@@ -54,7 +54,12 @@ class Plans:
         self._ttl_ms = round(ttl_s * 1000)
 
     def save(self, plan: Mapping[str, Any]) -> None:
-        """Remember a published plan; equal plans have equal ids."""
+        """Remember a published plan as its model's newest; equal plans have equal ids."""
+        plan_id, model_name = plan["plan_id"], plan["model_name"]
+        if self._ids(model_name, limit=1) not in ([], [plan_id]):
+            # A plan that is made again was published with the time of the first, before that of the newest until now.
+            published = {name: value for name, value in plan.items() if name != "job_id"}
+            self._store().write({plan_path(plan_id): dumps(published)}, message=f"Plan {plan_id} for {model_name}")
         with reachable():
             pipeline = self._redis.pipeline(transaction=True)
             self._remember(pipeline, plan, time.time())

@@ -126,6 +126,19 @@ def test_what_is_made_after_the_wipe_stays_the_newest(served: Served) -> None:
     assert plans.summaries()[0]["job_id"] == "0" * 32
 
 
+def test_a_plan_made_again_is_the_newest_after_the_wipe_too(served: Served) -> None:
+    served.make("a1", day=1)
+    served.make("b2", day=2)
+    # Publishing leaves the store's plan as it is, if only its time differs.
+    served.plans().save(plan("a1", day=3) | {"job_id": "1" * 32})
+    before = served.store.write({}, message="the head")
+    served.plans().save(plan("a1", day=4))
+    assert served.store.write({}, message="the head") == before, "the newest, once more: no commit"
+    served.wipe()
+    assert ids(served.plans()) == ["a1", "b2"]
+    assert served.plans().latest("own/model") == plan("a1", day=3)
+
+
 def test_a_deleted_plan_stays_deleted(served: Served) -> None:
     served.make("a1", day=1)
     served.make("b2", day=2)
