@@ -15,11 +15,14 @@ from planner.profile import ModelProfile
 from planner.strategies import make_plan
 from planner.wire import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
 from workers.celery_app import PLANNER, node_queue
-from workers.claims import Claim
+from workers.claims import Claim, HandedBack
 from workers.ledger import StepSpec
 from workers.registry import to_node
 from workers.services import Services
 from workers.shell import step_task
+
+#: Seconds until a re-plan that found no node looks again.
+_NODES_AWAY_S = 5.0
 
 
 @step_task("planner.plan")
@@ -113,10 +116,12 @@ def _cluster(
         nodes = tuple(n for n in base.nodes if n.node_id in alive or not (splits or n.node_id in lost))
     else:
         nodes = tuple(to_node(info) for _, info in sorted(alive.items()))
+    if not nodes and splits:
+        # All at once are rather restarted than gone for good; those who come back find what they had.
+        raise HandedBack("no compute node is alive", delay_s=_NODES_AWAY_S)
     if not nodes:
         raise Unavailable(
             "no compute node is alive: start one with 'fairshard node' (GET /api/nodes shows those that are)"
-            + (f"; lost while this job ran: {', '.join(sorted(lost))}" if lost else ""),
         )
     return replace(base, nodes=nodes)
 

@@ -46,7 +46,12 @@ class Fenced(Cancelled):
 
 
 class HandedBack(Exception):
-    """This worker is going: the step is handed back, no attempt counted."""
+    """The step is handed back, no attempt counted: this worker is going, or what it needs may come later."""
+
+    def __init__(self, message: str = "", *, delay_s: float = 0.0) -> None:
+        super().__init__(message)
+        #: When to try again.
+        self.delay_s = delay_s
 
 
 class Claim:
@@ -256,8 +261,10 @@ def run_step(
     except Cancelled as stopped:
         logger.info("job %s, step %s: stopped: %s", job_id, step, stopped)
         return None
-    except HandedBack:
-        _patiently(lambda: ledger.defer(claimed))
+    except HandedBack as back:
+        logger.info("job %s, step %s: handed back: %s", job_id, step, back)
+        delay_s = back.delay_s
+        _patiently(lambda: ledger.defer(claimed, delay_s=delay_s))
         return None
     except Exception as error:  # noqa: BLE001  (whatever it is, the ledger must know)
         _record_failure(ledger, claim, error)

@@ -147,6 +147,18 @@ def test_a_node_that_left_with_its_shard_done_is_not_planned_for_again(hub: Test
     assert view["result"]["node_ids"] == ["big"]
 
 
+def test_a_job_whose_nodes_are_all_gone_waits_for_one(hub: TestHub, killed: Service) -> None:
+    job_id = splitting(killed, hub, "tester/all-gone")
+    for worker in killed.workers.values():
+        worker.kill()
+    hub.faults.clear()
+    until(lambda: step(killed, job_id, "plan")["attempts"] == 0, what="it is planned again", timeout_s=60)
+    time.sleep(12)  # three attempts would be over
+    assert killed.jobs().job(job_id)["state"] == "running"
+    killed.workers["big"].start()
+    check_whole(killed, ended(killed, job_id))
+
+
 def test_a_job_may_wait_for_its_node(hub: TestHub, killed: Service) -> None:
     hub.add_repo("tester/patient", checkpoint("llama"))
     jobs = killed.jobs()
