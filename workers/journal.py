@@ -66,15 +66,16 @@ def open_journal(target: Path, *, key: str) -> Journal:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
-            journal = _take(folder, key)
-            if journal is not None:
-                return journal
-        journal = None
-        while journal is None:  # another process may take, or clear away, a folder before it is locked here
-            folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
-            folder.mkdir()
-            journal = _take(folder, key)
+        with install_lock(target):
+            for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
+                journal = _take(folder, key)
+                if journal is not None:
+                    return journal
+            journal = None
+            while journal is None:  # another process may take, or clear away, a folder before it is locked here
+                folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+                folder.mkdir()
+                journal = _take(folder, key)
     except OSError as error:
         raise NodeFailure(
             f"no shard can be written to {target}: {error.strerror}", details={"path": str(target)}
@@ -84,7 +85,10 @@ def open_journal(target: Path, *, key: str) -> Journal:
 
 @contextlib.contextmanager
 def install_lock(target: Path) -> Iterator[None]:
-    """Let one process at a time give folders beside `target` their names."""
+    """Let one process at a time name, take over or clear away folders beside `target`.
+
+    Else one finds a folder whose owner has given up its state file to rename it, and takes it for nobody's.
+    """
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -95,10 +99,12 @@ def install_lock(target: Path) -> Iterator[None]:
 
 def discard_partials(target: Path) -> None:
     """Remove what interrupted processes left of `target`; what a live one holds stays."""
-    for folder in target.parent.glob(f".{target.name}.partial-*"):
-        journal = _take(folder, None)
-        if journal is not None:
-            journal.remove()
+    folders = list(target.parent.glob(f".{target.name}.partial-*"))
+    with install_lock(target) if folders else contextlib.nullcontext():
+        for folder in folders:
+            journal = _take(folder, None)
+            if journal is not None:
+                journal.remove()
 
 
 def _take(folder: Path, key: str | None) -> Journal | None:
