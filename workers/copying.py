@@ -21,6 +21,19 @@ _CANNOT = frozenset(
 )
 
 
+def open_own(path: Path) -> int:
+    """A descriptor to write `path` with, which is made if it is not there.
+
+    A link that an interrupted call left is another file's own bytes: the checkpoint's.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if os.fstat(descriptor).st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    path.unlink()
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+
 def copy_range(
     source: int, target: int, begin: int, end: int, at: int, *, each: Callable[[int], None] = lambda _: None
 ) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from planner.errors import FairshardError, IntegrityError
-from workers.copying import reserve, send_to_disk, write_all
+from workers.copying import open_own, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
@@ -115,7 +115,7 @@ class _Fetch:
         for index, output in enumerate(outputs):
             path = self._journal.folder / output.name
             with explained(path):
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_own(path)
                 digest = FileDigest(output, descriptor, sha256=self._with_sha256(output), buffer=buffer)
                 file = _File(output=output, descriptor=descriptor, segments=by_output[index], digest=digest)
                 self._files.append(file)

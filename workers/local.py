@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from planner.errors import IntegrityError, NodeFailure
-from workers.copying import clone_run, copy_range, reserve, send_to_disk, write_all
+from workers.copying import clone_run, copy_range, open_own, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
@@ -81,7 +81,7 @@ class _Copier:
     def copy(self, output: Output) -> None:
         path = self.journal.folder / output.name
         with explained(path):
-            target = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            target = open_own(path)
             self.open.add(target)
             if self._resume(output, target):
                 self._close(target)

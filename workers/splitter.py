@@ -123,7 +123,8 @@ def split(
     sources = Origins(checkpoint, beside=output.parent, peers=peers, known=known_digests or {})
     clone = link and _can_clone(checkpoint, output)
     layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
-    journal = open_journal(output, key=_key(plan, node_id, layout))
+    key = _key(plan, node_id, layout, checkpoint.revision, paranoid=paranoid)
+    journal = open_journal(output, key=key)
     try:
         check_room(journal.folder, layout, quota_bytes=quota_bytes)
         linked = _link(layout, checkpoint, journal.folder) if link else {}
@@ -199,9 +200,12 @@ def _already(
     return manifest
 
 
-def _key(plan: Plan, node_id: str, layout: Layout) -> str:
-    """What decides an unfinished folder's bytes: only with the same key is it taken over."""
-    digest = blake3(f"{plan.plan_id}\0{plan.revision}\0{node_id}".encode())
+def _key(plan: Plan, node_id: str, layout: Layout, revision: str | None, *, paranoid: bool) -> str:
+    """What decides an unfinished folder's bytes, and how they were checked: only with the same is it taken over.
+
+    `revision` is the checkpoint's: a plan may name none.
+    """
+    digest = blake3(f"{plan.plan_id}\0{revision}\0{node_id}\0{paranoid}".encode())
     for item in layout.outputs:
         digest.update(f"\0{item.name}\0{item.size_bytes}\0{item.whole}\0".encode() + item.header)
         digest.update(repr([(run.source, run.begin, run.end, run.target) for run in item.runs]).encode())

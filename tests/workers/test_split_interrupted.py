@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import checkpoint
 from hub.server import TestHub
-from shard_cases import dealt, profile_of, raw_tensors
+from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
 from planner.errors import Cancelled, Conflict, NodeFailure
 from planner.plan import Plan
@@ -45,15 +47,19 @@ print("done")
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 32 MiB in 32 layers."""
-    import torch
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("own") / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    torch.manual_seed(0)
-    save_file({f"l.{i:02d}.w": torch.randn(MIB // 4) for i in range(32)}, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors")
     return folder
+
+
+def write_weights(path: Path, *, seed: int = 0, name: str = "l") -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    save_file({f"{name}.{i:02d}.w": torch.randn(MIB // 4) for i in range(32)}, path, metadata={"format": "pt"})
 
 
 def start(source: str, output: Path) -> subprocess.Popen[str]:
@@ -181,6 +187,62 @@ def test_cancelling_leaves_nothing_that_looks_finished_and_resumes(large: Path, 
     assert hub.counters.body_bytes("*.safetensors", where="cdn") < manifest.tensor_bytes
     assert verify(tmp_path / "a").ok
     assert not leftovers(tmp_path)
+
+
+def test_a_resumed_shard_never_writes_into_the_checkpoint(tmp_path: Path) -> None:
+    """What was to be linked is to be copied now: the link that lies there is the checkpoint itself."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("one", "two"):
+        write_weights(folder / f"{name}.safetensors", name=name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    source = resolve(folder)
+    profile = profile_of(source)
+    names = [layer.name for layer in profile.layers]
+    plan = plan_of(profile, {"a": names[:-1], "b": names[-1:]})
+
+    def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        split(source, profile, plan, node_id="a", output=tmp_path / "a", progress=cancel)
+    assert any(path.stat().st_nlink > 1 for path in tmp_path.glob(".a.partial-*/*.safetensors"))
+    manifest = split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
+    assert {file.how for file in manifest.files} == {"copy"}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not verify(tmp_path / "a", checkpoint=source).problems
+
+
+def test_nothing_is_resumed_from_another_commit_or_unchecked(hub: TestHub, large: Path, tmp_path: Path) -> None:
+    hub.add_repo("own/moving", large)
+    source = resolve("own/moving")
+    profile, plan = prepared(source)
+    # As metadata of the seed's form makes it.
+    profile, plan = replace(profile, revision=None), replace(plan, revision=None)
+
+    def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done > 2 * MIB:
+            raise Cancelled
+
+    def fetched(moved: Path | None = None, **settings: Any) -> int:
+        hub.bytes_per_s = 2e6
+        with pytest.raises(Cancelled):
+            split(source, profile, plan, node_id="a", output=tmp_path / "a", progress=cancel)
+        if moved:
+            hub.add_repo("own/moving", moved)
+        hub.bytes_per_s = None
+        hub.counters.clear()
+        manifest = split(resolve("own/moving"), profile, plan, node_id="a", output=tmp_path / "a", **settings)
+        sent = hub.counters.body_bytes("*.safetensors", where="cdn")
+        assert verify(tmp_path / "a", checkpoint=resolve("own/moving")).ok
+        shutil.rmtree(tmp_path / "a")
+        return round(sent / manifest.tensor_bytes)
+
+    assert fetched(paranoid=True) == 2
+    moved = shutil.copytree(large, tmp_path / "moved")
+    write_weights(moved / "model.safetensors", seed=1)
+    assert fetched(moved) == 1
 
 
 def test_a_whole_shard_is_kept_and_a_damaged_one_made_again(large: Path, tmp_path: Path) -> None:
