@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,23 @@ class Manifest:
                 max_shard_bytes=int(obj["max_shard_bytes"]),
                 created_at=str(obj["created_at"]),
             )
+            made._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
         outside = next((name for name in set(made.paths()) if not is_inner(name)), None)
         if outside is not None:
             raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
         return made
+
+    def _check(self) -> None:
+        """TypeError, KeyError or ValueError if a figure in it cannot be: whoever reads on relies on them."""
+        sizes = {file.name: index(file.size_bytes) for file in (*self.files, *self.extras)}
+        for tensor in self.tensors:
+            if not 0 <= index(tensor.begin) <= index(tensor.end) <= sizes[tensor.file]:
+                raise ValueError(f"{tensor.name!r:.100} ends at byte {tensor.end} of {tensor.file}")
+        digests = [item.digest for item in (*self.files, *self.extras)] + [tensor.digest for tensor in self.tensors]
+        if not all(isinstance(digest, str | None) for digest in digests):
+            raise TypeError("a digest is no text")
 
     def paths(self) -> Iterator[str]:
         """Every file name in it: of the shard, and of the checkpoint that it can be rebuilt to."""

@@ -19,7 +19,7 @@ from checkpoints import checkpoint
 from hub.server import TestHub
 from shard_cases import dealt, plan_of, profile_of, raw_tensors
 
-from planner.errors import Cancelled, Conflict, NodeFailure
+from planner.errors import Cancelled, Conflict, IntegrityError, NodeFailure
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
@@ -407,3 +407,27 @@ def test_a_whole_file_is_linked_and_digested_by_verify(tmp_path: Path) -> None:
     copied = split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "b", link=False)
     assert copied.files[0].digest == digested.files[0].digest
     assert {t.name: t.digest for t in copied.tensors} == {t.name: t.digest for t in digested.tensors}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("tensors", 0, "end"), 10**18),
+        (("tensors", 0, "begin"), None),
+        (("tensors", 0, "file"), "other.safetensors"),
+        (("files", 0, "size_bytes"), "many"),
+        (("files", 0, "digest"), []),
+    ],
+)
+def test_a_manifest_with_impossible_figures_is_refused(
+    tmp_path: Path, where: tuple[str, int, str], value: object
+) -> None:
+    source = resolve(checkpoint("llama"))
+    profile = profile_of(source)
+    split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "a")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_bytes())
+    part, number, name = where
+    manifest[part][number][name] = value
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="no shard's manifest"):
+        verify(tmp_path / "a")
