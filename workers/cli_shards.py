@@ -92,7 +92,8 @@ def split(args: argparse.Namespace) -> int:
             f"plan {plan.plan_id} gives node {node_id} nothing; it uses {', '.join(sorted(plan.allocation))}",
             details={"node_id": node_id, "nodes": sorted(plan.allocation)},
         )
-    folder = (args.output or settings.shards_dir) / plan.plan_id / node_id
+    # Without --output where the node's own jobs keep theirs: the quota counts it, and deleting the plan finds it.
+    folder = args.output / plan.plan_id / node_id if args.output else settings.shards_dir / plan.plan_id
     manifest = cut(
         checkpoint,
         profile,
@@ -121,10 +122,13 @@ def split(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Fairshard verify."""
+    from workers.manifest import read_manifest
     from workers.verify import verify as prove
 
     checkpoint = None
     if args.source is not None:
+        if args.revision is None and not Path(args.source).expanduser().is_dir():
+            args.revision = read_manifest(args.dirs[0]).revision  # as split does
         checkpoint = checkpoint_of(args)
     report = prove(args.dirs, checkpoint=checkpoint, progress=progress(args))
     emit(args, report.to_json(), _report_lines(report))

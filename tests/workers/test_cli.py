@@ -487,6 +487,28 @@ def test_a_checkpoint_is_downloaded_whole(fairshard: Shell, hub: TestHub) -> Non
         assert (fairshard.folder / "there" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_shard_is_compared_with_the_commit_that_it_was_cut_from(fairshard: Shell, hub: TestHub) -> None:
+    hub.add_repo("tester/moves", fairshard.folder / "m")
+    fairshard.json("plan", "tester/moves", "--no-compute", "--nodes", "nodes.yaml", "--output", "plan.json")
+    split = ("split", "tester/moves", "--no-compute", "--plan", "plan.json", "--node", "fast")
+    directory = fairshard.json(*split)["directory"]
+    hub.add_repo(
+        "tester/moves", {**{path.name: path for path in (fairshard.folder / "m").iterdir()}, "README.md": "new"}
+    )
+    assert fairshard.json("verify", directory, "--source", "tester/moves")["ok"] is True
+
+
+def test_a_shard_without_a_folder_of_its_own_counts_for_the_node_s_quota(fairshard: Shell) -> None:
+    for strategy in ("greedy", "equal"):
+        options = ("--no-compute", "--nodes", "nodes.yaml", "--strategy", strategy, "--output", f"{strategy}.json")
+        fairshard("plan", "m", *options)
+    split = ("split", "m", "--no-compute", "--node", "fast", "--plan")
+    done = fairshard.json(*split, "greedy.json")
+    assert Path(done["directory"]).parent == fairshard.folder / "data" / "nodes" / "fast" / "shards"
+    quota = {"FAIRSHARD_DISK_QUOTA": str(4 * 2**20 + sum(file["size_bytes"] for file in done["files"]))}
+    assert "FAIRSHARD_DISK_QUOTA" in fairshard(*split, "equal.json", env=quota, rc=1).stderr
+
+
 def test_devices_are_listed_with_their_sources(fairshard: Shell) -> None:
     answer = fairshard.json("devices")
     assert len(answer["devices"]) >= 60
