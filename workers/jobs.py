@@ -12,14 +12,13 @@ from typing import Any
 
 from planner.errors import FairshardError, NotFound, Unavailable
 from planner.names import check_model_name
-from workers.ledger import ENDED, StepSpec, no_job, reachable
+from workers.ledger import ENDED, no_job, reachable
+from workers.replay import replay
 from workers.submissions import JobView, Submissions
 from workers.views import queued_view
 
 #: Seconds between two looks at a job that is waited for.
 _POLL_S = 0.1
-#: An entry of the journal that is younger may still be on its way to Redis, in milliseconds.
-_YOUNG_MS = 5000
 
 
 class Jobs(Submissions):
@@ -234,32 +233,7 @@ class Jobs(Submissions):
         Returns:
             How many were.
         """
-        journal = self._journal
-        if journal is None:
-            return 0
-        ledger = self._services.ledger
-        entries = journal.least_recent()
-        states = ledger.states([job_id for job_id, _ in entries])
-        now_ms = time.time() * 1000
-        # A young one stays, even if it ended: Redis may be killed before it wrote any of it to its disk.
-        old = [
-            (job_id, entry, state)
-            for (job_id, entry), state in zip(entries, states, strict=True)
-            if now_ms - entry["created_at"] >= _YOUNG_MS
-        ]
-        journal.forget([job_id for job_id, _, state in old if state in ENDED])
-        again = 0
-        for job_id, entry, state in old:
-            if state is not None:
-                continue
-            del entry["created_at"]
-            steps = [StepSpec(**{**step, "after": tuple(step["after"])}) for step in entry.pop("steps")]
-            submission = ledger.submit(entry.pop("kind"), job_id=job_id, steps=steps, **entry)
-            # Another job of the same flight does its work; this one must not come back for ever.
-            if not submission.created and submission.job_id != job_id:
-                journal.forget([job_id])
-            again += submission.created
-        return again
+        return 0 if self._journal is None else replay(self._journal, self._services.ledger)
 
 
 def _batch_state(counts: Mapping[str, int]) -> str:

@@ -1,0 +1,83 @@
+"""What the web's journal does when Redis has lost what it was told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import RedisProcess
+
+from workers.accepted import Accepted
+from workers.jobs import Jobs
+from workers.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
+        yield process
+
+
+class Web:
+    """The jobs of a web process, over a Redis that can be wiped."""
+
+    def __init__(self, server: RedisProcess, data: Path) -> None:
+        self.client: Any = server.client()
+        self.client.flushall()
+        env = {"REDIS_URL": server.url, "FAIRSHARD_DATA": str(data), "NODE_ID": "web"}
+        self.jobs = Jobs.from_settings(Settings.from_env(env), journal=True)
+
+    @property
+    def journal(self) -> Accepted:
+        assert self.jobs._journal is not None
+        return self.jobs._journal
+
+    def move(self, seconds: int, *job_ids: str) -> None:
+        """Let entries of the journal (all, or those named) have been accepted `seconds` later than they were."""
+        every = [row[0] for row in self.journal._db.execute("SELECT job_id FROM jobs").fetchall()]
+        later = "json_set(entry, '$.created_at', json_extract(entry, '$.created_at') + ?)"
+        for job_id in job_ids or every:
+            self.journal._db.execute(f"UPDATE jobs SET entry = {later} WHERE job_id = ?", (seconds * 1000, job_id))
+
+    def wipe(self) -> None:
+        """Redis knows nothing any more, and what it was told is not of this moment."""
+        self.client.flushall()
+        self.move(-10)
+
+    def states(self, job_id: str) -> dict[str, str]:
+        view = self.jobs._services.ledger.job(job_id)
+        return {"job": view["state"]} | {step["name"]: step["state"] for step in view["steps"]}
+
+
+@pytest.fixture
+def web(server: RedisProcess, tmp_path: Path) -> Web:
+    return Web(server, tmp_path / "data")
+
+
+def test_what_waited_for_a_request_waits_for_it_again(web: Web) -> None:
+    pairs = []
+    for n in range(8):
+        request = web.jobs.submit_request(f"tester/m{n}")["job_id"]
+        pairs.append((request, web.jobs.submit_process(f"tester/m{n}")["job_id"]))
+    # A clock that was set back meanwhile: the order of time is not the order in which they need each other.
+    web.move(-60, pairs[0][1])
+    web.wipe()
+    assert web.jobs.replay() == 16
+    for request, process in pairs:
+        assert web.states(request)["download"] == "queued"
+        assert web.states(process) == {"job": "queued", "plan": "waiting"}
+    assert web.jobs.replay() == 0
+
+
+def test_jobs_come_back_in_the_order_in_which_they_were_accepted(web: Web) -> None:
+    job_ids = [web.jobs.submit_request(f"tester/m{n}")["job_id"] for n in range(9)]
+    for n, job_id in enumerate(job_ids):
+        web.move(n, job_id)
+    web.jobs.replay()  # all have been looked at in the same moment
+    web.move(-20)
+    web.wipe()
+    web.jobs.replay()
+    woken = list(reversed(web.client.lrange("fairshard:celery:compute", 0, -1)))
+    assert [next(job_id for job_id in job_ids if job_id in message) for message in woken] == job_ids

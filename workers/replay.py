@@ -1,0 +1,49 @@
+"""Submitting again what the web's journal has and Redis lost."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from workers.accepted import Accepted
+from workers.ledger import ENDED, Ledger, StepSpec
+
+#: An entry of the journal that is younger may still be on its way to Redis, in milliseconds.
+YOUNG_MS = 5000
+
+
+def replay(journal: Accepted, ledger: Ledger) -> int:
+    """Submit again what the journal has and Redis lost, in the order in which it was accepted; drop what ended.
+
+    Returns:
+        How many jobs were submitted again.
+    """
+    entries = journal.least_recent()
+    states = ledger.states([job_id for job_id, _ in entries])
+    now_ms = time.time() * 1000
+    # A young one stays, even if it ended: Redis may be killed before it wrote any of it to its disk.
+    old = [
+        (job_id, entry, state)
+        for (job_id, entry), state in zip(entries, states, strict=True)
+        if now_ms - entry["created_at"] >= YOUNG_MS
+    ]
+    journal.forget([job_id for job_id, _, state in old if state in ENDED])
+    lost = [(job_id, entry) for job_id, entry, state in old if state is None]
+    lost.sort(key=lambda found: found[1]["created_at"])
+    return sum(_submit(job_id, entry, journal, ledger) for job_id, entry in lost)
+
+
+def _submit(job_id: str, entry: dict[str, Any], journal: Accepted, ledger: Ledger) -> int:
+    again = 0
+    # It waits only for a job that Redis knows: this one may be in a later part of the journal, or come of another
+    # look that goes on beside this one. Submitting the same id twice changes nothing.
+    before = entry.get("waits_for")
+    if before is not None and (awaited := journal.get(before)) is not None:
+        again += _submit(before, awaited, journal, ledger)
+    given = {name: value for name, value in entry.items() if name not in {"created_at", "kind", "steps"}}
+    steps = [StepSpec(**{**step, "after": tuple(step["after"])}) for step in entry["steps"]]
+    submission = ledger.submit(entry["kind"], job_id=job_id, steps=steps, **given)
+    # Another job of the same flight does its work; this one must not come back for ever.
+    if not submission.created and submission.job_id != job_id:
+        journal.forget([job_id])
+    return again + submission.created
