@@ -43,7 +43,8 @@ def _submit(job_id: str, entry: dict[str, Any], journal: Accepted, ledger: Ledge
     given = {name: value for name, value in entry.items() if name not in {"created_at", "kind", "steps"}}
     steps = [StepSpec(**{**step, "after": tuple(step["after"])}) for step in entry["steps"]]
     submission = ledger.submit(entry["kind"], job_id=job_id, steps=steps, **given)
-    # Another job of the same flight does its work; this one must not come back for ever.
-    if not submission.created and submission.job_id != job_id:
-        journal.forget([job_id])
+    if submission.job_id != job_id:
+        # The same was submitted anew before this look. Whoever was told of this job must find it all the same, so it
+        # does the work once more: two that make the same thing do each other no harm.
+        submission = ledger.submit(entry["kind"], job_id=job_id, steps=steps, **given | {"single_flight": None})
     return again + submission.created

@@ -81,3 +81,20 @@ def test_jobs_come_back_in_the_order_in_which_they_were_accepted(web: Web) -> No
     web.jobs.replay()
     woken = list(reversed(web.client.lrange("fairshard:celery:compute", 0, -1)))
     assert [next(job_id for job_id in job_ids if job_id in message) for message in woken] == job_ids
+
+
+def test_a_job_is_found_again_though_the_same_was_submitted_before_the_replay(web: Web) -> None:
+    first = web.jobs.submit_request("tester/same")["job_id"]
+    waiting = web.jobs.submit_process("tester/same")["job_id"]
+    web.wipe()
+    second = web.jobs.submit_request("tester/same")["job_id"]
+    assert second != first
+    web.jobs.replay()
+    assert web.states(first)["job"] == web.states(second)["job"] == "queued"
+    assert web.states(waiting)["plan"] == "waiting"
+    assert web.jobs.job(waiting)["waits_for"] == first
+    # Whoever asks once more shares the work of the one that stands for it.
+    assert web.jobs.submit_request("tester/same")["job_id"] == second
+    web.jobs.cancel(second)
+    assert web.states(first)["job"] == "queued"
+    assert web.journal.get(first) is not None
