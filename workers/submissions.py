@@ -111,8 +111,9 @@ class Submissions:
             if journal is not None:
                 journal.forget([job_id])
             raise
-        if submission.created:
-            # As it was when it was made: to read it back would cost a POST two more round trips.
+        if submission.job_id == job_id:
+            # Made now, or by the first try of a call that was repeated. As it was when it was made: to read it back
+            # would cost a POST two more round trips.
             return queued_view(job_id, accepted | {"created_at": time.time_ns() // 1_000_000})
         if journal is not None:
             journal.forget([job_id])

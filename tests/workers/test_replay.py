@@ -98,3 +98,18 @@ def test_a_job_is_found_again_though_the_same_was_submitted_before_the_replay(we
     web.jobs.cancel(second)
     assert web.states(first)["job"] == "queued"
     assert web.journal.get(first) is not None
+
+
+def test_a_job_whose_submission_was_repeated_stays_in_the_journal(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = web.jobs._services.ledger
+    submit = ledger.submit
+
+    def twice(*args: Any, **options: Any) -> Any:
+        """As the client repeats a call whose answer was lost."""
+        submit(*args, **options)
+        return submit(*args, **options)
+
+    monkeypatch.setattr(ledger, "submit", twice)
+    job_id = web.jobs.submit_request("tester/twice", hub_token="hf_token")["job_id"]
+    assert web.journal.get(job_id) is not None
+    assert web.jobs._services.tokens.get(job_id) == "hf_token"
