@@ -79,6 +79,15 @@ class Accepted:
             self._db.executemany("DELETE FROM jobs WHERE job_id = ?", [(job_id,) for job_id in job_ids])
             self._db.execute("COMMIT")
 
+    def cancel(self, job_id: str) -> bool:
+        """Note that a job was cancelled (`cancelled_at`, in milliseconds): it shall not run; whether it is here."""
+        with self._lock:
+            marked = self._db.execute(
+                "UPDATE jobs SET entry = json_set(entry, '$.cancelled_at', ?) WHERE job_id = ?",
+                (time.time_ns() // 1_000_000, job_id),
+            )
+        return marked.rowcount == 1
+
     def get(self, job_id: str) -> dict[str, Any] | None:
         """A job's entry, with `created_at` in milliseconds."""
         with self._lock:
@@ -97,9 +106,10 @@ class Accepted:
         return [(job_id, json.loads(text)) for job_id, text in rows]
 
     def __len__(self) -> int:
-        """How many jobs it holds."""
+        """How many jobs it holds, those that were cancelled apart."""
+        unfinished = "SELECT count(*) FROM jobs WHERE json_extract(entry, '$.cancelled_at') IS NULL"
         with self._lock:
-            return int(self._db.execute("SELECT count(*) FROM jobs").fetchone()[0])
+            return int(self._db.execute(unfinished).fetchone()[0])
 
     def close(self) -> None:
         """Close the file."""

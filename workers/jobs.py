@@ -12,10 +12,10 @@ from typing import Any
 
 from planner.errors import FairshardError, NotFound, Unavailable
 from planner.names import check_model_name
-from workers.ledger import ENDED, no_job, reachable
+from workers.ledger import ENDED, reachable
 from workers.replay import replay
 from workers.submissions import JobView, Submissions
-from workers.views import queued_view
+from workers.views import accepted_view
 
 #: Seconds between two looks at a job that is waited for.
 _POLL_S = 0.1
@@ -103,7 +103,7 @@ class Jobs(Submissions):
             entry = self._journal.get(job_id) if self._journal is not None else None
             if entry is None:
                 raise
-            return queued_view(job_id, entry)
+            return accepted_view(job_id, entry)
 
     def jobs(
         self,
@@ -123,15 +123,19 @@ class Jobs(Submissions):
         Raises:
             NotFound: If there is no such job.
         """
+        ledger, journal = self._services.ledger, self._journal
         try:
-            self._services.ledger.cancel(job_id)
+            ledger.cancel(job_id)
+            view = ledger.job(job_id)
         except NotFound:
-            if self._journal is None or self._journal.get(job_id) is None:
-                raise
             # Accepted, and lost by Redis: it is not submitted again.
-            self._journal.forget([job_id])
-            raise no_job(job_id) from None
-        return self._services.ledger.job(job_id)
+            if journal is None or not journal.cancel(job_id):
+                raise
+            return self.job(job_id)
+        if journal is not None and view["state"] == "cancelled":
+            # Redis may forget that too.
+            journal.cancel(job_id)
+        return view
 
     def wait(self, job_id: str, *, step: str | None = None, timeout_s: float = 30.0) -> JobView:
         """Return the job once `step` is done (None: once the job ended), or as it is after `timeout_s`."""

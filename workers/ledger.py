@@ -60,7 +60,7 @@ class Ledger(LedgerReads):
         self.lease_ms = round(lease_s * 1000)
         self._wake = wake
         self._max_attempts = max_attempts
-        self._job_ttl_ms = round(job_ttl_s * 1000)
+        self.job_ttl_ms = round(job_ttl_s * 1000)
         self._script = redis.register_script(Path(__file__).with_name("ledger.lua").read_text("utf-8"))
 
     def _run(self, operation: str, *arguments: str | int | float) -> list[str]:
@@ -131,7 +131,7 @@ class Ledger(LedgerReads):
                 "max_queued": max_queued,
                 "max_per_submitter": max_per_submitter,
                 "on_node_loss": on_node_loss,
-                "ttl_ms": self._job_ttl_ms,
+                "ttl_ms": self.job_ttl_ms,
             }
         )
         outcome, value = self._run("submit", job_id, json.dumps(entry))

@@ -15,20 +15,28 @@ YOUNG_MS = 5000
 def replay(journal: Accepted, ledger: Ledger) -> int:
     """Submit again what the journal has and Redis lost, in the order in which it was accepted; drop what ended.
 
+    What was cancelled is kept as long as Redis would keep it, and cancelled again if Redis forgot that alone.
+
     Returns:
         How many jobs were submitted again.
     """
     entries = journal.least_recent()
     states = ledger.states([job_id for job_id, _ in entries])
     now_ms = time.time() * 1000
-    # A young one stays, even if it ended: Redis may be killed before it wrote any of it to its disk.
-    old = [
-        (job_id, entry, state)
-        for (job_id, entry), state in zip(entries, states, strict=True)
-        if now_ms - entry["created_at"] >= YOUNG_MS
-    ]
-    journal.forget([job_id for job_id, _, state in old if state in ENDED])
-    lost = [(job_id, entry) for job_id, entry, state in old if state is None]
+    ended: list[str] = []
+    lost: list[tuple[str, dict[str, Any]]] = []
+    for (job_id, entry), state in zip(entries, states, strict=True):
+        cancelled_at = entry.get("cancelled_at")
+        if now_ms - (cancelled_at or entry["created_at"]) < YOUNG_MS:
+            # Even if it ended: Redis may be killed before it wrote any of it to its disk.
+            continue
+        if state in ENDED or (cancelled_at and now_ms - cancelled_at > ledger.job_ttl_ms):
+            ended.append(job_id)
+        elif cancelled_at and state is not None:
+            ledger.cancel(job_id)
+        elif not cancelled_at and state is None:
+            lost.append((job_id, entry))
+    journal.forget(ended)
     lost.sort(key=lambda found: found[1]["created_at"])
     return sum(_submit(job_id, entry, journal, ledger) for job_id, entry in lost)
 
@@ -39,6 +47,10 @@ def _submit(job_id: str, entry: dict[str, Any], journal: Accepted, ledger: Ledge
     # look that goes on beside this one. Submitting the same id twice changes nothing.
     before = entry.get("waits_for")
     if before is not None and (awaited := journal.get(before)) is not None:
+        if awaited.get("cancelled_at"):
+            # What waited for it ended with it.
+            journal.cancel(job_id)
+            return 0
         again += _submit(before, awaited, journal, ledger)
     given = {name: value for name, value in entry.items() if name not in {"created_at", "kind", "steps"}}
     steps = [StepSpec(**{**step, "after": tuple(step["after"])}) for step in entry["steps"]]

@@ -22,7 +22,7 @@ from workers.ledger import StepSpec
 from workers.process_params import process_params
 from workers.services import Services
 from workers.settings import QueueSettings, Settings
-from workers.views import queued_view
+from workers.views import accepted_view
 
 #: A job as JSON; the fields are those of `workers.ledger.Ledger.job`.
 JobView = dict[str, Any]
@@ -114,7 +114,7 @@ class Submissions:
         if submission.job_id == job_id:
             # Made now, or by the first try of a call that was repeated. As it was when it was made: to read it back
             # would cost a POST two more round trips.
-            return queued_view(job_id, accepted | {"created_at": time.time_ns() // 1_000_000})
+            return accepted_view(job_id, accepted | {"created_at": time.time_ns() // 1_000_000})
         if journal is not None:
             journal.forget([job_id])
         if hub_token:

@@ -68,12 +68,13 @@ def event_view(fields: Mapping[str, str]) -> dict[str, Any]:
     return view
 
 
-def queued_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A job as it was accepted, from the journal's entry: nothing of it has run yet."""
+def accepted_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as the journal's entry has it: nothing of it has run yet, or nothing shall (`cancelled_at`)."""
     names = [step["name"] for step in entry["steps"]]
+    cancelled = "cancelled" if entry.get("cancelled_at") else ""
     fields = {
         "kind": entry["kind"],
-        "state": "queued",
+        "state": cancelled or "queued",
         "step": names[0],
         "model_name": entry["model_name"],
         "params": json.dumps(entry["params"]),
@@ -81,13 +82,15 @@ def queued_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "submitter": entry.get("submitter") or "",
         "waits_for": entry.get("waits_for") or "",
         "created_at": str(entry["created_at"]),
+        "ended_at": str(entry.get("cancelled_at") or ""),
     }
     steps = [
         step_view(
             step["name"],
             {
-                "state": "waiting" if step.get("after") or fields["waits_for"] else "queued",
+                "state": cancelled or ("waiting" if step.get("after") or fields["waits_for"] else "queued"),
                 "node_id": step.get("node_id") or "",
+                "ended_at": fields["ended_at"],
             },
         )
         for step in entry["steps"]

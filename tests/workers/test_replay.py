@@ -35,11 +35,14 @@ class Web:
         return self.jobs._journal
 
     def move(self, seconds: int, *job_ids: str) -> None:
-        """Let entries of the journal (all, or those named) have been accepted `seconds` later than they were."""
+        """Let entries of the journal (all, or those named) have been made, and cancelled, `seconds` later."""
         every = [row[0] for row in self.journal._db.execute("SELECT job_id FROM jobs").fetchall()]
-        later = "json_set(entry, '$.created_at', json_extract(entry, '$.created_at') + ?)"
         for job_id in job_ids or every:
-            self.journal._db.execute(f"UPDATE jobs SET entry = {later} WHERE job_id = ?", (seconds * 1000, job_id))
+            for name in ("created_at", "cancelled_at"):
+                later = f"json_replace(entry, '$.{name}', json_extract(entry, '$.{name}') + ?)"
+                self.journal._db.execute(
+                    f"UPDATE jobs SET entry = {later} WHERE job_id = ?", (seconds * 1000, job_id)
+                )
 
     def wipe(self) -> None:
         """Redis knows nothing any more, and what it was told is not of this moment."""
@@ -113,3 +116,34 @@ def test_a_job_whose_submission_was_repeated_stays_in_the_journal(web: Web, monk
     job_id = web.jobs.submit_request("tester/twice", hub_token="hf_token")["job_id"]
     assert web.journal.get(job_id) is not None
     assert web.jobs._services.tokens.get(job_id) == "hf_token"
+
+
+def test_what_was_cancelled_does_not_come_back_to_run(web: Web) -> None:
+    request = web.jobs.submit_request("tester/gone")["job_id"]
+    waiting = web.jobs.submit_process("tester/gone")["job_id"]
+    other = web.jobs.submit_request("tester/other")["job_id"]
+    assert web.jobs.cancel(request)["state"] == "cancelled"
+    web.wipe()
+    # Nothing of it in Redis, and cancelled all the same.
+    assert web.jobs.cancel(other)["state"] == "cancelled"
+    for _ in range(2):
+        web.move(-10)
+        assert web.jobs.replay() == 0
+        views = [web.jobs.job(job_id) for job_id in (request, waiting, other)]
+        assert [view["state"] for view in views] == ["cancelled"] * 3
+        assert all(view["ended_at"] for view in views)
+        assert {step["state"] for view in views for step in view["steps"]} == {"cancelled"}
+    assert web.jobs.metrics()["journal_jobs"] == 0
+
+
+def test_a_redis_that_forgot_only_the_cancel_is_told_again(web: Web) -> None:
+    job_id = web.jobs.submit_request("tester/back")["job_id"]
+    before = web.client.dump(f"fairshard:job:{job_id}")
+    assert web.jobs.cancel(job_id)["state"] == "cancelled"
+    web.client.restore(f"fairshard:job:{job_id}", 0, before, replace=True)
+    assert web.states(job_id)["job"] == "queued"
+    web.move(-10)
+    web.jobs.replay()
+    assert web.states(job_id)["job"] == "cancelled"
+    web.jobs.replay()
+    assert web.journal.get(job_id) is None
