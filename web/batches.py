@@ -24,7 +24,8 @@ blp = Blueprint("batches", __name__, url_prefix="/api/batches", description="Man
 def submit_batch(given: dict[str, Any]) -> Response:
     """Request many models at once, each by name or with the fields of a request.
 
-    An entry that is refused is in the answer with its reason; the others go on.
+    An entry that is refused is in the answer with its reason; the others go on. If Redis goes away in the middle,
+    what was accepted stays so, and the rest is in the answer as refused.
     """
     made = services()
     entries, most = given["models"], made.web.max_batch

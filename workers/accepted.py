@@ -1,4 +1,4 @@
-"""Jobs that were accepted: an SQLite file, written before Redis hears of a job, so that a wiped Redis loses none.
+"""Jobs and batches that were accepted: an SQLite file, written before Redis, so that a wiped Redis loses none.
 
 WAL and synchronous=FULL: an entry is on disk when `record` returns. Hub tokens are never in it.
 """
@@ -41,6 +41,10 @@ class Accepted:
             "checked_at INTEGER NOT NULL) WITHOUT ROWID"
         )
         self._db.execute("CREATE INDEX IF NOT EXISTS jobs_checked ON jobs (checked_at)")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS batches (batch_id TEXT PRIMARY KEY, record TEXT NOT NULL, "
+            "until INTEGER NOT NULL) WITHOUT ROWID"
+        )
 
     def record(self, job_id: str, entry: Mapping[str, Any]) -> None:
         """Write an accepted job; on disk when this returns."""
@@ -104,6 +108,27 @@ class Accepted:
                 self._db.executemany("UPDATE jobs SET checked_at = ? WHERE job_id = ?", [(now, r[0]) for r in rows])
                 self._db.execute("COMMIT")
         return [(job_id, json.loads(text)) for job_id, text in rows]
+
+    def record_batch(self, batch_id: str, record: Mapping[str, Any], *, keep_s: float) -> None:
+        """Write which jobs a batch has, for `keep_s`; on disk when this returns."""
+        now = time.time()
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("DELETE FROM batches WHERE until < ?", (round(now),))
+            row = (batch_id, json.dumps(record), round(now + keep_s))
+            self._db.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", row)
+            self._db.execute("COMMIT")
+
+    def batch(self, batch_id: str) -> dict[str, Any] | None:
+        """What `record_batch` wrote."""
+        with self._lock:
+            row = self._db.execute("SELECT record FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def forget_batch(self, batch_id: str) -> None:
+        """Drop a batch of which nothing was accepted."""
+        with self._lock:
+            self._db.execute("DELETE FROM batches WHERE batch_id = ?", (batch_id,))
 
     def __len__(self) -> int:
         """How many jobs it holds, those that were cancelled apart."""

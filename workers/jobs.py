@@ -7,7 +7,6 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from planner.errors import FairshardError, NotFound, Unavailable
@@ -15,7 +14,7 @@ from planner.names import check_model_name
 from workers.ledger import ENDED, reachable
 from workers.replay import replay
 from workers.submissions import JobView, Submissions
-from workers.views import accepted_view
+from workers.views import accepted_view, batch_view, failed_view
 
 #: Seconds between two looks at a job that is waited for.
 _POLL_S = 0.1
@@ -30,27 +29,54 @@ class Jobs(Submissions):
         """Submit many requests at once; each entry has the fields of `submit_request`.
 
         Returns:
-            As `batch`. An entry that is refused is in it as a failed one with its error; the others go on.
+            As `batch`. An entry that is refused is in it as a failed one with its error; the others go on. So are
+            those that were left when Redis went away, once any was accepted.
+
+        Raises:
+            Unavailable: If nothing was accepted.
         """
-        services = self._services
         batch_id = secrets.token_hex(16)
-        jobs: list[dict[str, Any]] = []
-        for entry in entries:
-            try:
-                view = self.submit_request(**entry, hub_token=hub_token, submitter=submitter, batch_id=batch_id)
-            except Unavailable:
-                raise
-            except FairshardError as error:
-                cause = {"code": error.code, "message": str(error), "details": error.details}
-                jobs.append({"model_name": str(entry.get("model_name"))[:200], "job_id": None, "error": cause})
-            else:
-                jobs.append({"model_name": view["model_name"], "job_id": view["job_id"]})
+        # Ids are drawn, and written, before anything is accepted: whatever ends this, its jobs have their batch.
+        jobs: list[dict[str, Any]] = [
+            {"model_name": str(entry.get("model_name"))[:200], "job_id": secrets.token_hex(16)} for entry in entries
+        ]
         record = {"created_at": time.time(), "jobs": jobs}
-        with reachable():
-            services.redis.set(
-                f"{services.queue.prefix}batch:{batch_id}", json.dumps(record), ex=round(services.queue.job_ttl_s)
-            )
-        return self.batch(batch_id)
+        views: list[JobView] = []
+        away: Unavailable | None = None
+        try:
+            self._keep_batch(batch_id, record)
+            for entry, job in zip(entries, jobs, strict=True):
+                try:
+                    if away is not None:
+                        raise away
+                    more = {"submitter": submitter, "batch_id": batch_id, "job_id": job["job_id"]}
+                    view = self.submit_request(**entry, hub_token=hub_token, **more)
+                except FairshardError as error:
+                    if isinstance(error, Unavailable):
+                        if not any(view["job_id"] for view in views):
+                            raise
+                        away = error
+                    cause = {"code": error.code, "message": str(error), "details": error.details}
+                    job.update(job_id=None, error=cause)
+                    view = {**failed_view(cause), "job_id": None}
+                else:
+                    job["job_id"] = view["job_id"]
+                views.append(view)
+        except Unavailable:
+            if self._journal is not None:
+                self._journal.forget_batch(batch_id)
+            raise
+        with contextlib.suppress(Unavailable):  # then the first record stands
+            self._keep_batch(batch_id, record, away=away is not None)
+        return batch_view(batch_id, record, views)
+
+    def _keep_batch(self, batch_id: str, record: Mapping[str, Any], *, away: bool = False) -> None:
+        services, keep_s = self._services, self._services.queue.job_ttl_s
+        if self._journal is not None:
+            self._journal.record_batch(batch_id, record, keep_s=keep_s)
+        if not away:
+            with reachable():
+                services.redis.set(f"{services.queue.prefix}batch:{batch_id}", json.dumps(record), ex=round(keep_s))
 
     def batch(self, batch_id: str) -> dict[str, Any]:
         """`{batch_id, state, counts: {<state>: n}, created_at, jobs: [{model_name, job_id, state, step, error}]}`.
@@ -58,38 +84,22 @@ class Jobs(Submissions):
         Raises:
             NotFound: If there is no such batch.
         """
-        services = self._services
-        with reachable():
-            text: Any = services.redis.get(f"{services.queue.prefix}batch:{batch_id}")
-        if text is None:
-            raise NotFound(f"there is no batch {batch_id[:64]!r}")
-        record = json.loads(text)
-        jobs = []
-        counts: dict[str, int] = {}
-        for entry in record["jobs"]:
-            view: dict[str, Any] = {"state": "failed", "step": None, "error": entry.get("error")}
-            if entry["job_id"] is not None:
-                try:
-                    view = self.job(entry["job_id"])
-                except NotFound as error:
-                    view["error"] = {"code": error.code, "message": str(error), "details": {}}
-            jobs.append(
-                {
-                    "model_name": entry["model_name"],
-                    "job_id": entry["job_id"],
-                    "state": view["state"],
-                    "step": view["step"],
-                    "error": view["error"],
-                }
-            )
-            counts[view["state"]] = counts.get(view["state"], 0) + 1
-        return {
-            "batch_id": batch_id,
-            "state": _batch_state(counts),
-            "counts": counts,
-            "created_at": datetime.fromtimestamp(record["created_at"], tz=UTC).isoformat(timespec="seconds"),
-            "jobs": jobs,
-        }
+        record = self._journal.batch(batch_id) if self._journal is not None else None
+        if record is None:
+            with reachable():
+                text: Any = self._services.redis.get(f"{self._services.queue.prefix}batch:{batch_id}")
+            if text is None:
+                raise NotFound(f"there is no batch {batch_id[:64]!r}")
+            record = json.loads(text)
+        return batch_view(batch_id, record, [self._batch_entry(entry) for entry in record["jobs"]])
+
+    def _batch_entry(self, entry: Mapping[str, Any]) -> JobView:
+        if entry["job_id"] is None:
+            return failed_view(entry.get("error"))
+        try:
+            return self.job(entry["job_id"])
+        except NotFound as error:
+            return failed_view({"code": error.code, "message": str(error), "details": {}})
 
     def job(self, job_id: str) -> JobView:
         """The job; one that was accepted but that Redis has yet to hear of is `queued`.
@@ -238,12 +248,3 @@ class Jobs(Submissions):
             How many were.
         """
         return 0 if self._journal is None else replay(self._journal, self._services.ledger)
-
-
-def _batch_state(counts: Mapping[str, int]) -> str:
-    if counts.keys() & {"queued", "running"}:
-        return "queued" if counts.keys() == {"queued"} else "running"
-    for state in ("failed", "cancelled"):
-        if state in counts:
-            return state
-    return "done"

@@ -85,11 +85,18 @@ class Submissions:
         return Accepted(self._services.settings.data_dir / "journal.sqlite") if self._journals else None
 
     def _submit(
-        self, kind: str, *, model_name: str, steps: Sequence[StepSpec], hub_token: str | None = None, **entry: Any
+        self,
+        kind: str,
+        *,
+        model_name: str,
+        steps: Sequence[StepSpec],
+        hub_token: str | None = None,
+        job_id: str | None = None,
+        **entry: Any,
     ) -> JobView:
         """Write the job to the journal, then to the ledger."""
         services, journal = self._services, self._journal
-        job_id = secrets.token_hex(16)
+        job_id = job_id or secrets.token_hex(16)
         if entry.get("single_flight") and hub_token:
             # Two users' views of a private model are two things.
             entry["single_flight"] += services.tokens.fingerprint(hub_token)
@@ -134,6 +141,7 @@ class Submissions:
         hub_token: str | None = None,
         submitter: str | None = None,
         batch_id: str | None = None,
+        job_id: str | None = None,
     ) -> JobView:
         """Have a model profiled, and its metadata published.
 
@@ -148,6 +156,7 @@ class Submissions:
             hub_token: The user's own token; kept encrypted until the job ends.
             submitter: Whom it counts against.
             batch_id: Its batch.
+            job_id: Its own id, if it is made; None: a random one.
 
         Raises:
             InvalidInput, LimitExceeded, Unavailable.
@@ -181,6 +190,7 @@ class Submissions:
             batch_id=batch_id,
             on_node_loss=on_node_loss,
             hub_token=hub_token,
+            job_id=job_id,
         )
 
     def submit_process(

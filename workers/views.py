@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -96,3 +96,41 @@ def accepted_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         for step in entry["steps"]
     ]
     return {**job_view(job_id, fields), "steps": steps}
+
+
+def batch_view(batch_id: str, record: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch's record as JSON, each of its jobs as its view says."""
+    jobs: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    for entry, view in zip(record["jobs"], views, strict=True):
+        jobs.append(
+            {
+                "model_name": entry["model_name"],
+                "job_id": entry["job_id"],
+                "state": view["state"],
+                "step": view["step"],
+                "error": view["error"],
+            }
+        )
+        counts[view["state"]] = counts.get(view["state"], 0) + 1
+    return {
+        "batch_id": batch_id,
+        "state": _batch_state(counts),
+        "counts": counts,
+        "created_at": datetime.fromtimestamp(record["created_at"], tz=UTC).isoformat(timespec="seconds"),
+        "jobs": jobs,
+    }
+
+
+def failed_view(error: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a batch shows of an entry that has no job."""
+    return {"state": "failed", "step": None, "error": error}
+
+
+def _batch_state(counts: Mapping[str, int]) -> str:
+    if counts.keys() & {"queued", "running"}:
+        return "queued" if counts.keys() == {"queued"} else "running"
+    for state in ("failed", "cancelled"):
+        if state in counts:
+            return state
+    return "done"

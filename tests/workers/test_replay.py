@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from running import RedisProcess
 
+from planner.errors import Unavailable
 from workers.accepted import Accepted
 from workers.jobs import Jobs
 from workers.settings import Settings
@@ -24,6 +25,7 @@ class Web:
     """The jobs of a web process, over a Redis that can be wiped."""
 
     def __init__(self, server: RedisProcess, data: Path) -> None:
+        self.server = server
         self.client: Any = server.client()
         self.client.flushall()
         env = {"REDIS_URL": server.url, "FAIRSHARD_DATA": str(data), "NODE_ID": "web"}
@@ -147,3 +149,70 @@ def test_a_redis_that_forgot_only_the_cancel_is_told_again(web: Web) -> None:
     assert web.states(job_id)["job"] == "cancelled"
     web.jobs.replay()
     assert web.journal.get(job_id) is None
+
+
+def models(count: int) -> list[dict[str, Any]]:
+    return [{"model_name": f"tester/b{n}"} for n in range(count)]
+
+
+def away_after(web: Web, accepted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis is killed once it has taken so many jobs."""
+    ledger, taken = web.jobs._services.ledger, list[Any]()
+    submit = ledger.submit
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if len(taken) == accepted:
+            web.server.kill()
+        taken.append(submit(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(ledger, "submit", counted)
+
+
+def test_a_batch_outlives_redis(web: Web) -> None:
+    batch = web.jobs.submit_batch([*models(3), {"model_name": "no name"}, {"model_name": "tester/b0"}])
+    assert batch["counts"] == {"queued": 4, "failed": 1}
+    assert web.jobs.batch(batch["batch_id"]) == batch
+    web.wipe()
+    assert web.jobs.batch(batch["batch_id"]) == batch
+    web.jobs.replay()
+    assert web.jobs.batch(batch["batch_id"]) == batch
+    assert len({job["job_id"] for job in batch["jobs"]}) == 4
+    web.jobs.cancel(batch["jobs"][0]["job_id"])
+    assert web.jobs.batch(batch["batch_id"])["counts"] == {"queued": 2, "failed": 1, "cancelled": 2}
+
+
+def test_a_batch_is_forgotten_with_its_jobs(web: Web) -> None:
+    journal = web.journal
+    journal.record_batch("old", {"jobs": []}, keep_s=-1)
+    assert journal.batch("old") == {"jobs": []}
+    journal.record_batch("new", {"jobs": []}, keep_s=1000)
+    assert journal.batch("old") is None
+    assert journal.batch("new") == {"jobs": []}
+
+
+def test_a_redis_that_goes_away_in_the_middle_of_a_batch_leaves_what_was_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisProcess(tmp_path / "redis") as server:
+        web = Web(server, tmp_path / "data")
+        away_after(web, 3, monkeypatch)
+        batch = web.jobs.submit_batch(models(200))
+        assert batch["counts"] == {"queued": 3, "failed": 197}
+        assert {job["error"]["code"] for job in batch["jobs"][3:]} == {"unavailable"}
+        assert all("Redis" in job["error"]["message"] for job in batch["jobs"][3:])
+        assert len(web.journal) == 3
+        server.start()
+        assert web.jobs.batch(batch["batch_id"]) == batch
+
+
+def test_a_batch_of_which_nothing_was_accepted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RedisProcess(tmp_path / "redis") as server:
+        web = Web(server, tmp_path / "data")
+        away_after(web, 0, monkeypatch)
+        with pytest.raises(Unavailable, match="Redis"):
+            web.jobs.submit_batch([{"model_name": "no name"}, *models(5)])
+        with pytest.raises(Unavailable, match="Redis"):
+            web.jobs.submit_batch(models(5))
+        assert len(web.journal) == 0
+        assert web.journal._db.execute("SELECT count(*) FROM batches").fetchone() == (0,)
