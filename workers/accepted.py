@@ -102,6 +102,8 @@ class Accepted:
         """The entries that were looked at longest ago; they now count as looked at."""
         now = time.time_ns() // 1_000_000
         with self._lock:
+            # Looked at in a future that the clock has been set back from: it would be the last for as long.
+            self._db.execute("UPDATE jobs SET checked_at = 0 WHERE checked_at > ?", (now,))
             rows = self._db.execute("SELECT job_id, entry FROM jobs ORDER BY checked_at LIMIT ?", (limit,)).fetchall()
             if rows:
                 self._db.execute("BEGIN IMMEDIATE")

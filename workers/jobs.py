@@ -75,8 +75,9 @@ class Jobs(Submissions):
         if self._journal is not None:
             self._journal.record_batch(batch_id, record, keep_s=keep_s)
         if not away:
+            key, keep_ms = f"{services.queue.prefix}batch:{batch_id}", round(1000 * keep_s)
             with reachable():
-                services.redis.set(f"{services.queue.prefix}batch:{batch_id}", json.dumps(record), ex=round(keep_s))
+                services.redis.set(key, json.dumps(record), px=keep_ms)
 
     def batch(self, batch_id: str) -> dict[str, Any]:
         """`{batch_id, state, counts: {<state>: n}, created_at, jobs: [{model_name, job_id, state, step, error}]}`.

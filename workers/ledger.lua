@@ -5,6 +5,9 @@ local P, op = KEYS[1], ARGV[1]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local FIRST_RESEND_MS, LAST_RESEND_MS, EVENTS_KEPT = 5000, 600000, 1000
+-- That a job ended is known for so long at least, however soon the rest of it goes: a journal that was not looked into
+-- meanwhile would take it for lost, and submit it again.
+local OVER_MS = 30 * 86400000
 local wakes = {}
 
 local function job_key(job) return P .. 'job:' .. job end
@@ -80,6 +83,7 @@ end_job = function(job, state, err)
   event(job, 'event', 'ended', 'state', state, 'error', err or '')
   local ttl = tonumber(found[5])
   redis.call('ZADD', P .. 'ended', now + ttl, job)
+  redis.call('SET', P .. 'over:' .. job, state, 'PX', string.format('%d', math.max(ttl, OVER_MS)))
   redis.call('PEXPIRE', key, ttl)
   redis.call('PEXPIRE', P .. 'events:' .. job, ttl)
   for _, step in ipairs(words(found[6])) do redis.call('PEXPIRE', step_key(job, step), ttl) end
@@ -207,7 +211,7 @@ end
 local operations = {}
 
 operations.submit = function(job, text)
-  if redis.call('EXISTS', job_key(job)) == 1 then return answer('existing', job) end
+  if redis.call('EXISTS', job_key(job), P .. 'over:' .. job) > 0 then return answer('existing', job) end
   local given = cjson.decode(text)
   if present(given.flight) then
     local running = get(P .. 'flight', given.flight)

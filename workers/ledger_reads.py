@@ -120,12 +120,14 @@ class LedgerReads:
         return str(found[0]) if found else None
 
     def states(self, job_ids: Sequence[str]) -> list[str | None]:
-        """The jobs' states in one round trip; None where Redis knows no such job."""
+        """The jobs' states in one round trip, of ended ones for 30 days; None where Redis knows no such job."""
         with reachable():
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in job_ids:
                 pipeline.hget(f"{self.prefix}job:{job_id}", "state")
-            return list(pipeline.execute())
+                pipeline.get(f"{self.prefix}over:{job_id}")
+            found = pipeline.execute()
+        return [state or over for state, over in zip(found[::2], found[1::2], strict=True)]
 
     def result(self, job_id: str, step: str) -> dict[str, Any] | None:
         """What a step of the job was committed with; None if it was not."""

@@ -27,7 +27,8 @@ def replay(journal: Accepted, ledger: Ledger) -> int:
     lost: list[tuple[str, dict[str, Any]]] = []
     for (job_id, entry), state in zip(entries, states, strict=True):
         cancelled_at = entry.get("cancelled_at")
-        if now_ms - (cancelled_at or entry["created_at"]) < YOUNG_MS:
+        # Of another time than ours, before or after: the clock may have been set back since.
+        if abs(now_ms - (cancelled_at or entry["created_at"])) < YOUNG_MS:
             # Even if it ended: Redis may be killed before it wrote any of it to its disk.
             continue
         if state in ENDED or (cancelled_at and now_ms - cancelled_at > ledger.job_ttl_ms):

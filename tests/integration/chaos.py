@@ -444,6 +444,7 @@ class Chaos:
             "job:",
             "step:",
             "events:",
+            "over:",
             "plan:",
             "plans:",
             "node:",

@@ -49,7 +49,7 @@ def states(clocked: Clocked, job_id: str) -> dict[str, str]:
 
 def left_over(clocked: Clocked) -> set[str]:
     """Keys that a service without unfinished jobs must not have."""
-    kept = ("job:", "step:", "events:", "jobs", "ended", "counters")
+    kept = ("job:", "step:", "events:", "jobs", "ended", "over:", "counters")
     keys = {key.removeprefix("fairshard:") for key in clocked.client.scan_iter("fairshard:*")}
     return {key for key in keys if not key.startswith(kept)}
 
@@ -340,7 +340,9 @@ def test_ended_jobs_expire(clocked: Clocked, server: RedisProcess) -> None:
         with pytest.raises(NotFound, match="ended longer ago"):
             short.ledger.job(job_id)
         assert short.ledger.jobs() == []
-        assert not [key for key in client.scan_iter("fairshard:*") if job_id in key]
+        # All but that it ended, for who was told of it and did not look meanwhile.
+        assert [key for key in client.scan_iter("fairshard:*") if job_id in key] == [f"fairshard:over:{job_id}"]
+        assert client.ttl(f"fairshard:over:{job_id}") > 29 * 86400
 
 
 def test_events_tell_the_story_from_any_point(clocked: Clocked) -> None:

@@ -458,7 +458,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 last = view["steps"][-1]
                 assert last["state"] == "done" or view["kind"] == "delete"
         left = set(self.clocked.client.scan_iter("fairshard:*"))
-        kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:")
+        kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:", "fairshard:over:")
         assert {key for key in left if not key.startswith(kept)} <= {
             "fairshard:jobs", "fairshard:ended", "fairshard:counters",
         }  # fmt: skip

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import RedisProcess
+from running import RedisProcess, until
 
 from planner.errors import Unavailable
 from workers.accepted import Accepted
 from workers.jobs import Jobs
-from workers.settings import Settings
+from workers.ledger import Claimed
+from workers.settings import QueueSettings, Settings
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
 class Web:
     """The jobs of a web process, over a Redis that can be wiped."""
 
-    def __init__(self, server: RedisProcess, data: Path) -> None:
+    def __init__(self, server: RedisProcess, data: Path, *, job_ttl_s: float = 1000.0) -> None:
         self.server = server
         self.client: Any = server.client()
         self.client.flushall()
         env = {"REDIS_URL": server.url, "FAIRSHARD_DATA": str(data), "NODE_ID": "web"}
-        self.jobs = Jobs.from_settings(Settings.from_env(env), journal=True)
+        queue = QueueSettings(job_ttl_s=job_ttl_s)
+        self.jobs = Jobs.from_settings(Settings.from_env(env), journal=True, queue=queue)
 
     @property
     def journal(self) -> Accepted:
@@ -216,3 +218,42 @@ def test_a_batch_of_which_nothing_was_accepted_is_refused(tmp_path: Path, monkey
             web.jobs.submit_batch(models(5))
         assert len(web.journal) == 0
         assert web.journal._db.execute("SELECT count(*) FROM batches").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_was_set_holds_nothing_back(web: Web, hours: int) -> None:
+    job_id = web.jobs.submit_request("tester/clock")["job_id"]
+    web.client.flushall()
+    web.move(3600 * hours)
+    assert web.jobs.replay() == 1
+    assert web.states(job_id)["job"] == "queued"
+
+
+def test_what_was_looked_at_in_the_future_has_its_turn(web: Web) -> None:
+    first, second = (web.jobs.submit_request(f"tester/{n}")["job_id"] for n in range(2))
+    web.journal._db.execute("UPDATE jobs SET checked_at = checked_at + 3600000 WHERE job_id = ?", (first,))
+    assert [job_id for job_id, _ in web.journal.least_recent(1)] == [first]
+    assert [job_id for job_id, _ in web.journal.least_recent(1)] == [second]
+
+
+def test_what_ended_and_is_forgotten_does_not_run_again(server: RedisProcess, tmp_path: Path) -> None:
+    web = Web(server, tmp_path / "data", job_ttl_s=0.1)
+    ledger = web.jobs._services.ledger
+    looked_at, unseen = (web.jobs.submit_request(f"tester/{n}")["job_id"] for n in range(2))
+    for job_id in (looked_at, unseen):
+        for name in ("download", "profile", "publish"):
+            claimed = ledger.claim(job_id, name, owner="n#1")
+            assert isinstance(claimed, Claimed)
+            assert ledger.commit(claimed, {}) == "ok"
+    until(
+        lambda: not web.client.exists(*(f"fairshard:job:{job_id}" for job_id in (looked_at, unseen))), what="expiry"
+    )
+    web.move(-10, looked_at)
+    assert web.jobs.replay() == 0
+    # Nor by a look that began before that and had found nothing of it.
+    assert not ledger.submit("request", model_name="tester/0", params={}, steps=(), job_id=looked_at).created
+    # The web was away for a week.
+    web.move(-7 * 86400, unseen)
+    assert web.jobs.replay() == 0
+    assert web.client.exists(f"fairshard:job:{looked_at}", f"fairshard:job:{unseen}") == 0
+    assert len(web.journal) == 0
