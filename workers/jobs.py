@@ -220,16 +220,18 @@ class Jobs(Submissions):
             return [int(length) for length in pipeline.execute()]
 
     def metrics(self) -> dict[str, float]:
-        """As `Ledger.metrics`, with queue lengths and nodes alive."""
+        """As `Ledger.metrics`, with queue lengths, nodes alive and, where the journal can be read, what it holds."""
         services = self._services
         metrics = services.ledger.metrics()
         compute, planner = self._queue_lengths(["compute", "planner"])
-        return metrics | {
+        metrics |= {
             "queue_compute_messages": float(compute),
             "queue_planner_messages": float(planner),
             "nodes_alive": float(len(services.registry.alive())),
-            "journal_jobs": float(len(self._journal)) if self._journal is not None else 0.0,
         }
+        with contextlib.suppress(Unavailable):
+            metrics["journal_jobs"] = float(len(self._journal)) if self._journal is not None else 0.0
+        return metrics
 
     def ready(self) -> dict[str, bool]:
         """`{redis, planner, nodes}`: whether each answers; never raises."""

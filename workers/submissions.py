@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
-from planner.errors import Conflict, FairshardError, InvalidInput
+from planner.errors import Conflict, InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
 from planner.names import check_model_name, check_revision
 from workers.accepted import Accepted
@@ -114,7 +114,8 @@ class Submissions:
             submission = services.ledger.submit(
                 kind, model_name=model_name, steps=steps, job_id=job_id, **entry, **self._limits
             )
-        except FairshardError:
+        except BaseException:
+            # Whatever it is, the caller hears that it was refused: it must not run later.
             if journal is not None:
                 journal.forget([job_id])
             raise

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,7 +131,7 @@ def test_entries_of_many_threads_and_processes_are_all_on_disk(tmp_path: Path) -
         journal.close()
     broken = Accepted(path)
     broken.close()
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(Unavailable, match="journal"):
         broken.record("job", {})
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 from running import RedisProcess, until
 
-from planner.errors import Unavailable
+from planner.errors import LimitExceeded, NotFound, Unavailable
 from workers.accepted import Accepted
 from workers.jobs import Jobs
 from workers.ledger import Claimed
@@ -256,4 +260,88 @@ def test_what_ended_and_is_forgotten_does_not_run_again(server: RedisProcess, tm
     web.move(-7 * 86400, unseen)
     assert web.jobs.replay() == 0
     assert web.client.exists(f"fairshard:job:{looked_at}", f"fairshard:job:{unseen}") == 0
+    assert len(web.journal) == 0
+
+
+@contextlib.contextmanager
+def locked(web: Web) -> Iterator[None]:
+    """Another writer holds the journal."""
+    other = sqlite3.connect(web.jobs._services.settings.data_dir / "journal.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
+
+
+def test_a_journal_that_another_holds_is_said_within_five_seconds(web: Web) -> None:
+    job_id = web.jobs.submit_request("tester/before")["job_id"]
+    begun = time.monotonic()
+    with locked(web), pytest.raises(Unavailable, match="journal cannot be used: database is locked"):
+        web.jobs.submit_request("tester/locked")
+    assert time.monotonic() - begun < 5
+    with locked(web), pytest.raises(Unavailable, match="journal"):
+        web.jobs.replay()
+    assert web.client.zcard("fairshard:unfinished") == len(web.journal) == 1
+    web.wipe()
+    assert web.jobs.replay() == 1
+    assert web.states(job_id)["job"] == "queued"
+
+
+def test_a_full_disk_refuses_jobs_and_keeps_those_that_were_accepted(web: Web) -> None:
+    web.jobs.submit_request("tester/before")
+    (pages,) = web.journal._db.execute("PRAGMA page_count").fetchone()
+    web.journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    full = pytest.raises(Unavailable, match="journal cannot be used: database or disk is full")
+    with full:
+        web.jobs.submit_batch(models(200))
+    accepted = 1
+    with full:
+        for n in range(50):
+            web.jobs.submit_request(f"tester/m{n}")
+            accepted += 1
+    assert web.client.zcard("fairshard:unfinished") == len(web.journal) == accepted
+    web.journal._db.execute("PRAGMA max_page_count = 1000")
+    assert web.jobs.submit_batch(models(2))["counts"] == {"queued": 2}
+
+
+def test_a_journal_that_cannot_be_opened_is_said(server: RedisProcess, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for data in (tmp_path / "file", tmp_path / "broken"):
+        web = Web(server, data)
+        if data.name == "broken":
+            data.mkdir()
+            (data / "journal.sqlite").write_bytes(b"not a database " * 1000)
+        with pytest.raises(Unavailable, match="journal cannot be used"):
+            web.jobs.submit_request("tester/any")
+        assert web.client.zcard("fairshard:unfinished") == 0
+        assert "journal_jobs" not in web.jobs.metrics()
+
+
+def test_what_was_refused_never_runs_whatever_refused_it(web: Web) -> None:
+    web.client.set("fairshard:unfinished", "not what it should be")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        web.jobs.submit_request("tester/odd")
+    web.wipe()
+    assert web.jobs.replay() == 0
+
+
+def test_what_was_refused_while_the_journal_was_held_is_forgotten_later(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, held = web.jobs._services.ledger, contextlib.ExitStack()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        held.enter_context(locked(web))
+        raise LimitExceeded
+
+    with monkeypatch.context() as patched, held:
+        patched.setattr(ledger, "submit", refuse)
+        with pytest.raises(LimitExceeded):
+            web.jobs.submit_request("tester/refused")
+        (job_id,) = web.journal._db.execute("SELECT job_id FROM jobs").fetchone()
+        with pytest.raises(NotFound):
+            web.jobs.job(job_id)
+    web.wipe()
+    assert web.jobs.replay() == 0
     assert len(web.journal) == 0
