@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +84,22 @@ class RedisProcess:
         code = self.process.wait(timeout=timeout_s)
         self.process = None
         return code
+
+    def lose_disk(self) -> None:
+        """Let it find that it can't write to its disk: it refuses to change anything then."""
+        shutil.rmtree(self.directory)
+        with self.client() as client:
+            client.config_set("save", "3600 1")
+            client.bgsave()
+            until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", what="Redis misses its disk")
+
+    def find_disk(self) -> None:
+        """It can write again."""
+        self.directory.mkdir()
+        with self.client() as client:
+            client.config_set("dir", str(self.directory))
+            client.bgsave()
+            until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "ok", what="Redis has its disk")
 
     def __enter__(self) -> Self:
         return self.start()

@@ -9,11 +9,15 @@ from typing import Any
 
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from planner.errors import NotFound, Unavailable
 from workers.views import event_view, job_view, step_view
+
+#: What a Redis says that can't write now (its disk is full, its memory is, it is a replica) where redis-py has no
+#: class for it: in a bare answer to "MISCONF", and in what a script quotes of the write that failed.
+_REFUSALS = ("MISCONF ", "-OOM ", "-READONLY ")
 
 
 @contextmanager
@@ -23,7 +27,9 @@ def reachable() -> Iterator[None]:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
         raise Unavailable(f"Redis cannot be reached: {error}; is it running, and is REDIS_URL right?") from error
-    except (OutOfMemoryError, ReadOnlyError) as error:
+    except ResponseError as error:
+        if not isinstance(error, (OutOfMemoryError, ReadOnlyError)) and not any(w in str(error) for w in _REFUSALS):
+            raise
         raise Unavailable(f"Redis refuses writes: {error}") from error
 
 

@@ -87,6 +87,24 @@ def test_a_frozen_redis_is_like_none(own: Settings, redis: RedisProcess) -> None
     assert client.get("/api/jobs").status_code == 200
 
 
+def test_a_redis_without_room_on_its_disk_is_like_none(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    job_id = client.post("/api/request", json={"model_name": "a/b"}).get_json()["job_id"]
+    redis.lose_disk()
+    for path, body in (("/api/request", {"model_name": "a/c"}), ("/api/batches", {"models": ["a/c"]})):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 503, path
+        assert "Redis refuses writes: " in error_of(answer)["error"]
+        assert int(answer.headers["Retry-After"]) > 0
+    assert client.delete(f"/api/jobs/{job_id}").status_code == 503
+    assert client.get("/api/health").status_code == 503
+    assert client.get(f"/api/jobs/{job_id}").get_json()["state"] == "queued"
+    redis.find_disk()
+    assert client.get("/api/health").get_json()["ready"]
+    assert client.post("/api/request", json={"model_name": "a/c"}).status_code == 202
+    assert len(client.get("/api/jobs").get_json()["jobs"]) == 2
+
+
 def test_the_rate_is_still_limited(own: Settings, redis: RedisProcess) -> None:
     client = create_app(own, background=False, rate_limit="3/hour").test_client()
     redis.kill()

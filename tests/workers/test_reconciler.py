@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -223,3 +224,17 @@ def test_what_may_pass_is_tried_again_and_what_cannot_is_not(
     assert (step["state"], step["error"]["code"]) == (state, code)
     assert "Traceback" not in json.dumps(step)
     assert str(explained(error))
+
+
+def test_an_outcome_waits_for_a_redis_without_room_on_its_disk(tmp_path: Path) -> None:
+    with RedisProcess(tmp_path / "redis") as redis, redis.client() as client:
+        ledger = Ledger(client)
+        job_id = submit(ledger)
+
+        def work(claim: Claim) -> dict[str, int]:
+            redis.lose_disk()
+            threading.Timer(1.0, redis.find_disk).start()
+            return {"done": 1}
+
+        assert run_step(ledger, job_id, "plan", work, owner="w") == {"done": 1}
+        assert ledger.job(job_id)["state"] == "done"
