@@ -346,6 +346,7 @@ class HealthOut(Answer):
     status = text(required=True, validate=validate.OneOf(["healthy", "degraded"]))
     live = fields.Boolean(required=True)
     ready = fields.Boolean(required=True)
+    reason = text("Why it is not ready.", required=True, allow_none=True)
     checks = fields.Dict(keys=fields.String(), values=fields.Boolean(), required=True)
     version = text(required=True)
     timestamp = text(required=True)

@@ -15,14 +15,23 @@ from web.services import services
 blp = Blueprint("health", __name__, url_prefix="/api/health", description="Does it live, can it accept work.")
 
 
+#: What must be there for a job to be accepted and kept, and what it means where it is not. Planner and nodes may come
+#: later. Anybody may ask, so it names no address and no path: the log and a refused POST do.
+_NEEDED = {
+    "redis": "Redis does not answer, or refuses writes",
+    "journal": "the journal of accepted jobs can't be written: is the disk of FAIRSHARD_DATA full?",
+}
+
+
 def _health(*, live_only: bool = False) -> Response:
     checks = {} if live_only else {name: bool(value) for name, value in services().jobs.ready().items()}
-    # Jobs are accepted and kept as soon as Redis answers; planner and nodes may come later.
-    ready = live_only or checks.get("redis", False)
+    reasons = [reason for name, reason in _NEEDED.items() if not checks.get(name, True)]
+    ready = not reasons
     response = jsonify(
         status="healthy" if ready and all(checks.values()) else "degraded",
         live=True,
         ready=ready,
+        reason="; ".join(reasons) or None,
         checks=checks,
         version=version("fairshard"),
         timestamp=now(),
@@ -35,17 +44,17 @@ def _health(*, live_only: bool = False) -> Response:
 
 @blp.get("")
 @blp.response(200, answers.HealthOut)
-@blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@blp.alt_response(503, schema=answers.HealthOut, description="No job can be accepted; `reason` says why.")
 @blp.doc(security=[])
 @needs(None)
 def health() -> Response:
-    """Whether it can accept work: `ready` with Redis, `healthy` with a planner and a node as well."""
+    """Whether it can accept work: `ready` with Redis and the journal, `healthy` with a planner and a node as well."""
     return _health()
 
 
 @blp.get("/ready")
 @blp.response(200, answers.HealthOut)
-@blp.alt_response(503, schema=answers.HealthOut, description="Redis does not answer: no job can be accepted.")
+@blp.alt_response(503, schema=answers.HealthOut, description="No job can be accepted; `reason` says why.")
 @blp.doc(security=[])
 @needs(None)
 def ready() -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import threading
 import time
@@ -18,6 +19,8 @@ from planner.errors import Unavailable
 
 #: How long another writer is waited for, in seconds; a caller shall hear within five.
 _BUSY_S = 2.0
+#: A write so many seconds ago shows that the file can be written.
+_FRESH_S = 2.0
 
 
 class _Entry:
@@ -44,6 +47,8 @@ class Accepted:
         self._queueing = threading.Lock()
         #: What was to be forgotten and could not yet.
         self._owed: set[str] = set()
+        #: When something was last written, by the monotonic clock.
+        self._written_s = -math.inf
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, timeout=_BUSY_S, isolation_level=None)
@@ -58,6 +63,7 @@ class Accepted:
                 "CREATE TABLE IF NOT EXISTS batches (batch_id TEXT PRIMARY KEY, record TEXT NOT NULL, "
                 "until INTEGER NOT NULL) WITHOUT ROWID"
             )
+            self._db.execute("CREATE TABLE IF NOT EXISTS checks (one INTEGER PRIMARY KEY, at REAL NOT NULL)")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -74,7 +80,9 @@ class Accepted:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
+                self._written_s = time.monotonic()
             except BaseException:
+                self._written_s = -math.inf
                 with contextlib.suppress(sqlite3.Error):  # none is open where it could not begin, or ended with it
                     self._db.execute("ROLLBACK")
                 raise
@@ -171,6 +179,16 @@ class Accepted:
     def __len__(self) -> int:
         """How many jobs it holds, those that were cancelled apart."""
         return int(self._one("SELECT count(*) FROM jobs WHERE json_extract(entry, '$.cancelled_at') IS NULL"))
+
+    def check(self) -> None:
+        """Write something, unless something was written in the last seconds.
+
+        Raises:
+            Unavailable: If it can't be written.
+        """
+        if time.monotonic() - self._written_s > _FRESH_S:
+            with self._writing() as db:
+                db.execute("INSERT OR REPLACE INTO checks VALUES (1, ?)", (time.time(),))
 
     def close(self) -> None:
         """Close the file."""

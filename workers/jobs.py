@@ -234,7 +234,7 @@ class Jobs(Submissions):
         return metrics
 
     def ready(self) -> dict[str, bool]:
-        """`{redis, planner, nodes}`: whether each answers; never raises."""
+        """`{redis, planner, nodes}`: whether each answers, and `journal`, whether it can be written; never raises."""
         answers = {"redis": False, "planner": False, "nodes": False}
         with contextlib.suppress(FairshardError):
             services = self._services
@@ -242,6 +242,12 @@ class Jobs(Submissions):
                 answers["redis"] = bool(services.redis.ping())
                 answers["planner"] = bool(services.redis.exists(f"{services.queue.prefix}planner"))
             answers["nodes"] = bool(services.registry.alive())
+        if self._journals:
+            answers["journal"] = False
+            with contextlib.suppress(Unavailable):
+                if self._journal is not None:
+                    self._journal.check()
+                    answers["journal"] = True
         return answers
 
     def replay(self) -> int:

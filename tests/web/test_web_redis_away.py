@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_without_redis_posts_are_503_soon(own: Settings, redis: RedisProcess) ->
         "status": "degraded",
         "live": True,
         "ready": False,
-        "checks": {"redis": False, "planner": False, "nodes": False},
+        "reason": "Redis does not answer, or refuses writes",
+        "checks": {"redis": False, "planner": False, "nodes": False, "journal": True},
         "version": "",
         "timestamp": "",
     }
@@ -103,6 +105,26 @@ def test_a_redis_without_room_on_its_disk_is_like_none(own: Settings, redis: Red
     assert client.get("/api/health").get_json()["ready"]
     assert client.post("/api/request", json={"model_name": "a/c"}).status_code == 202
     assert len(client.get("/api/jobs").get_json()["jobs"]) == 2
+
+
+def test_without_a_journal_that_can_be_written_it_is_not_ready(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    assert client.get("/api/health").get_json()["reason"] is None
+    other = sqlite3.connect(own.data_dir / "journal.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    # What was written a moment ago counts for a moment.
+    until(lambda: client.get("/api/health").status_code == 503, what="the journal is missed", timeout_s=SOON_S)
+    health = client.get("/api/health").get_json()
+    assert (health["ready"], health["checks"]["redis"], health["checks"]["journal"]) == (False, True, False)
+    assert "FAIRSHARD_DATA" in health["reason"]
+    assert str(own.data_dir) not in health["reason"]
+    assert client.get("/api/health/live").get_json()["reason"] is None
+    answer = client.post("/api/request", json={"model_name": "a/b"})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    other.close()
+    assert client.get("/api/health").get_json()["ready"]
+    assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
 
 
 def test_the_rate_is_still_limited(own: Settings, redis: RedisProcess) -> None:
