@@ -83,7 +83,7 @@ def node_reports(problem: Problem, nodes: Ints, budget_s: float) -> tuple[NodeRe
                 memory_used_bytes=int(memory[at]),
                 memory_free_bytes=room,
                 compute_power=node.available_flop_per_s / 1e9,
-                compute_utilization=min(1.0, float(flops[at]) / (problem.rate[at] * budget_s))
+                compute_utilization=min(1.0, float(flops[at] / (problem.rate[at] * budget_s)))
                 if budget_s > 0
                 else 0.0,
             )

@@ -211,7 +211,7 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
     )
     latency = float(layer_s.sum()) + sum(hop.transfer_s for hop in chain.chain)
     objective = bottleneck if options.objective == "throughput" else latency
-    bound = min(answer.lower_bound_s, objective)
+    bound = float(min(answer.lower_bound_s, objective))
     return Plan(
         plan_id=identity,
         model_name=profile.model_name,

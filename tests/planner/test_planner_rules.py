@@ -325,6 +325,17 @@ def test_compare_gives_every_strategy_or_its_reason() -> None:
     assert all(isinstance(table[name], Plan) for name in ("greedy", "pipeline", "memory"))
 
 
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_a_plans_numbers_are_pythons_own(objective: Objective) -> None:
+    # NumPy's bool has the same name and is no JSON.
+    model, machines = planning.profile([1.0] * 8, [1] * 8, tied=True), planning.cluster([3, 1], [18, 8])
+    for plan in compare(model, machines, PlanOptions(objective=objective)).values():
+        assert isinstance(plan, Plan)
+        for part in (dataclasses.asdict(plan.predicted), *map(dataclasses.asdict, plan.nodes)):
+            for name, value in part.items():
+                assert type(value) in {bool, int, float, str, type(None)}, name
+
+
 def test_a_leave_moves_what_the_lost_node_held_and_no_more() -> None:
     model, machines = planning.profile([1.0] * 12, [10] * 12), planning.cluster([1, 1, 1, 1], [100] * 4)
     for strategy in ("greedy", "pipeline"):

@@ -303,6 +303,8 @@ def test_strategies_are_compared_and_the_longest_context_found(fairshard: Shell)
     by_name = {row["strategy"]: row for row in answer["strategies"]}
     assert set(by_name) == {"greedy", "pipeline", "equal", "memory"}
     assert by_name["greedy"]["bottleneck_s"] <= by_name["equal"]["bottleneck_s"]
+    latency = ("--objective", "latency", "--compare")
+    assert fairshard.json("plan", "m", "--no-compute", "--nodes", "nodes.yaml", *latency)["strategies"]
     assert "bottleneck" in fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--compare").stdout
     (fairshard.folder / "tight.yaml").write_text("nodes: [{node_id: a, flop_per_s: 1e12, memory_bytes: 1000000}]")
     arguments = ("plan", "m", "--no-compute", "--nodes", "tight.yaml")
