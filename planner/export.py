@@ -51,6 +51,16 @@ def import_plan(
     return plan_for(at, cluster, options, allocation, generated_at=head["generated_at"])
 
 
+def made_for(obj: object) -> dict[str, Any]:
+    """What the plan in a file was made for: `strategy`, `objective`, `phase`, `batch_size` and `sequence_length`.
+
+    Raises:
+        InvalidMetadata: If it is not a plan.
+    """
+    head = _head(obj)
+    return {name: head[name] for name in ("strategy", "objective", "phase", "batch_size", "sequence_length")}
+
+
 def device_map(plan: Plan, profile: ModelProfile, devices: Mapping[str, int | str] | None = None) -> dict[str, Any]:
     """The plan as the `device_map` that accelerate's `dispatch_model` and transformers' `from_pretrained` take.
 

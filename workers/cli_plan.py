@@ -54,10 +54,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     add_sizes(command, batch=None, sequence=None)
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
 
-    how = command.add_argument_group("how")
-    how.add_argument("--strategy", choices=STRATEGIES, default="greedy")
-    how.add_argument("--objective", choices=OBJECTIVES, default="throughput")
-    how.add_argument("--phase", choices=PHASES, default="prefill")
+    how = command.add_argument_group(
+        "how", "With --from-plan or --import, strategy, objective, phase and sizes are the plan's where not given."
+    )
+    how.add_argument("--strategy", choices=STRATEGIES, help="default greedy")
+    how.add_argument("--objective", choices=OBJECTIVES, help="default throughput")
+    how.add_argument("--phase", choices=PHASES, help="default prefill")
     how.add_argument("--time-budget", type=positive, metavar="S", help="seconds that a node's part may take")
     how.add_argument(
         "--pin", type=assignment, action="append", default=[], metavar="LAYERS=NODE",
@@ -109,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
     if args.compare + args.max_context + sum(given is not None for given in others) > 1:
         raise InvalidInput("--compare, --max-context, --replicas, --from-plan and --import exclude each other")
     nodes = load_file(args.nodes)
+    before = None
+    if args.from_plan or args.edited:
+        before = load_file(args.from_plan or args.edited)
+        args = _as_planned(args, before)
     profile = _profile(args)
     cluster = cluster_from_json(nodes, dtype=profile.dtype)
     options = _options(args, profile)
@@ -119,8 +125,16 @@ def run(args: argparse.Namespace) -> int:
     if args.replicas is not None:
         return run_replicas(args, profile, cluster, options, generated_at=_now())
     if args.from_plan is not None:
-        return _replan(args, profile, cluster, options)
-    return _show(args, _plan(args, profile, cluster, options), profile)
+        return _replan(args, before, profile, cluster, options)
+    return _show(args, _plan(before, profile, cluster, options), profile)
+
+
+def _as_planned(args: argparse.Namespace, before: object) -> argparse.Namespace:
+    """The arguments with what the plan was made for where nothing else is asked."""
+    from planner.export import made_for
+
+    kept = {name: value for name, value in made_for(before).items() if getattr(args, name) is None}
+    return argparse.Namespace(**{**vars(args), **kept})
 
 
 def _profile(args: argparse.Namespace) -> ModelProfile:
@@ -153,10 +167,9 @@ def _options(args: argparse.Namespace, profile: ModelProfile) -> PlanOptions:
             pins.update((name, node_id) for name in names if name in known)
     for layers, node_id in args.pin:
         pins.update((name, node_id) for name in pinned_layers(layers, profile))
+    given = {name: getattr(args, name) for name in ("strategy", "objective", "phase")}
     return PlanOptions(
-        strategy=args.strategy,
-        objective=args.objective,
-        phase=args.phase,
+        **{name: value for name, value in given.items() if value is not None},
         time_budget_s=args.time_budget,
         pins=pins,
         exclude=frozenset(args.exclude),
@@ -202,12 +215,12 @@ def _shares(option: str, given: list[tuple[str, str]]) -> dict[str, float]:
         raise InvalidInput(f"{option}: {error}") from None
 
 
-def _plan(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Plan:
-    if args.edited is not None:
+def _plan(edited: Any, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Plan:
+    if edited is not None:
         from planner.export import import_plan
-        from planner.wire import load_file
 
-        return import_plan(load_file(args.edited), profile, cluster, options)
+        sizes = {"batch_size": profile.batch_size, "sequence_length": profile.sequence_length}
+        return import_plan({**edited, **sizes}, profile, cluster, options)
     from planner.strategies import make_plan
 
     return make_plan(profile, cluster, options, generated_at=_now())
@@ -265,13 +278,14 @@ def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Clust
     return 0
 
 
-def _replan(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
+def _replan(
+    args: argparse.Namespace, before: object, profile: ModelProfile, cluster: Cluster, options: PlanOptions
+) -> int:
     from planner.export import import_plan
     from planner.replan import replan
-    from planner.wire import load_file
 
-    before = import_plan(load_file(args.from_plan), profile)
-    after = replan(before, profile, cluster, options, tolerance=args.tolerance, generated_at=_now())
+    old = import_plan(before, profile)
+    after = replan(old, profile, cluster, options, tolerance=args.tolerance, generated_at=_now())
     moves = output.moves(after.moves)
     extra = {
         "moves": moves,

@@ -367,6 +367,25 @@ def test_a_replan_moves_only_what_it_must(fairshard: Shell) -> None:
     assert "to move" in shown
 
 
+def test_a_plan_that_is_read_again_is_for_what_it_was_made_for(fairshard: Shell) -> None:
+    fairshard("profile", "m", "--no-compute", "--output", "p.json")
+    asked = ("--strategy", "pipeline", "--objective", "latency", "--phase", "decode")
+    sizes = ("--batch-size", "8", "--sequence-length", "1024")
+    for source in (("m", "--no-compute"), ("--metadata", "p.json")):
+        arguments = ("plan", *source, "--nodes", "nodes.yaml")
+        before = fairshard.json(*arguments, *asked, *sizes, "--output", "before.json")
+        after = fairshard.json(*arguments, "--from-plan", "before.json")
+        again = fairshard.json(*arguments, "--import", "before.json")
+        for name in ("plan_id", "strategy", "objective", "phase", "batch_size", "sequence_length"):
+            assert after[name] == again[name] == before[name], name
+        assert after["moves"] == []
+        # What is asked anew wins.
+        for option in ("--from-plan", "--import"):
+            other = fairshard.json(*arguments, option, "before.json", "--phase", "prefill", "--batch-size", "2")
+            assert (other["strategy"], other["phase"]) == ("pipeline", "prefill")
+            assert (other["batch_size"], other["sequence_length"]) == (2, 1024)
+
+
 def test_a_device_map_is_written_for_accelerate(fairshard: Shell) -> None:
     arguments = ("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--device-map", "map.json")
     answer = fairshard.json(*arguments)
