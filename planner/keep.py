@@ -8,6 +8,7 @@ import numpy as np
 
 from planner.counts import Hosting, assign_any_order, in_any_order
 from planner.greedy import is_exact
+from planner.moving import Moving
 from planner.packing import best_fit
 from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints, Problem
@@ -169,14 +170,19 @@ def _shed(work: Work, homes: Ints, budget_s: float) -> None:
             held = np.delete(held, at)
 
 
-def keep_stages(
-    problem: Problem, memory: Ints, weights: Ints, old: Ints, budget_s: float
-) -> tuple[list[Ints], float]:
+def keep_stages(problem: Problem, memory: Ints, moving: Moving, budget_s: float) -> tuple[list[Ints], float]:
     """Contiguous stages within the budget that move fewest bytes, over orders close to the present one.
+
+    Args:
+        problem: What to plan.
+        memory: (L,) bytes that a node holds for each layer.
+        moving: Who holds what now.
+        budget_s: Seconds that no stage may exceed.
 
     Returns:
         (at most one plan's (L,) nodes, bytes that any contiguous plan within the budget moves).
     """
+    old = moving.held
     length = len(old)
     if length > MAX_LAYERS:
         return [], 0.0
@@ -189,13 +195,17 @@ def keep_stages(
             present.append(node)
     absent = [node for node in range(len(problem.nodes)) if node not in present]
     absent.sort(key=lambda node: (-int((reach[class_of[node]] - np.arange(length + 1)).max()), node))
+    # Of equal bytes the fewest layers.
+    lost = moving.alone() + (old[None, :] != np.arange(len(problem.nodes))[:, None])
     tried = 0
     best: tuple[float, Ints, list[int]] | None = None
 
     def consider(order: list[int]) -> bool:
         nonlocal tried, best
         tried += 1
-        found = _fixed_order(order, [reach[class_of[node]] for node in order], old, weights)
+        found = _fixed_order([reach[class_of[node]] for node in order], lost[order])
+        if found is not None:
+            found = found[0], np.array(order, dtype=np.int64)[found[1]]
         if found is not None and (best is None or found[0] < best[0] - 0.5):
             best = (*found, order)
             return True
@@ -229,8 +239,9 @@ def keep_stages(
                 if at + 1 < len(swapped):
                     swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
                     consider(swapped)
-    known = float(weights.sum()) if best is None else best[0]
-    bound, orders = least_moved(problem, memory, weights.astype(np.float64), old, within_s=budget_s, known=known)
+    known = float(lost.max(axis=0).sum()) if best is None else best[0]
+    least = moving.least().astype(np.float64)
+    bound, orders = least_moved(problem, memory, least, within_s=budget_s, known=known)
     for order in orders:
         consider(order)
         consider(order + [node for node in present if node not in order])
@@ -246,16 +257,16 @@ def _gap(old: Ints, order: Several[int]) -> int:
     return sum(1 for node in order if node in before)
 
 
-def _fixed_order(order: Several[int], reach: Several[Ints], old: Ints, weights: Ints) -> tuple[float, Ints] | None:
-    """The cuts of a fixed order that move fewest bytes: (bytes, (L,) nodes)."""
-    length = len(old)
+def _fixed_order(reach: Several[Ints], lost: Ints) -> tuple[float, Ints] | None:
+    """The cuts of nodes in a fixed order that lose least: (what, (L,) place in that order)."""
+    length = lost.shape[1]
     positions = np.arange(length + 1)
     best = np.full(length + 1, np.inf)
     best[0] = 0.0
-    starts = np.empty((len(order), length + 1), dtype=np.int64)
+    starts = np.empty((len(lost), length + 1), dtype=np.int64)
     after = positions[None, :] > positions[:, None]
-    for at, node in enumerate(order):
-        moved = np.concatenate(([0.0], np.cumsum(np.where(old == node, 0, weights + 1))))
+    for at, row in enumerate(lost):
+        moved = np.concatenate(([0.0], np.cumsum(row)))
         open_cut = after & (positions[None, :] <= reach[at][:, None])
         value = np.where(open_cut, (best - moved)[:, None], np.inf)
         start = value.argmin(axis=0)
@@ -266,9 +277,9 @@ def _fixed_order(order: Several[int], reach: Several[Ints], old: Ints, weights: 
     if not np.isfinite(best[length]):
         return None
     nodes, at = np.empty(length, dtype=np.int64), length
-    for step in range(len(order) - 1, -1, -1):
+    for step in range(len(lost) - 1, -1, -1):
         start_at = int(starts[step, at])
         if start_at >= 0:
-            nodes[start_at:at] = order[step]
+            nodes[start_at:at] = step
             at = start_at
     return (float(best[length]), nodes) if at == 0 else None

@@ -16,6 +16,7 @@ from planner.arrange import fewest_hops
 from planner.cluster import Cluster
 from planner.errors import InvalidInput
 from planner.keep import keep_counts, keep_items, keep_labels, keep_stages
+from planner.moving import Moving
 from planner.placement import Answer, Ties, build_work
 from planner.plan import Plan, PlanOptions
 from planner.problem import SLACK, Ints, Problem, build
@@ -32,6 +33,7 @@ class Move:
     #: node_id that held it; None where that node is gone, so that it comes from the checkpoint.
     source: str | None
     target: str
+    #: What the target fetches: without tied weights that it has already, or that another move brings it.
     size_bytes: int
 
 
@@ -80,7 +82,8 @@ def replan(
     if options is None:
         options = PlanOptions(strategy=plan.strategy, objective=plan.objective, phase=plan.phase)
     problem = build(profile, cluster, options)
-    old = _holders(plan, problem)
+    moving = Moving(problem=problem, held=_holders(plan, problem))
+    old = np.where((problem.pinned >= 0) & (problem.pinned != moving.held), -1, moving.held)
     best = answer_for(problem)
     latency = options.objective == "latency"
 
@@ -91,7 +94,7 @@ def replan(
     allowed = least * (1 + tolerance)
     budget = options.time_budget_s
     within = budget if budget is not None else (math.inf if latency else allowed)
-    staying, in_order = _candidates(problem, old, within)
+    staying, in_order = _candidates(moving, old, within)
     candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
         candidates.append(keep_labels(problem, best.nodes, old))
@@ -103,13 +106,13 @@ def replan(
         if budget is not None and problem.bottleneck_s(nodes) > budget * (1 + SLACK):
             continue
         if seconds <= allowed * (1 + 2 * SLACK) or (budget is not None and not latency):
-            fitting.append((_moved(problem, nodes, old), seconds, len(fitting), nodes))
+            fitting.append((int(moving.fetched(nodes).sum()), seconds, len(fitting), nodes))
     moved, seconds, _, nodes = min(fitting, key=lambda entry: entry[:3])
-    must = max(_must_move(problem, old, within), in_order)
+    must = max(_must_move(moving, old, within), in_order)
     accepted = accept(
         problem, Answer(nodes=nodes, lower_bound_s=min(best.lower_bound_s, seconds)), generated_at=generated_at
     )
-    moves = _moves(plan, problem, nodes, old)
+    moves = _moves(plan, moving, nodes)
     return Replan(
         plan=accepted,
         moves=moves,
@@ -147,22 +150,22 @@ def _holders(plan: Plan, problem: Problem) -> Ints:
                     details={"plan_id": plan.plan_id, "layer": name},
                 )
             old[names[name]] = problem.index_of.get(node_id, -1)
-    elsewhere = (problem.pinned >= 0) & (problem.pinned != old)
-    old[elsewhere] = -1
     return old
 
 
-def _candidates(problem: Problem, old: Ints, within_s: float) -> tuple[list[Ints], int]:
+def _candidates(moving: Moving, old: Ints, within_s: float) -> tuple[list[Ints], int]:
     """Plans that keep much, and bytes that every plan moves because stages are contiguous (0 if they need not be)."""
+    problem = moving.problem
     found: list[Ints] = []
     bounds: list[float] = []
     if (old >= 0).all():
         found.append(old)
-    ways: tuple[Ties, ...] = ("shared", "copied") if (problem.tied_to >= 0).any() else ("shared",)
-    for way in ways:
-        if problem.options.strategy == "pipeline":
+    contiguous = problem.options.strategy == "pipeline"
+    ways: tuple[Ties, ...] = ("shared", "copied") if contiguous else ("shared", "copied", "together")
+    for way in ways if (problem.tied_to >= 0).any() else ways[:1]:
+        if contiguous:
             held = problem.memory + (problem.tied_bytes if way == "copied" else 0)
-            stages, bound = keep_stages(problem, held, _weights(problem), old, within_s)
+            stages, bound = keep_stages(problem, held, moving, within_s)
             found += stages
             bounds.append(bound)
             continue
@@ -181,18 +184,9 @@ def _candidates(problem: Problem, old: Ints, within_s: float) -> tuple[list[Ints
     return found, math.ceil(min(bounds, default=0.0) * (1 - 1e-9))
 
 
-def _moved(problem: Problem, nodes: Ints, old: Ints) -> int:
-    weights = _weights(problem)
-    return int(weights[nodes != old].sum())
-
-
-def _weights(problem: Problem) -> Ints:
-    return np.array([layer.weight_bytes + layer.tied_bytes for layer in problem.profile.layers], dtype=np.int64)
-
-
-def _must_move(problem: Problem, old: Ints, within_s: float) -> int:
+def _must_move(moving: Moving, old: Ints, within_s: float) -> int:
     """Bytes that any plan within `within_s` moves: what has no home, and what is too much where it is."""
-    weights = _weights(problem).astype(np.float64)
+    problem, weights = moving.problem, moving.anywhere().astype(np.float64)
     must = float(weights[old < 0].sum())
     seconds = problem.seconds[np.maximum(old, 0), problem.kind]
     for node in np.unique(old[old >= 0]).tolist():
@@ -212,18 +206,18 @@ def _must_move(problem: Problem, old: Ints, within_s: float) -> int:
                     break
         if over_bytes > 0:
             # KV cache goes with its layer; at best only the weights' share of the bytes has to move.
-            share = weights[held] / np.maximum(problem.memory[held], 1)
+            share = (weights / np.maximum(problem.memory, 1))[held[problem.memory[held] > 0]]
             shed = max(shed, over_bytes * float(share.min(initial=1.0)))
         must += shed
     return math.floor(must)
 
 
-def _moves(plan: Plan, problem: Problem, nodes: Ints, old: Ints) -> tuple[Move, ...]:
+def _moves(plan: Plan, moving: Moving, nodes: Ints) -> tuple[Move, ...]:
+    problem, fetched = moving.problem, moving.fetched(nodes)
     holder = {name: node_id for node_id, names in plan.allocation.items() for name in names}
     present = {node.node_id for node in problem.cluster.nodes}
-    weights = _weights(problem)
     moves = []
-    for at in np.flatnonzero(nodes != old).tolist():
+    for at in np.flatnonzero(nodes != moving.held).tolist():
         name = problem.profile.layers[at].name
         source = holder.get(name)
         moves.append(
@@ -231,7 +225,7 @@ def _moves(plan: Plan, problem: Problem, nodes: Ints, old: Ints) -> tuple[Move, 
                 layer_name=name,
                 source=source if source in present else None,
                 target=problem.nodes[int(nodes[at])].node_id,
-                size_bytes=int(weights[at]),
+                size_bytes=int(fetched[at]),
             )
         )
     return tuple(moves)

@@ -16,25 +16,23 @@ _MOST, _ROUNDS = 1_000_000, 60
 
 
 def least_moved(
-    problem: Problem, memory: Ints, weights: Floats, old: Ints, *, within_s: float, known: float
+    problem: Problem, memory: Ints, lost: Floats, *, within_s: float, known: float
 ) -> tuple[float, list[list[int]]]:
     """Bytes that any contiguous plan within `within_s` moves, and orders of nodes that come near.
 
     Args:
         problem: What to plan.
         memory: (L,) bytes that a node holds for each layer.
-        weights: (L,) bytes that moving a layer takes.
-        old: (L,) node of each layer now, or -1.
+        lost: (N, L) bytes that holding each layer takes each node.
         within_s: The budget.
         known: Bytes that a plan is known to move.
     """
-    length, nodes = len(old), len(problem.nodes)
+    nodes, length = lost.shape
     if length * length * nodes > _MOST:
         return 0.0, []
     sequence = Sequence(problem, memory)
     class_of = {node: at for at, members in enumerate(sequence.classes) for node in members}
     reach = sequence.reach(within_s)[[class_of[node] for node in range(nodes)]]
-    lost = np.where(old[None, :] == np.arange(nodes)[:, None], 0.0, weights[None, :])
     moved = np.concatenate((np.zeros((nodes, 1)), np.cumsum(lost, axis=1)), axis=1)
     # The first position from which each node gets as far as each position.
     first = np.array([np.searchsorted(row, np.arange(length + 1)) for row in reach])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from planner.cluster import Cluster, Link, Node
 from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, payload_bytes, roofline_s
@@ -72,6 +72,24 @@ def cluster(
         default_link=link or Link(),
         links=links or {},
     )
+
+
+def moved_bytes(model: ModelProfile, before: Mapping[str, str], after: Mapping[str, str]) -> int:
+    """Bytes that the nodes of `after` (layer -> node) fetch beside what they have `before`, weight by weight."""
+    shared = {layer.tied_to: layer.tied_bytes for layer in model.layers if layer.tied_to}
+
+    def weights(holder: Mapping[str, str]) -> dict[tuple[str, str], int]:
+        found = {}
+        for layer in model.layers:
+            node = holder[layer.name]
+            found[node, layer.name] = layer.weight_bytes - shared.get(layer.name, 0)
+            owner = layer.name if layer.name in shared else layer.tied_to
+            if owner is not None:
+                found[node, f"shared {owner}"] = shared[owner]
+        return found
+
+    there = weights(before)
+    return sum(size for piece, size in weights(after).items() if piece not in there)
 
 
 def layer_seconds(model: ModelProfile, machines: Cluster, options: PlanOptions) -> list[list[float]]:

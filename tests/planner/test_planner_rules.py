@@ -353,6 +353,22 @@ def test_a_leave_moves_what_the_lost_node_held_and_no_more() -> None:
             assert all(move.source is None for move in result.moves)
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+def test_tied_weights_that_are_there_already_do_not_move(strategy: str) -> None:
+    # n0 holds the first layer (6), n1 a copy for the last: the last comes to n0 without a byte, and the first to n1.
+    model, machines = planning.profile([1.0] * 4, [6, 2, 3, 0], tied=True), planning.cluster([1, 1], [100] * 2)
+    options = PlanOptions(strategy=strategy)
+    plan = plan_for(model, machines, options, {"n0": (0, 1), "n1": (2, 3)})
+    for gone, moves in (("n1", {"layers.2": 3, "layers.3": 0}), ("n0", {"layers.0": 0, "layers.1": 2})):
+        left = Cluster(nodes=tuple(node for node in machines.nodes if node.node_id != gone))
+        result = replan(plan, model, left, options)
+        assert {move.layer_name: move.size_bytes for move in result.moves} == moves
+        assert result.moved_bytes == result.must_move_bytes == sum(moves.values())
+    # A node that has neither fetches them once for both.
+    other = Cluster(nodes=(Node(node_id="n2", flop_per_s=1.0, memory_bytes=100),))
+    assert replan(plan, model, other, options).moved_bytes == 6 + 2 + 3
+
+
 def test_what_is_still_good_enough_stays() -> None:
     model, machines = planning.profile([1.0] * 100, [1] * 100), planning.cluster([50, 50], [100] * 2)
     plan = make_plan(model, machines)

@@ -164,16 +164,16 @@ def test_no_plan_within_the_tolerance_moves_less_than_what_must_move(strategy: s
         holder = {name: node_id for node_id, names in plan.allocation.items() for name in names}
         seconds = planning.layer_seconds(model, left, options)
         moved = [
-            sum(
-                layer.weight_bytes + layer.tied_bytes
-                for layer, node in zip(model.layers, nodes, strict=True)
-                if holder[layer.name] != ids[node]
+            planning.moved_bytes(
+                model, holder, {layer.name: ids[at] for layer, at in zip(model.layers, nodes, strict=True)}
             )
             for nodes in planning.assignments(model, left, contiguous=strategy == "pipeline")
             if planning.is_valid(model, left, options, nodes)
             and planning.bottleneck_s(seconds, nodes) <= result.best_objective_s * 1.2 * (1 + 1e-9)
         ]
         tried += 1
+        taken = {name: node_id for node_id, names in result.plan.allocation.items() for name in names}
+        assert result.moved_bytes == planning.moved_bytes(model, holder, taken)
         least_found += result.moved_bytes <= min(moved)
         assert result.must_move_bytes <= min(moved) <= result.moved_bytes
     assert tried > 20
