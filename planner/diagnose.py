@@ -206,7 +206,11 @@ def _one_node_more(problem: Problem, solver: Solver) -> Node | None:
 def longest_context(
     profile: ModelProfile, cluster: Cluster, options: PlanOptions, solver: Solver, *, most: int = MOST_TOKENS
 ) -> int | None:
-    """The largest sequence length for which a plan is found at the profile's batch size; None if there is none."""
+    """The largest sequence length for which a plan is found at the profile's batch size; None if there is none.
+
+    At most `most`, and no more than the model takes: of a longer sequence it reads no more, so that all would fit.
+    """
+    most = min(most, profile.longest_sequence or most)
 
     def works(tokens: int) -> bool:
         at = profile.at(batch_size=profile.batch_size, sequence_length=tokens)

@@ -78,7 +78,8 @@ def max_context(
 ) -> int | None:
     """The largest sequence length for which the strategy finds a plan, in tokens; None if none at all fits.
 
-    At the profile's batch size, with its KV cache; capped at `diagnose.MOST_TOKENS`.
+    At the profile's batch size, with its KV cache. No more than `profile.longest_sequence`; `diagnose.MOST_TOKENS`
+    means at least as many, since longer ones are not tried.
     """
     strategy = _known(options.strategy)
 

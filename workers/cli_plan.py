@@ -273,8 +273,9 @@ def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Clust
             f"no plan exists for {profile.model_name} on these nodes, however short the sequence",
             details={"max_sequence_length": 0},
         )
+    limit, text = output.context(longest, profile)
     obj = {"model_name": profile.model_name, "batch_size": profile.batch_size, "max_sequence_length": longest}
-    emit(args, obj, [f"{longest:,} tokens ({profile.batch_size} sequences at a time)"])
+    emit(args, {**obj, "limit": limit}, [text])
     return 0
 
 

@@ -11,6 +11,7 @@ from planner.plan import Plan
 from workers.cli_io import shown_bytes, shown_flop, shown_rate, shown_seconds, table
 
 if TYPE_CHECKING:
+    from planner.profile import ModelProfile
     from planner.replan import Move
 
 
@@ -115,6 +116,16 @@ def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
     ]
     head = ("strategy", "bottleneck", "one pass", "gap", "nodes", "hops", "why not")
     return table(head, rows, right=" rrrrr")
+
+
+def context(longest: int, profile: ModelProfile) -> tuple[str, str]:
+    """What limits the longest context (the nodes, the model, or how far the search goes), and it in words."""
+    from planner.diagnose import MOST_TOKENS
+
+    text = f"{longest:,} tokens ({profile.batch_size} sequences at a time)"
+    if longest == profile.longest_sequence:
+        return "model", f"{text}, which is all that the model takes"
+    return ("search", f"at least {text}") if longest == MOST_TOKENS else ("nodes", text)
 
 
 def moves(found: Iterable[Move]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import planning
 import pytest
 
 from planner.cluster import Cluster, Link, Node
+from planner.diagnose import MOST_TOKENS
 from planner.errors import Infeasible, InvalidInput
 from planner.explain import explain
 from planner.plan import Objective, Phase, Plan, PlanOptions
@@ -238,6 +239,13 @@ def test_an_infeasible_request_says_what_would_make_it_fit() -> None:
     assert "29 B" in str(caught.value)
     grown = planning.cluster([1, 1], [25 + 29, 25])
     assert make_plan(model, grown).predicted.exact
+
+
+def test_a_context_is_no_longer_than_what_the_model_takes() -> None:
+    # Without a KV cache any length fits; this model reads 6 tokens at most.
+    model = dataclasses.replace(planning.profile([1.0] * 2, [1] * 2), longest_sequence=6)
+    assert max_context(model, planning.cluster([1])) == 6
+    assert max_context(dataclasses.replace(model, longest_sequence=None), planning.cluster([1])) == MOST_TOKENS
 
 
 def test_a_node_more_is_offered_if_that_is_enough() -> None:

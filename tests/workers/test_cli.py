@@ -308,7 +308,9 @@ def test_strategies_are_compared_and_the_longest_context_found(fairshard: Shell)
     assert "bottleneck" in fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--compare").stdout
     (fairshard.folder / "tight.yaml").write_text("nodes: [{node_id: a, flop_per_s: 1e12, memory_bytes: 1000000}]")
     arguments = ("plan", "m", "--no-compute", "--nodes", "tight.yaml")
-    longest = fairshard.json(*arguments, "--max-context")["max_sequence_length"]
+    answer = fairshard.json(*arguments, "--max-context")
+    assert answer["limit"] == "nodes"
+    longest = answer["max_sequence_length"]
     fairshard(*arguments, "--sequence-length", str(longest))
     fairshard(*arguments, "--sequence-length", str(longest + 1), rc=3)
     # A cache of half the bytes a value leaves room for about twice the tokens.
@@ -317,6 +319,25 @@ def test_strategies_are_compared_and_the_longest_context_found(fairshard: Shell)
         "plan", "--metadata", "p.json", "--nodes", "tight.yaml", "--kv-dtype", "F16", "--max-context"
     )
     assert 1.9 * longest <= more["max_sequence_length"] <= 2.1 * longest
+
+
+@pytest.mark.parametrize(
+    ("longest", "shown", "limit"),
+    [
+        (512, "512 tokens (1 sequences at a time), which is all that the model takes\n", "model"),
+        (None, "at least 16,777,216 tokens (1 sequences at a time)\n", "search"),
+    ],
+)
+def test_a_context_that_memory_does_not_limit_says_so(
+    fairshard: Shell, longest: int | None, shown: str, limit: str
+) -> None:
+    layer = {"name": "x", "compute_required": 1e9}
+    (fairshard.folder / "p.json").write_text(
+        json.dumps({"model_name": "a/b", "layers": [layer], "longest_sequence": longest})
+    )
+    arguments = ("plan", "--metadata", "p.json", "--nodes", "nodes.yaml", "--max-context")
+    assert fairshard(*arguments).stdout == shown
+    assert fairshard.json(*arguments)["limit"] == limit
 
 
 def test_several_chains_are_shown_and_written_one_plan_each(fairshard: Shell) -> None:
