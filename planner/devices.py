@@ -79,8 +79,8 @@ class Device:
 def normalised(name: str) -> str:
     """What names are compared by: "NVIDIA A100-SXM4-80GB" and "a100 sxm4 80 GB" are one, "A100" is another.
 
-    Vendors' names, trademark signs and the words that every name may have are dropped, and so are separators; of a
-    processor also what the system adds ("CPU @ 2.40GHz", "64-Core Processor").
+    Vendors' names (`variants` reads those), trademark signs and words that every name may have are dropped, and so
+    are separators; of a processor also what the system adds ("CPU @ 2.40GHz", "64-Core Processor").
     """
     text = re.sub(r"\((?:r|tm|c)\)|[®™]|@\s*[0-9.]+\s*ghz|[0-9]+-core (?=processor)", " ", name.lower())
     text = re.sub(r"(\d+)[\s-]*gi?b\b", r"\1gb", text)
@@ -88,9 +88,13 @@ def normalised(name: str) -> str:
     return "".join(word for word in words if word not in _NOISE)
 
 
-_NOISE = frozenset(
-    {"nvidia", "corporation", "amd", "intel", "apple", "gpu", "generation", "graphics", "cpu", "processor"}
-)
+_VENDORS = frozenset({"nvidia", "amd", "intel", "apple"})
+_NOISE = _VENDORS | {"corporation", "gpu", "generation", "graphics", "cpu", "processor"}
+
+
+def _vendors(name: str) -> frozenset[str]:
+    """The vendors that a name states: one, or none."""
+    return _VENDORS & set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def catalogue() -> tuple[Device, ...]:
@@ -124,7 +128,9 @@ def variants(name: str, *, memory_bytes: int | None = None) -> tuple[Device, ...
     Raises:
         InvalidInput: If the name is not in the catalogue.
     """
-    found = _by_name().get(normalised(name), ())
+    # "A10" is NVIDIA's, but an "Apple A10 GPU" is not that one.
+    stated = _vendors(name)
+    found = tuple(device for device in _by_name().get(normalised(name), ()) if stated <= _vendors(device.name))
     if len(found) > 1 and memory_bytes is not None:
         # A card reports a little less than its nominal memory, never more.
         sizes = [(device.memory_bytes or 0, device) for device in found]

@@ -94,6 +94,7 @@ def test_one_device_goes_by_several_spellings(one: str, other: str) -> None:
     [
         "Quadro T400", "NVIDIA T400 4GB", "T40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 409",
         "NVIDIA GeForce RTX 4090 D", "GeForce RTX 3080 Laptop GPU", "RTX 6000", "NVIDIA L400", "A1000", "P400", "",
+        "Apple A10 GPU", "AMD A10", "Intel A10", "Apple A16 GPU", "NVIDIA Radeon RX 7900 XTX", "AMD GeForce RTX 4090",
         "GPU", "NVIDIA", "4090", "RTX 4090 RTX 4090", "M", "Apple M3 Max Pro", "x" * 10_000,
     ],
 )  # fmt: skip
@@ -110,6 +111,14 @@ def test_memory_tells_variants_of_one_name_apart() -> None:
     assert lookup("NVIDIA GeForce RTX 4060 Ti", memory_bytes=8_188 * 2**20).name.endswith("8GB")
     assert lookup("NVIDIA GeForce RTX 4060 Ti", memory_bytes=16_380 * 2**20).name.endswith("16GB")
     assert lookup("H100", memory_bytes=95_830 * 2**20).name == "NVIDIA H100 NVL"
+
+
+def test_names_as_the_drivers_have_them() -> None:
+    assert lookup("NVIDIA GH200 144G HBM3e").memory_bytes == 144 * GIB
+    # The driver's one name for a die of either card.
+    node = node_from_json({"node_id": "a", "device": "AMD Instinct MI250X/MI250"})
+    assert (node.flop_per_s, node.memory_bytes) == (181e12, int(64 * GIB * USABLE_MEMORY))
+    assert lookup("A10").name == lookup("NVIDIA A10").name == "NVIDIA A10"
 
 
 def test_a_node_whose_name_fits_several_cards_has_what_the_least_of_them_has() -> None:
