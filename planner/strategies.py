@@ -11,7 +11,7 @@ from planner.answers import attempt, baseline, best_answer, greedy_once, pipelin
 from planner.arrange import by_links
 from planner.baselines import by_memory, equal_parts
 from planner.cluster import Cluster
-from planner.diagnose import longest_context
+from planner.diagnose import MOST_TOKENS, longest_context
 from planner.errors import Infeasible, InvalidInput
 from planner.megaphone import megaphone, runs
 from planner.placement import Answer
@@ -98,6 +98,13 @@ def max_context(
 
         return longest_context(profile, cluster, options, quick)
     return longest_context(profile, cluster, options, solver)
+
+
+def context_limit(profile: ModelProfile, longest: int) -> str:
+    """What ends a `max_context`: `nodes`; `model`, which takes no more; or `search`, which goes no further."""
+    if longest == profile.longest_sequence:
+        return "model"
+    return "search" if longest == MOST_TOKENS else "nodes"
 
 
 def answer_for(problem: Problem) -> Answer:

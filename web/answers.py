@@ -222,10 +222,22 @@ class ReplicasOut(Answer):
     plans = fields.List(fields.Nested(PlanOut), required=True, metadata={"description": "The fastest first."})
 
 
+class ContextOut(Answer):
+    """The longest sequence for which there is a plan."""
+
+    max_sequence_length = whole("Tokens; at least so many if `limit` is `search`.", required=True)
+    limit = text(
+        "What ends it: the `nodes`; the `model`, which takes no more; the `search`, which goes no further.",
+        required=True,
+        validate=validate.OneOf(("nodes", "model", "search")),
+    )
+
+
 class PreviewOut(PlanOut):
     """A plan that nobody stored."""
 
     explanation = text("The reasons as one paragraph.")
+    max_context = fields.Nested(ContextOut)
     comparison = fields.Dict(keys=fields.String(), values=fields.Nested(OutcomeOut))
     replicas = fields.Nested(ReplicasOut)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
+from planner.kv import with_kv_dtype
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.wire import (
@@ -21,12 +22,12 @@ from web.services import services
 
 #: Layers × nodes that one preview may plan; it runs in the server, not in a worker.
 _LARGEST = 10_000_000
-#: The same with replicas, which takes thousands of plans' time.
-_LARGEST_REPLICAS = 20_000
+#: The same with what is searched for: replicas take thousands of plans' time, the longest context dozens.
+_LARGEST_SEARCH = 20_000
 
 
 def preview(given: dict[str, Any]) -> dict[str, Any]:
-    """The plan's JSON with `explanation` and, if asked for, `comparison` and `replicas`.
+    """The plan's JSON with `explanation` and, if asked for, `comparison`, `max_context` and `replicas`.
 
     Raises:
         NotFound: If the named model's metadata is not published.
@@ -37,15 +38,16 @@ def preview(given: dict[str, Any]) -> dict[str, Any]:
     # The planner brings numpy along; a process that previews nothing does without.
     from planner.explain import explain
     from planner.replicas import check_replicas, make_replicas
-    from planner.strategies import compare, make_plan
+    from planner.strategies import compare, context_limit, make_plan, max_context
 
     profile = _profile(given)
     cluster = _cluster(given, profile)
     replicas = given.get("replicas")
-    largest = _LARGEST if replicas is None else _LARGEST_REPLICAS
+    searched = "replicas" if replicas is not None else "max_context" if given.get("max_context") else None
+    largest = _LARGEST_SEARCH if searched else _LARGEST
     if len(profile.layers) * len(cluster.nodes) > largest:
         raise InvalidInput(
-            f"a preview {'' if replicas is None else 'with replicas '}plans at most {largest:,} layers × nodes, got "
+            f"a preview {f'with {searched} ' if searched else ''}plans at most {largest:,} layers × nodes, got "
             f"{len(profile.layers):,} × {len(cluster.nodes):,}; use `fairshard plan`",
             details={"largest": largest, "layers": len(profile.layers), "nodes": len(cluster.nodes)},
         )
@@ -58,6 +60,9 @@ def preview(given: dict[str, Any]) -> dict[str, Any]:
         answer["comparison"] = {
             name: _outcome(outcome) for name, outcome in compare(profile, cluster, options).items()
         }
+    if given.get("max_context"):
+        longest = max_context(profile, cluster, options) or 0
+        answer["max_context"] = {"max_sequence_length": longest, "limit": context_limit(profile, longest)}
     if replicas is not None:
         found = make_replicas(profile, cluster, options, replicas=replicas, generated_at=_now())
         answer["replicas"] = replicas_to_json(found)
@@ -69,6 +74,8 @@ def _profile(given: dict[str, Any]) -> ModelProfile:
         profile = profile_from_json(given["metadata"])
     else:
         profile = profile_from_json(services().jobs.profile(given["model_name"], revision=given.get("revision")))
+    if "kv_dtype" in given:
+        profile = with_kv_dtype(profile, given["kv_dtype"])
     return profile.at(
         batch_size=given.get("batch_size", profile.batch_size),
         sequence_length=given.get("sequence_length", profile.sequence_length),

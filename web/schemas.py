@@ -16,6 +16,8 @@ KINDS = ("request", "process", "delete")
 KV_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "I4")
 #: Nodes in one body; the planner takes 1,000 × 1,000 in well under a second.
 MAX_BODY_NODES = 1_000
+#: Nodes in a matrix of links: about as many links as `pairs` may have.
+MAX_MATRIX_NODES = 316
 
 
 def batch_size(**kwargs: Any) -> Integer:
@@ -26,6 +28,11 @@ def batch_size(**kwargs: Any) -> Integer:
 def sequence_length(**kwargs: Any) -> Integer:
     """A field of tokens in one sequence."""
     return Integer(low=1, high=MAX_SEQUENCE_LENGTH, metadata={"description": "Tokens of each sequence."}, **kwargs)
+
+
+def kv_dtype() -> Text:
+    """A field of what the KV cache is kept in."""
+    return Text(choices=KV_DTYPES, metadata={"description": "Type of the KV cache; default: the model's."})
 
 
 class Strict(Schema):
@@ -74,12 +81,25 @@ class PairIn(Strict):
     bytes_per_s = Number(positive=True, allow_none=True)
 
 
+def _matrix(entry: fields.Field[Any]) -> fields.List[Any]:
+    side = validate.Length(max=MAX_MATRIX_NODES)
+    return fields.List(fields.List(entry, validate=side), validate=side, allow_none=True)
+
+
+class MatrixIn(Strict):
+    """Row: from; column: to; in the order of `available_nodes`. null: the default's; the diagonal is not read."""
+
+    latency_s = _matrix(seconds(allow_none=True))
+    bytes_per_s = _matrix(Number(allow_none=True))
+
+
 class LinksIn(Strict):
     """The link that any two nodes have, and the pairs that differ from it."""
 
     latency_s = seconds()
     bytes_per_s = Number(positive=True, allow_none=True)
     pairs = fields.List(fields.Nested(PairIn), validate=validate.Length(max=100_000))
+    matrix = fields.Nested(MatrixIn, allow_none=True)
 
 
 class PlanFields(Strict):
@@ -121,6 +141,12 @@ class PlanFields(Strict):
     )
     links = fields.Nested(LinksIn)
 
+    @validates_schema
+    def has_the_nodes_of_a_matrix(self, data: dict[str, Any], **_: Any) -> None:
+        """The nodes that are alive have no order."""
+        if data.get("links", {}).get("matrix") is not None and "available_nodes" not in data:
+            raise ValidationError({"links": {"matrix": ["needs available_nodes, in whose order it is"]}})
+
 
 class ProcessOptions(PlanFields):
     """How to plan and split, beside the model."""
@@ -156,7 +182,7 @@ class RequestIn(Strict):
     revision = Revision(metadata={"description": "Branch, tag or commit; default: the repository's main."})
     batch_size = batch_size(load_default=1)
     sequence_length = sequence_length(load_default=512)
-    kv_dtype = Text(choices=KV_DTYPES, metadata={"description": "Type of the KV cache; default: the model's."})
+    kv_dtype = kv_dtype()
     download = Text(
         choices=("headers", "full"),
         load_default="headers",
@@ -200,7 +226,9 @@ class PreviewIn(PlanFields):
     )
     batch_size = batch_size()
     sequence_length = sequence_length()
+    kv_dtype = kv_dtype()
     compare = Flag(metadata={"description": "What every strategy would give."})
+    max_context = Flag(metadata={"description": "The longest sequence for which there is a plan as well."})
     replicas = Replicas(
         low=1,
         high=MAX_BODY_NODES,

@@ -119,13 +119,12 @@ def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
 
 
 def context(longest: int, profile: ModelProfile) -> tuple[str, str]:
-    """What limits the longest context (the nodes, the model, or how far the search goes), and it in words."""
-    from planner.diagnose import MOST_TOKENS
+    """What ends the longest context, and it in words."""
+    from planner.strategies import context_limit
 
-    text = f"{longest:,} tokens ({profile.batch_size} sequences at a time)"
-    if longest == profile.longest_sequence:
-        return "model", f"{text}, which is all that the model takes"
-    return ("search", f"at least {text}") if longest == MOST_TOKENS else ("nodes", text)
+    text, limit = f"{longest:,} tokens ({profile.batch_size} sequences at a time)", context_limit(profile, longest)
+    shown = {"model": f"{text}, which is all that the model takes", "search": f"at least {text}", "nodes": text}
+    return limit, shown[limit]
 
 
 def moves(found: Iterable[Move]) -> list[dict[str, Any]]:

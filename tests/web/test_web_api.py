@@ -304,6 +304,53 @@ def test_a_preview_needs_no_cluster(client: FlaskClient) -> None:
     assert client.get("/api/jobs").get_json() == {"jobs": []}
 
 
+def with_a_cache(**fields: object) -> dict[str, Any]:
+    """Four layers of 10 bytes and 2 a token, in BF16, for two nodes of 44 bytes."""
+    layer = {"compute_required": 4.0, "activation_bytes": 4, "kv_cache_bytes": 8}
+    layers = [
+        {"name": f"layers.{at}", "weight_bytes": 10, "kv_terms": {"bytes_per_token": 2}, **layer} for at in range(4)
+    ]
+    return {
+        "metadata": {"model_name": "a/b", "dtype": "BF16", "sequence_length": 4, "layers": layers},
+        "available_nodes": [{"node_id": name, "flop_per_s": 1.0, "memory_bytes": 44} for name in "ab"],
+        "strategy": "pipeline",
+        **fields,
+    }
+
+
+def test_a_preview_takes_the_dtype_of_the_cache_and_finds_the_longest_context(client: FlaskClient) -> None:
+    # Two layers a node: 2 * (10 + 2 S) <= 44 up to S = 6, and at half the bytes a token up to S = 12.
+    for fields, longest in (({}, 6), ({"kv_dtype": "F8_E4M3"}, 12)):
+        answer = client.post("/api/plans/preview", json=with_a_cache(max_context=True, **fields))
+        assert answer.status_code == 200, answer.get_data(as_text=True)
+        assert answer.get_json()["max_context"] == {"max_sequence_length": longest, "limit": "nodes"}
+    plain = client.post("/api/plans/preview", json=with_a_cache(sequence_length=8, kv_dtype="F8_E4M3"))
+    assert plain.status_code == 200
+    assert "max_context" not in plain.get_json()
+    assert client.post("/api/plans/preview", json=with_a_cache(sequence_length=8)).status_code == 409
+    many = [{"node_id": f"n{at}", "flop_per_s": 1.0, "memory_bytes": 44} for at in range(900)]
+    layers = [{"name": f"layers.{at}", "compute_required": 1.0} for at in range(30)]
+    body = with_a_cache(max_context=True, available_nodes=many, metadata={"model_name": "a/b", "layers": layers})
+    assert "with max_context plans at most 20,000" in error_of(client.post("/api/plans/preview", json=body))["error"]
+
+
+def test_a_preview_takes_links_as_a_matrix(client: FlaskClient) -> None:
+    # 2 s from a to b, 1 s back: the chain begins at b.
+    matrix = {"latency_s": [[None, 2.0], [1.0, None]], "bytes_per_s": None}
+    answer = client.post("/api/plans/preview", json=with_a_cache(links={"matrix": matrix}))
+    assert answer.status_code == 200, answer.get_data(as_text=True)
+    assert [hop["node_id"] for hop in answer.get_json()["megaphone_plan"]["chain"]] == ["b", "a"]
+    assert answer.get_json()["predicted"]["latency_s"] == pytest.approx(17.0)  # four layers of 4 s and the hop
+    for bad, says in (
+        (with_a_cache(links={"matrix": {"latency_s": [[0.0]]}}), "must be 2 rows of 2"),
+        (with_a_cache(links={"matrix": {"latency_s": [[0.0, -1.0], [0.0, 0.0]]}}), "links.matrix.latency_s[0][1]"),
+        ({"model_name": "a/b", "links": {"matrix": matrix}}, "links.matrix needs available_nodes"),
+    ):
+        answer = client.post("/api/plans/preview", json=bad)
+        assert answer.status_code == 422
+        assert says in error_of(answer)["error"]
+
+
 @pytest.mark.parametrize("replicas", ["auto", 2, 2.0])
 def test_a_preview_with_replicas_has_a_plan_for_each_chain(client: FlaskClient, replicas: object) -> None:
     nodes = [*NODES, *({**node, "node_id": f"{node['node_id']}-2"} for node in NODES)]
