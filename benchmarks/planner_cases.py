@@ -136,6 +136,33 @@ def real_models() -> dict[str, tuple[ModelProfile, bool]]:
     }
 
 
+def _encoder_decoder(
+    name: str, encoder: tuple[int, float, int], decoder: tuple[int, float, int], blocks: int, *, vocab: int, bias: int
+) -> ModelProfile:
+    """As many blocks of each, first ones with `bias` parameters more; one table for both embeddings and the head."""
+    parts = [
+        (params + bias * (at == 0), active, kv) for params, active, kv in (encoder, decoder) for at in range(blocks)
+    ]
+    plain = model(name, parts, hidden=1024, vocab=vocab, tied=True)
+    table = plain.layers[-1].tied_bytes
+    again = replace(
+        plain.layers[0], name="decoder.embed", num_params=0, weight_bytes=0, tied_to="embed", tied_bytes=table
+    )
+    layers = [*plain.layers[: blocks + 1], again, *plain.layers[blocks + 1 :]]
+    return replace(plain, layers=tuple(replace(layer, index=at) for at, layer in enumerate(layers)))
+
+
+def tied_models() -> dict[str, ModelProfile]:
+    """Models whose encoder's and decoder's embeddings and head are one table."""
+    # T5's first blocks hold the relative position biases of all.
+    t5 = (_decoder(1024, 2730, 0), _decoder(1024, 4096, 1024))
+    bart = (_decoder(1024, 2730, 0), _decoder(1024, 4096, 1024))
+    return {
+        "t5-large": _encoder_decoder("t5-large", *t5, 24, vocab=32128, bias=512),
+        "bart-large": _encoder_decoder("bart-large", *bart, 12, vocab=50265, bias=0),
+    }
+
+
 # FLOP/s are dense 16-bit tensor figures times 0.5, as measured rates come out; bytes/s are the makers'.
 _DEVICES = {
     "h100": (4.9e14, 80, 3.35e12),
@@ -227,37 +254,30 @@ def random_model(name: str, count: int, seed: int, kind: str) -> ModelProfile:
     return model(name, blocks, hidden=4096, vocab=32000)
 
 
+def _on(name: str, profile: ModelProfile, mix: str, seed: int, *, runs: bool) -> list[Case]:
+    """A model on a mix of machines: as they are, with hardly more memory than it needs, and with less."""
+    need = needed_bytes(profile)
+    cluster = machines(mix, seed)
+    found = []
+    if sum(node.memory_bytes for node in cluster.nodes) > need * 1.02:
+        found.append(Case(name=f"{name}/{mix}", model=profile, cluster=cluster, runs=runs))
+    if mix in ("lab", "wild", "desk"):
+        tight = planted(cluster, profile, spare=0.03, seed=seed)
+        found.append(Case(name=f"{name}/{mix}/tight", model=profile, cluster=tight, runs=runs))
+    if mix in ("pair", "lab"):
+        small = with_memory(cluster, need * 0.98)
+        found.append(Case(name=f"{name}/{mix}/too-small", model=profile, cluster=small, runs=runs, impossible=True))
+    return found
+
+
 def cases(*, quick: bool = False) -> list[Case]:
     """All instances, in a fixed order."""
     found: list[Case] = []
     seed = 0
     for name, (profile, runs) in real_models().items():
-        need = needed_bytes(profile)
         for mix in _MIXES:
             seed += 1
-            cluster = machines(mix, seed)
-            room = sum(node.memory_bytes for node in cluster.nodes)
-            if room > need * 1.02:
-                found.append(Case(name=f"{name}/{mix}", model=profile, cluster=cluster, runs=runs))
-            if mix in ("lab", "wild", "desk"):
-                found.append(
-                    Case(
-                        name=f"{name}/{mix}/tight",
-                        model=profile,
-                        cluster=planted(cluster, profile, spare=0.03, seed=seed),
-                        runs=runs,
-                    )
-                )
-            if mix in ("pair", "lab"):
-                found.append(
-                    Case(
-                        name=f"{name}/{mix}/too-small",
-                        model=profile,
-                        cluster=with_memory(cluster, need * 0.98),
-                        runs=runs,
-                        impossible=True,
-                    )
-                )
+            found += _on(name, profile, mix, seed, runs=runs)
     for kind in ("uniform", "near", "steps", "tail"):
         for mix in ("desk", "lab", "rack", "wild"):
             for count in (40, 130):
@@ -302,4 +322,7 @@ def cases(*, quick: bool = False) -> list[Case]:
         ),
         Case(name="exact-fit", model=seventy, cluster=planted(exact, seventy, spare=0.0, seed=1), runs=True),
     ]
+    for at, (name, profile) in enumerate(tied_models().items()):
+        for seed, mix in enumerate(_MIXES, start=1_000 + 100 * at):
+            found += _on(name, profile, mix, seed, runs=True)
     return found[::5] if quick else found

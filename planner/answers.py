@@ -14,16 +14,17 @@ from planner.diagnose import infeasible
 from planner.errors import Infeasible, InvalidInput
 from planner.greedy import is_exact, solve
 from planner.pipeline import in_order, solve_pipeline
-from planner.placement import Answer, Found, Ties, Work, build_work
+from planner.placement import Answer, Found, Work, build_work
 from planner.problem import SLACK, Ints, Problem, build
 from planner.refine import refine
 from planner.reports import gib, seconds_text
-from planner.shortest import any_order_latency, in_order_latency
+from planner.shortest import any_order_latency, in_order_latency, least_layers_s
+from planner.ties import ways_to_tie
 
 #: What a chain without detours may be slower than the best allocation, as a fraction.
 NEARLY = 0.0005
-#: One strategy's attempt under one treatment of tied weights.
-Once = Callable[[Problem, Ties], Found]
+#: One strategy's attempt.
+Once = Callable[[Problem], Found]
 
 
 def need_compute(problem: Problem) -> None:
@@ -40,18 +41,51 @@ def need_compute(problem: Problem) -> None:
         )
 
 
-def greedy_once(problem: Problem, ties: Ties) -> Found:
+def greedy_once(problem: Problem) -> Found:
     """Any layer anywhere."""
-    work = build_work(problem, ties)
-    if work is None:
-        return None, math.inf
-    budget = problem.options.time_budget_s
     if problem.options.objective == "latency":
-        return _greedy_latency(problem, work, ties)
-    found = solve(work, problem.rate, budget_s=budget)
-    if found is None:
-        return None, math.inf if is_exact(work) else lower_bound_s(work)
-    return work.layers(found.assignment), found.lower_bound_s
+        return _greedy_latency(problem)
+
+    def solve_way(work: Work) -> Found:
+        found = solve(work, problem.rate, budget_s=problem.options.time_budget_s)
+        if found is None:
+            return None, math.inf if is_exact(work) else lower_bound_s(work)
+        return work.layers(found.assignment), found.lower_bound_s
+
+    return _best_way(problem, solve_way)
+
+
+def _best_way(problem: Problem, solve_way: Callable[[Work], Found]) -> Found:
+    """The best over the ways to treat tied weights.
+
+    A copy that costs nothing bounds all of them, so a plan of it that fits is the best. Else the least of the bounds
+    of all ways holds; ways whose bound alone is no better than what is found are not solved.
+    """
+    nodes, bound = solve_way(build_work(problem))
+    if not (problem.tied_to >= 0).any() or math.isinf(bound) or (nodes is not None and problem.fits(nodes)):
+        return nodes, bound
+    ways, complete = ways_to_tie(problem)
+    works = [work for way in ways if (work := build_work(problem, way)) is not None]
+    floors = [lower_bound_s(work, thorough=False) for work in works]
+    best: Ints | None = None
+    least, rank = math.inf, (math.inf, math.inf)
+    for at in sorted(range(len(works)), key=lambda at: (floors[at], at)):
+        if floors[at] >= rank[0]:
+            least = min(least, floors[at])
+            break
+        nodes, way_bound = solve_way(works[at])
+        least = min(least, max(floors[at], way_bound))
+        if nodes is not None and problem.fits(nodes) and _rank(problem, nodes) < rank:
+            best, rank = nodes, _rank(problem, nodes)
+    return best, max(bound, least) if complete else bound
+
+
+def _rank(problem: Problem, nodes: Ints) -> tuple[float, float]:
+    """What is better is less: the objective, or nodes used where there is a time budget."""
+    if problem.options.objective == "latency":
+        return problem.latency_s(nodes), 0.0
+    seconds = problem.bottleneck_s(nodes)
+    return (seconds, 0.0) if problem.options.time_budget_s is None else (float(len(np.unique(nodes))), seconds)
 
 
 def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
@@ -65,34 +99,35 @@ def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
         return best
     seconds = problem.bottleneck_s(nodes)
     work = build_work(problem, "copied")
-    if work is None or (in_order(work) is None and len(problem.nodes) * len(problem.kind) > 10_000):
+    assert work is not None
+    if in_order(problem, work) is None and len(problem.nodes) * len(problem.kind) > 10_000:
         return best  # contiguous stages would take longer to find than all the rest
-    held = problem.memory + problem.tied_bytes
     several = hops(best) > 1.5 * (used - 1)
     slowest = min(seconds * (1 + NEARLY), max(seconds, problem.options.time_budget_s or math.inf))
+    most = len(problem.nodes) if problem.options.time_budget_s is None else used
     for limit in (seconds, slowest) if several else (seconds,):
-        staged, _ = solve_pipeline(problem, work, held, budget_s=limit * (1 + SLACK))
+        staged, _ = solve_pipeline(problem, budget_s=limit * (1 + SLACK))
         if staged is not None and problem.fits(staged) and problem.bottleneck_s(staged) <= limit * (1 + 2 * SLACK):
-            return staged if hops(staged) < hops(best) else best
+            return staged if hops(staged) < hops(best) and len(np.unique(staged)) <= most else best
     alike = len(np.unique(problem.kind)) <= len(problem.kind) / 2
     if not several or not alike or len(work.kind) != len(work.layer) or work.followers:
         return best
     # The best contiguous stages, with as few layers moved as bring the slowest nodes down to the same time.
-    staged, _ = solve_pipeline(problem, work, held)
+    staged, _ = solve_pipeline(problem)
     if staged is None:
         return best
     mended = work.layers(refine(work, staged[work.layer], target_s=seconds * (1 + SLACK)))
     mended = fewest_hops(problem, mended)
     if problem.fits(mended) and problem.bottleneck_s(mended) <= seconds * (1 + 2 * SLACK):
-        return mended if hops(mended) < hops(best) else best
+        return mended if hops(mended) < hops(best) and len(np.unique(mended)) <= most else best
     return best
 
 
-def _greedy_latency(problem: Problem, work: Work, ties: Ties) -> Found:
+def _greedy_latency(problem: Problem) -> Found:
     """Hops cost time, so contiguous stages are candidates as well as any layer anywhere."""
     budget = problem.options.time_budget_s or math.inf
-    nodes, bound = any_order_latency(problem, work, budget)
-    staged, _ = pipeline_once(problem, ties)
+    nodes, bound = _best_way(problem, lambda work: any_order_latency(problem, work, budget))
+    staged, _ = pipeline_once(problem)
     candidates = [found for found in (nodes, staged) if found is not None]
     if not candidates:
         return None, bound
@@ -101,62 +136,27 @@ def _greedy_latency(problem: Problem, work: Work, ties: Ties) -> Found:
     return min(fitting, key=problem.latency_s), bound
 
 
-def pipeline_once(problem: Problem, ties: Ties) -> Found:
+def pipeline_once(problem: Problem) -> Found:
     """Contiguous stages."""
-    if ties == "together":
-        return _whole(problem)
-    work = build_work(problem, ties)
-    if work is None:
-        return None, math.inf
-    held = problem.memory + (problem.tied_bytes if ties == "copied" else 0)
     budget = problem.options.time_budget_s
     if problem.options.objective == "latency":
-        return in_order_latency(problem, work, held, math.inf if budget is None else budget)
-    return solve_pipeline(problem, work, held, budget_s=budget)
-
-
-def _whole(problem: Problem) -> Found:
-    """Everything on the one node that is fastest at it, if any can hold it."""
-    best: tuple[float, int] | None = None
-    for node in range(len(problem.nodes)):
-        nodes = np.full(len(problem.kind), node, dtype=np.int64)
-        if problem.fits(nodes):
-            seconds = problem.bottleneck_s(nodes)
-            if best is None or seconds < best[0]:
-                best = (seconds, node)
-    return (None, math.inf) if best is None else (np.full(len(problem.kind), best[1], dtype=np.int64), best[0])
+        return in_order_latency(problem, math.inf if budget is None else budget)
+    return solve_pipeline(problem, budget_s=budget)
 
 
 def attempt(problem: Problem, once: Once) -> Answer | bool:
-    """The best over the ways to treat tied weights; without one, whether it is proven that there is none.
-
-    A copy that costs nothing bounds all of them, so a plan of it that fits is the best. Else a layer and the owner
-    of its weights are apart, each with a copy, or together: the better of both bounds is valid too.
-    """
+    """One strategy's answer; without one, whether it is proven that there is none."""
+    if problem.memory.sum() > problem.capacity.sum() or problem.memory.max() > problem.capacity.max():
+        return True
+    nodes, bound = once(problem)
     budget = problem.options.time_budget_s
-    latency = problem.options.objective == "latency"
-    tied = np.flatnonzero(problem.tied_to >= 0)
-    bounds: dict[Ties, float] = {}
-    best: tuple[float, Ints] | None = None
-    ways: tuple[Ties, ...] = ("shared", "copied", "together") if len(tied) else ("shared",)
-    for way in ways:
-        nodes, bounds[way] = once(problem, way)
-        if nodes is not None and problem.fits(nodes):
-            seconds = problem.bottleneck_s(nodes)
-            value = problem.latency_s(nodes) if latency else seconds
-            in_time = budget is None or seconds <= budget * (1 + 2 * SLACK)
-            if in_time and (best is None or value < best[0] * (1 - SLACK)):
-                best = (value, nodes)
-            if way == "shared" and in_time:  # nothing can be better
-                break
-        if way == "shared" and math.isinf(bounds[way]):
-            break
-    bound = bounds["shared"]
-    if len(tied) == 1 and len(bounds) == 3:
-        bound = max(bound, min(bounds["copied"], bounds["together"]))
-    if best is not None:
-        return Answer(nodes=best[1], lower_bound_s=min(bound, best[0]))
-    return math.isinf(bound)
+    if nodes is None or not problem.fits(nodes):
+        return math.isinf(bound)
+    seconds = problem.bottleneck_s(nodes)
+    if budget is not None and seconds > budget * (1 + 2 * SLACK):
+        return math.isinf(bound)
+    value = problem.latency_s(nodes) if problem.options.objective == "latency" else seconds
+    return Answer(nodes=nodes, lower_bound_s=min(bound, value))
 
 
 def best_answer(problem: Problem, strategy: str, once: Once) -> Answer:
@@ -167,6 +167,17 @@ def best_answer(problem: Problem, strategy: str, once: Once) -> Answer:
     """
     need_compute(problem)
     best = attempt(problem, once)
+    fastest: float | None = None
+    if not isinstance(best, Answer) and problem.options.time_budget_s is not None:
+        options = dataclasses.replace(problem.options, time_budget_s=None, objective="throughput")
+        unlimited = attempt(dataclasses.replace(problem, options=options), once)
+        if not isinstance(unlimited, Answer):
+            best = unlimited
+        else:
+            fastest = problem.bottleneck_s(unlimited.nodes)
+            if fastest <= problem.options.time_budget_s * (1 + SLACK):
+                bound = least_layers_s(problem) if problem.options.objective == "latency" else unlimited.lower_bound_s
+                best = Answer(nodes=unlimited.nodes, lower_bound_s=bound)
     if isinstance(best, Answer):
         if problem.options.time_budget_s is not None and problem.options.objective == "throughput":
             return _balanced(problem, best, once)
@@ -176,7 +187,7 @@ def best_answer(problem: Problem, strategy: str, once: Once) -> Answer:
         answer = attempt(changed, once)
         return changed.bottleneck_s(answer.nodes) if isinstance(answer, Answer) else None
 
-    raise infeasible(problem, solver, strategy=strategy, proven=best)
+    raise infeasible(problem, solver, strategy=strategy, proven=best, fastest_s=fastest)
 
 
 def _balanced(problem: Problem, answer: Answer, once: Once) -> Answer:
@@ -189,8 +200,7 @@ def _balanced(problem: Problem, answer: Answer, once: Once) -> Answer:
     inner = build(problem.profile, problem.cluster, options)
     best = attempt(inner, once)
     if not isinstance(best, Answer) or inner.bottleneck_s(best.nodes) > problem.bottleneck_s(answer.nodes):
-        work = build_work(inner)
-        bound = lower_bound_s(work) if work is not None else 0.0
+        bound = lower_bound_s(build_work(inner))
         return Answer(nodes=answer.nodes, lower_bound_s=min(bound, problem.bottleneck_s(answer.nodes)))
     return Answer(nodes=np.array(chosen, dtype=np.int64)[best.nodes], lower_bound_s=best.lower_bound_s)
 
@@ -211,7 +221,6 @@ def baseline(problem: Problem, strategy: str, nodes: Ints) -> Answer:
             details={"limit": "compute", "time_budget_s": budget, "needed_time_budget_s": seconds},
         )
     work = build_work(problem)
-    assert work is not None
     if problem.options.objective == "latency":
         return Answer(nodes=nodes, lower_bound_s=any_order_latency(problem, work, math.inf)[1])
     return Answer(nodes=nodes, lower_bound_s=min(seconds, lower_bound_s(work)))

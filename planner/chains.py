@@ -36,9 +36,9 @@ def hop_seconds(problem: Problem, chosen: list[int]) -> tuple[Floats, Floats]:
 class Chains:
     """Seconds, reaches and links of the nodes a chain may use."""
 
-    def __init__(self, problem: Problem, memory: Ints, budget_s: float, *, most: int = MOST_NODES) -> None:
+    def __init__(self, problem: Problem, budget_s: float, *, most: int = MOST_NODES) -> None:
         self.problem = problem
-        sequence = Sequence(problem, memory)
+        sequence = Sequence(problem)
         self.layers = sequence.layers
         reach = sequence.reach(budget_s)
         class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}

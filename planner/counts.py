@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints
 
 #: Largest number of states (products of odd counts + 1) that is solved exactly.
-MAX_STATES = 256
+MAX_STATES = 2_048
 _NEVER = -1e18
 
 
@@ -62,6 +63,10 @@ class Counts:
         self.run = run
         self.main_s: Floats = work.seconds[:, main]
         self._fixed_cap = self._caps_by_room()
+        # Every state with each group that is part of it, by state: the group, and the state without it.
+        states, self._group = np.nonzero(groups.without < len(groups.without))
+        self._left = groups.without[states, self._group]
+        self._first = np.searchsorted(states, np.arange(len(groups.without)))
 
     def _caps_by_room(self) -> Floats:
         """(N, U) how many of the run fit beside each group by memory and share, `_NEVER` where the group does not."""
@@ -101,27 +106,37 @@ class Counts:
             return Hosting(state=state, main=alone.astype(np.int64)) if alone.sum() >= self.run else None
         loss = alone[:, None] - caps
         nodes = self._candidates(loss)
-        without = self.groups.without
-        size = len(without)
-        best = np.full(size + 1, _NEVER)
+        size = len(self.groups.without)
+        best = np.full(size, _NEVER)
         best[0] = 0.0
-        choices = np.empty((len(nodes), size), dtype=np.int64)
-        rows = np.arange(size)
-        for at, node in enumerate(nodes.tolist()):
-            values = best[without] - loss[node][None, :]
-            choice = values.argmax(axis=1)
-            choices[at] = choice
-            best[:size] = values[rows, choice]
-        total = float(alone.sum())
-        if best[size - 1] <= _NEVER / 2 or total + best[size - 1] < self.run:
+        before = []
+        for node in nodes.tolist():
+            before.append(best)
+            best = self.added(best, -loss[node])
+        if best[size - 1] <= _NEVER / 2 or float(alone.sum()) + best[size - 1] < self.run:
             return None
         state = np.zeros(len(caps), dtype=np.int64)
         now = size - 1
-        for at in range(len(nodes) - 1, -1, -1):
-            chosen = int(choices[at, now])
-            state[nodes[at]] = chosen
-            now = int(without[now, chosen])
+        for node, prior in zip(nodes[::-1].tolist(), before[::-1], strict=True):
+            state[node], now = self.unwound(prior, -loss[node], now)
         return Hosting(state=state, main=caps[np.arange(len(caps)), state].astype(np.int64))
+
+    def added(self, best: Floats, value: Floats) -> Floats:
+        """(..., S) best sums with one node more that hosts a group worth `value` (U,), from those without it."""
+        sums: Floats = np.maximum.reduceat(best[..., self._left] + value[self._group], self._first, axis=-1)
+        return sums
+
+    def unwound(self, best: Floats, value: Floats, state: int) -> tuple[int, int]:
+        """The group that `added` chose for a state, the first of equal ones, and the state without it."""
+        end = int(self._first[state + 1]) if state + 1 < len(self._first) else len(self._left)
+        part = slice(int(self._first[state]), end)
+        at = part.start + int((best[self._left[part]] + value[self._group[part]]).argmax())
+        return int(self._group[at]), int(self._left[at])
+
+    @property
+    def pairs(self) -> int:
+        """States times the groups that are part of them."""
+        return len(self._left)
 
     def _candidates(self, loss: Floats) -> Ints:
         """Nodes that may host odd layers: for each state the `pieces` nodes that lose least."""
@@ -196,14 +211,14 @@ def smallest_budget(counts: Counts, start_s: float) -> tuple[Hosting, float, flo
     return found, high, min(low, high)
 
 
-def fewest_nodes(counts: Counts, budget_s: float, *, limit: int = 4_000_000) -> Hosting | None:
+def fewest_nodes(counts: Counts, budget_s: float, *, limit: int = 2_000_000) -> Hosting | None:
     """Host everything within `budget_s` on as few nodes as can be; of those the hosting with most room left.
 
     A programme over (nodes used, what is placed); None where that would take more than `limit` steps a node set.
     """
     caps = counts.caps(budget_s)
-    without, pieces = counts.groups.without, counts.groups.pieces
-    nodes, size = len(caps), len(without)
+    pieces = counts.groups.pieces
+    nodes, size = len(caps), len(counts.groups.without)
     if (caps[:, 0] < 0).any():
         return None
     forced = counts.work.base_s > 0
@@ -212,22 +227,16 @@ def fewest_nodes(counts: Counts, budget_s: float, *, limit: int = 4_000_000) -> 
     order = np.argsort(-caps[:, 0], kind="stable")
     enough = int(np.searchsorted(np.cumsum(caps[order, 0]), counts.run)) + 1
     most = min(nodes, enough + 2 * pieces + int(forced.sum()))
-    if nodes * (most + 1) * without.size > limit:
+    if nodes * (most + 1) * counts.pairs > limit:
         return None
-    best = np.full((most + 1, size + 1), _NEVER)
+    best = np.full((most + 1, size), _NEVER)
     best[0, 0] = 0.0
-    choices = np.full((nodes, most + 1, size), -1, dtype=np.int16)
+    before = []
     for node in range(nodes):
-        after = best.copy()
-        if forced[node]:
-            after[:] = _NEVER
-        values = best[:-1][:, without] + caps[node][None, None, :]
-        choice = values.argmax(axis=2)
-        value = np.take_along_axis(values, choice[:, :, None], axis=2)[:, :, 0]
-        better = value > after[1:, :size]
-        after[1:, :size] = np.where(better, value, after[1:, :size])
-        choices[node, 1:] = np.where(better, choice, -1)
-        best = after
+        before.append(best)
+        with_it = counts.added(best[:-1], caps[node])
+        best = np.full_like(best, _NEVER) if forced[node] else best.copy()
+        np.maximum(best[1:], with_it, out=best[1:])
     enough_at = np.flatnonzero(best[:, size - 1] >= counts.run)
     if len(enough_at) == 0:
         return None
@@ -235,40 +244,53 @@ def fewest_nodes(counts: Counts, budget_s: float, *, limit: int = 4_000_000) -> 
     state = np.zeros(nodes, dtype=np.int64)
     main = np.zeros(nodes, dtype=np.int64)
     for node in range(nodes - 1, -1, -1):
-        chosen = int(choices[node, used, now])
-        if chosen < 0:
+        value = best[used, now]
+        best = before[node]
+        if not forced[node] and best[used, now] >= value:
             continue
-        state[node] = chosen
-        main[node] = int(caps[node, chosen])
-        now = int(without[now, chosen])
+        state[node], now = counts.unwound(best[used - 1], caps[node], now)
+        main[node] = int(caps[node, state[node]])
         used -= 1
     return Hosting(state=state, main=main)
 
 
-def states_of(work: Work) -> int:
-    """How many states the programme has for layers in any order: products of the odd kinds' counts + 1."""
-    if len(work.count) == 0:
-        return 1
-    others = np.delete(work.count, int(np.argmax(work.count)))
-    return math.prod(int(q) + 1 for q in others) if len(others) <= 16 else MAX_STATES + 1
+def states_of(work: Work) -> tuple[int, int]:
+    """States of the programme for layers in any order, and pairs of a state and a group of it; or too many."""
+    others = np.delete(work.count, int(np.argmax(work.count))).tolist() if len(work.count) else []
+    if len(others) > 16:
+        return MAX_STATES + 1, MAX_STATES + 1
+    return math.prod(q + 1 for q in others), math.prod((q + 1) * (q + 2) // 2 for q in others)
+
+
+@lru_cache(maxsize=4)
+def _parts(quantities: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """(S, kinds) how many of each kind a state has; (S, S) the state without another one, S where that is no part."""
+    sizes = [quantity + 1 for quantity in quantities]
+    held = np.indices(sizes).reshape(len(sizes), -1).T if sizes else np.zeros((1, 0), dtype=np.int64)
+    part = np.ones((1, 1), dtype=np.bool_)
+    for size in sizes:
+        less = np.tri(size, dtype=np.bool_)
+        part = (part[:, None, :, None] & less[None, :, None, :]).reshape(len(part) * size, -1)
+    without = np.full(part.shape, len(part), dtype=np.int64)
+    states, groups = np.nonzero(part)
+    without[states, groups] = states - groups
+    without.flags.writeable = False
+    return held.astype(np.int64), without
 
 
 def in_any_order(work: Work) -> Counts:
     """Any odd layers may go together: a group is how many of each odd kind."""
     main = int(np.argmax(work.count))
     odd = [kind for kind in range(len(work.count)) if kind != main]
-    quantities = [int(work.count[kind]) for kind in odd]
-    grids = np.indices([q + 1 for q in quantities]).reshape(len(quantities), -1) if odd else np.zeros((0, 1))
-    held: Ints = grids.T.astype(np.int64)
-    strides = np.array([math.prod(q + 1 for q in quantities[at + 1 :]) for at in range(len(odd))], dtype=np.int64)
-    left = held[:, None, :] - held[None, :, :]
+    quantities = tuple(int(work.count[kind]) for kind in odd)
+    held, without = _parts(quantities)
     size = len(held)
     groups = Groups(
         pieces=sum(quantities),
         memory=held @ work.memory[odd],
         flop=held @ work.flop[odd],
         seconds=work.seconds[:, odd] @ held.T,
-        without=np.where((left >= 0).all(axis=2), left @ strides, size),
+        without=without,
         run_least=np.zeros(size, dtype=np.int64),
         run_most=np.full(size, work.count[main], dtype=np.int64),
     )

@@ -30,7 +30,9 @@ _STEPS = 14
 _TRIED = 2
 
 
-def infeasible(problem: Problem, solver: Solver, *, strategy: str, proven: bool) -> Infeasible:
+def infeasible(
+    problem: Problem, solver: Solver, *, strategy: str, proven: bool, fastest_s: float | None = None
+) -> Infeasible:
     """The error for a problem without a plan: the binding limit with its numbers, and what would help.
 
     Args:
@@ -38,16 +40,10 @@ def infeasible(problem: Problem, solver: Solver, *, strategy: str, proven: bool)
         solver: How plans of this strategy are looked for.
         strategy: Its name.
         proven: Whether it is certain that there is no plan, or none was found.
+        fastest_s: Seconds of the slowest node in the best plan found without the time budget, if that is what binds.
     """
-    options = problem.options
-    if options.time_budget_s is not None:
-        unlimited = dataclasses.replace(
-            problem, options=dataclasses.replace(options, time_budget_s=None, objective="throughput")
-        )
-        seconds = solver(unlimited)
-        if seconds is not None:
-            return _over_time(problem, strategy, seconds)
-        problem = unlimited
+    if fastest_s is not None:
+        return _over_time(problem, strategy, fastest_s)
     sentence, details = _binding(problem, strategy, proven=proven)
     remedies = _remedies(problem, _feasible(solver))
     details["proven"] = proven

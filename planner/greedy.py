@@ -29,6 +29,9 @@ from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints
 from planner.refine import refine
 
+#: States times groups of odd layers times nodes up to which layers are counted.
+_MOST_PAIRS = 16_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
@@ -46,7 +49,8 @@ def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solutio
     Args:
         work: What to place.
         rate: (N,) FLOP/s available on each node.
-        budget_s: Use the fewest nodes that keep this budget, instead of the smallest bottleneck.
+        budget_s: Use the fewest nodes that keep this budget, instead of the smallest bottleneck; infinite: whether
+            there is any allocation.
 
     Returns:
         The best found, or None if none was found: `exact` work then has none.
@@ -62,8 +66,8 @@ def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solutio
 
 def is_exact(work: Work) -> bool:
     """Whether the layers come in few enough runs to be solved exactly, so that no solution means there is none."""
-    states = states_of(work)
-    return states <= MAX_STATES and states * states * len(work.base_s) <= 8_000_000
+    states, pairs = states_of(work)
+    return states <= MAX_STATES and pairs * len(work.base_s) <= _MOST_PAIRS
 
 
 def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solution | None:
@@ -78,7 +82,7 @@ def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solut
         if placed is None:
             return None
         hosting, at_s, low = placed, budget_s, bound
-    few = fewest_nodes(counts, at_s)
+    few = None if math.isinf(at_s) else fewest_nodes(counts, at_s)
     hosting = few if few is not None else drop_weakest(counts, hosting)
     assignment = assign_any_order(counts, counts.trimmed(hosting))
     reached = float(counts.work.loads_s(assignment).max())
@@ -112,6 +116,8 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         consider(mend(work, start, math.inf, steps=600))
     if best is None:
         return None
+    if budget_s is not None and math.isinf(budget_s):
+        return Solution(assignment=best, bottleneck_s=reached, lower_bound_s=bound, exact=False)
     low, high = bound, reached
     for _ in range(3 if large else 10):
         if high <= low * 1.0005:

@@ -18,8 +18,9 @@ from planner.bounds import effective_rates
 from planner.counts import Counts, in_any_order
 from planner.greedy import is_exact
 from planner.pipeline import in_order
-from planner.placement import Ties, Work, build_work
+from planner.placement import Work, build_work
 from planner.problem import SLACK, Floats, Ints, Problem
+from planner.ties import ways_to_tie
 
 #: States × groups of odd layers above which layers are blurred into one run, as every set pays for each; more where
 #: there are few nodes, and so few sets.
@@ -40,11 +41,9 @@ class Paces:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         #: Whether the seconds are those of the best chain, or an estimate.
-        self.exact = int((problem.tied_to >= 0).sum()) <= 1
+        self.exact = True
         self._most_steps = _FEW_STEPS if len(problem.nodes) <= _FEW else MOST_STEPS
-        ways: tuple[Ties, ...] = ("copied", "together") if (problem.tied_to >= 0).any() else ("shared",)
-        contiguous = problem.options.strategy == "pipeline"
-        self._counts = [self._counting(way) for way in ways if not (contiguous and way == "together")]
+        self._counts = self._counting(problem)
         #: (N,) seconds of the whole model on one node, which stores shared weights once; infinite where it can't.
         total = float(problem.flop.sum())
         held, able = int(problem.memory.sum()), problem.flop_cap * (1 + SLACK) >= total
@@ -62,20 +61,25 @@ class Paces:
         )
         return np.array([found.setdefault((*s, m, f), len(found)) for s, m, f in rows], dtype=np.int64)
 
-    def _counting(self, way: Ties) -> Counts:
-        work = build_work(self.problem, way)
-        assert work is not None, "without pins there is always something to place"
-        if self.problem.options.strategy == "pipeline":
-            run = in_order(work)
+    def _counting(self, problem: Problem) -> list[Counts]:
+        """Programmes whose best is the best."""
+        ways, complete = ways_to_tie(problem)
+        if problem.options.strategy == "pipeline":
+            run = in_order(problem, build_work(problem))
             if run is not None and run[0].groups.without.size <= self._most_steps:
-                return run[0]
-            self.exact = False  # any layer anywhere: never slower
-        if is_exact(work):
-            counts = in_any_order(work)
-            if counts.groups.without.size <= self._most_steps:
-                return counts
-        self.exact = False
-        return in_any_order(_blurred(work))
+                return [run[0]]
+            ways, complete = [()], False  # any layer anywhere: never slower
+        self.exact = complete
+        found = []
+        for way in ways:
+            work = build_work(problem, way)
+            assert work is not None, "there are no pins"
+            counts = in_any_order(work) if is_exact(work) else None
+            if counts is None or counts.groups.without.size > self._most_steps:
+                self.exact = False
+                counts = in_any_order(_blurred(work))
+            found.append(counts)
+        return found
 
     def seconds(self, groups: Iterable[Group]) -> Floats:
         """(G,) seconds of each group's slowest node, at best; infinite where the group can't hold the model."""

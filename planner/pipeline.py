@@ -11,14 +11,16 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.bounds import lower_bound_s
 from planner.counts import Counts, Groups, Hosting, drop_weakest, fewest_nodes, in_any_order, smallest_budget
 from planner.greedy import is_exact
 from planner.long import MOST_ENTRIES, solve_long
-from planner.placement import Found, Work
+from planner.placement import Found, Work, build_work
 from planner.problem import SLACK, Ints, Problem
 from planner.sequence import Sequence
+from planner.ties import Blocks, StageBytes, ways_to_tie
 from planner.two_runs import two_runs_bound_s
 
 #: Odd layers around the run up to which counting is used.
@@ -35,20 +37,27 @@ class RunEnds:
     groups: list[tuple[int, int]]
 
 
-def longest_run(kind: Ints) -> tuple[int, int]:
-    """[start, end) of the longest stretch of equal kinds, the first of equal length."""
+def longest_run(kind: Ints, able: NDArray[np.bool_]) -> tuple[int, int]:
+    """[start, end) of the longest stretch of equal kinds, of those that are able; the first of equal length."""
     edges = np.flatnonzero(np.diff(kind)) + 1
     starts, ends = np.append(0, edges), np.append(edges, len(kind))
-    at = int(np.argmax(ends - starts))
+    at = int(np.argmax(np.where(able[starts], ends - starts, 0)))
     return int(starts[at]), int(ends[at])
 
 
-def in_order(work: Work) -> tuple[Counts, RunEnds] | None:
-    """The counting programme for contiguous stages, or None if the layers do not come as one run with few around."""
-    if len(work.kind) == 0 or (work.fixed >= 0).any() or work.followers:
+def in_order(problem: Problem, work: Work) -> tuple[Counts, RunEnds] | None:
+    """The counting programme for contiguous stages, or None if the layers do not come as one run with few around.
+
+    Groups of odd layers count weights that they share once; the run itself must share none.
+    """
+    if len(work.kind) == 0 or (work.fixed >= 0).any():
         return None
-    start, end = longest_run(work.kind)
+    alone = problem.tied_to < 0
+    alone[problem.tied_to[~alone]] = False
+    start, end = longest_run(work.kind, alone[work.layer])
     total = len(work.kind)
+    if not alone[work.layer[start]]:
+        return None
     odd = [*range(start), *range(end, total)]
     if len(odd) > MAX_ODD:
         return None
@@ -71,12 +80,14 @@ def in_order(work: Work) -> tuple[Counts, RunEnds] | None:
             least.append(run)
             most.append(run)
     masks, memory, flop = [], [], []
+    held = StageBytes(problem)
     seconds = np.zeros((len(work.base_s), len(spans)))
     for at, (a, b) in enumerate(spans):
         items = [item for item in odd if a <= item < b]
         masks.append(sum(bit[item] for item in items))
         kinds = work.kind[items]
-        memory.append(int(work.memory[kinds].sum()))
+        size = held.held(int(work.layer[a]), int(work.layer[b - 1]) + 1) if items else 0
+        memory.append(size - (run * int(work.memory[work.kind[start]]) if a < start < end < b else 0))
         flop.append(float(work.flop[kinds].sum()))
         seconds[:, at] = work.seconds[:, kinds].sum(axis=1)
     states = 1 << len(odd)
@@ -140,46 +151,67 @@ def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
     return drop_weakest(counts, hosting)
 
 
-def solve_pipeline(problem: Problem, work: Work, memory: Ints, *, budget_s: float | None = None) -> Found:
+def solve_pipeline(problem: Problem, *, budget_s: float | None = None) -> Found:
     """Contiguous stages with the smallest bottleneck, or with the fewest nodes within `budget_s`.
-
-    Args:
-        problem: What to plan.
-        work: Its items under one treatment of tied weights.
-        memory: (L,) bytes of each layer under the same treatment.
-        budget_s: See above.
 
     Returns:
         ((L,) nodes or None, lower bound in seconds); the bound is infinite where it is proven that there is no plan.
     """
-    run = in_order(work)
+    work = build_work(problem)
+    run = in_order(problem, work)
     bound = lower_bound_s(work, thorough=run is None)
     if run is not None:
         return _solve_run(*run, bound, budget_s)
-    return _solve_sequence(problem, work, memory, bound=bound, budget_s=budget_s)
+    return _solve_sequence(problem, bound, budget_s)
 
 
-def _solve_sequence(problem: Problem, work: Work, memory: Ints, *, bound: float, budget_s: float | None) -> Found:
+def _solve_sequence(problem: Problem, bound: float, budget_s: float | None) -> Found:
     if len(problem.nodes) * len(problem.kind) > MOST_ENTRIES:
-        return solve_long(problem, memory, bound, budget_s)
-    forward = Sequence(problem, memory)
+        return solve_long(problem, bound, budget_s)
+    forward = Sequence(problem)
     if budget_s is not None:
-        nodes = _place(problem, [forward, *_mirrored(problem, memory, forward)], budget_s)
+        nodes = _place(problem, [forward, *_mirrored(problem, forward)], budget_s)
         return nodes, math.inf if nodes is None and forward.impossible else bound
     if forward.is_exact:
         return _bisect(problem, forward, bound)
+    bound = _relaxed_bound_s(problem, bound)
+    if math.isinf(bound):
+        return None, math.inf
+    return _search(problem, [forward, *_mirrored(problem, forward)], bound)
+
+
+def _relaxed_bound_s(problem: Problem, bound: float) -> float:
+    """A better bound, infinite if it proves that there is no plan.
+
+    Layers that share weights are apart, each with a copy, or some are on one node with all that is between them.
+    """
+    ways, complete = ways_to_tie(problem)
+    together = min((_spans_bound_s(problem, way) for way in ways if way), default=math.inf) if complete else 0.0
+    apart = together > bound
+    work = build_work(problem, "copied" if apart else "shared")
+    assert work is not None, "only layers kept together can be torn apart by pins"
+    alone = bound
     if is_exact(work) and len(work.kind):
         # Any layer anywhere is never slower than contiguous stages, and is solved exactly here.
         relaxed = smallest_budget(in_any_order(work), bound)
-        if relaxed is None:
-            return None, math.inf
-        bound = max(bound, relaxed[2])
-    bound = two_runs_bound_s(problem, memory, bound)
-    return _search(problem, [forward, *_mirrored(problem, memory, forward)], bound)
+        alone = math.inf if relaxed is None else max(bound, relaxed[2])
+    if math.isfinite(alone):
+        alone = two_runs_bound_s(problem, problem.memory + (problem.tied_bytes if apart else 0), alone)
+    return max(bound, min(alone, together)) if apart else alone
 
 
-def _mirrored(problem: Problem, memory: Ints, forward: Sequence) -> list[Sequence]:
-    return [] if forward.is_exact else [Sequence(problem, memory, reverse=True)]
+def _spans_bound_s(problem: Problem, way: Blocks) -> float:
+    """Seconds of the slowest span from a block's first layer to its last, each on the node that is best for it."""
+    held, slowest = StageBytes(problem), 0.0
+    for block in way:
+        able = problem.capacity >= held.held(block[0], block[-1] + 1)
+        seconds = problem.seconds[:, problem.kind[block[0] : block[-1] + 1]].sum(axis=1)
+        slowest = max(slowest, float(seconds[able].min(initial=math.inf)))
+    return slowest
+
+
+def _mirrored(problem: Problem, forward: Sequence) -> list[Sequence]:
+    return [] if forward.is_exact else [Sequence(problem, reverse=True)]
 
 
 def _place(problem: Problem, ways: list[Sequence], budget_s: float) -> Ints | None:

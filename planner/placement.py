@@ -1,23 +1,24 @@
 """What is left to place once pins are fixed: items, their kinds, and the room beside what is pinned.
 
-Tied weights make a node's memory depend on what it holds together. A `Work` settles that in one of three ways:
+Tied weights make a node's memory depend on what it holds together. A `Work` settles that in one of these ways:
 
 - "shared": as if the copy were free. Never holds too much back, so its bound is valid for all of them.
 - "copied": every layer that uses another's weights brings its own copy. What fits so always fits.
-- "together": a layer and those that share its weights are one item.
+- some blocks: the layers of each are one item with one copy at most, all others bring their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
 from planner.problem import SLACK, Floats, Ints, Problem
+from planner.ties import Blocks, copied_bytes
 
-Ties = Literal["shared", "copied", "together"]
+Ties = Literal["shared", "copied"] | Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,40 +67,26 @@ def fill_gaps(nodes: Ints) -> Ints:
     return nodes[np.where(last >= 0, last, known[0])]
 
 
-def _groups(problem: Problem) -> dict[int, list[int]] | None:
-    """Owner -> layers sharing its weights, each with one node at most pinned; None if pins tear one apart."""
-    groups: dict[int, list[int]] = {}
-    for layer in np.flatnonzero(problem.tied_to >= 0).tolist():
-        owner = int(problem.tied_to[layer])
-        while problem.tied_to[owner] >= 0 and int(problem.tied_to[owner]) != owner:
-            owner = int(problem.tied_to[owner])
-        groups.setdefault(owner, [owner]).append(layer)
-    for members in groups.values():
-        if len({int(problem.pinned[m]) for m in members if problem.pinned[m] >= 0}) > 1:
-            return None
-    return groups
-
-
+@overload
+def build_work(problem: Problem) -> Work: ...
+@overload
+def build_work(problem: Problem, ties: Ties) -> Work | None: ...
 def build_work(problem: Problem, ties: Ties = "shared") -> Work | None:
-    """Items, kinds and room for one way to treat tied weights; None if pins rule that way out."""
+    """Items, kinds and room for one way to treat tied weights; None if pins tear a block apart."""
     fixed = problem.pinned.copy()
-    groups: dict[int, list[int]] = {}
-    if ties == "together":
-        found = _groups(problem)
-        if found is None:
+    blocks = ties if isinstance(ties, tuple) else ()
+    for block in blocks:
+        pins = {int(problem.pinned[layer]) for layer in block} - {-1}
+        if len(pins) > 1:
             return None
-        groups = found
-        for members in groups.values():
-            at = max(int(problem.pinned[m]) for m in members)
-            if at >= 0:
-                fixed[np.array(members)] = at
-    followers_of = {members[0]: tuple(members[1:]) for members in groups.values() if fixed[members[0]] < 0}
+        fixed[list(block)] = max(pins, default=-1)
+    followers_of = {block[0]: block[1:] for block in blocks if fixed[block[0]] < 0}
     skipped = {layer for others in followers_of.values() for layer in others}
     free = np.array(
         [layer for layer in np.flatnonzero((fixed < 0) & ~problem.weightless).tolist() if layer not in skipped],
         dtype=np.int64,
     )
-    extra = problem.tied_bytes if ties == "copied" else np.zeros_like(problem.tied_bytes)
+    extra = np.zeros_like(problem.tied_bytes) if ties == "shared" else copied_bytes(problem, blocks)
     kind, count, memory, flop, seconds = _merge_kinds(problem, free, extra, followers_of)
     pinned = np.flatnonzero(fixed >= 0)
     nodes = len(problem.nodes)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 
 from planner.prices import Prices, price_nodes
 from planner.problem import SLACK, Ints, Problem
+from planner.ties import StageBytes
 
 #: States up to which the programme over class counts is solved exactly.
 EXACT_STATES = 20_000
@@ -24,7 +26,14 @@ BEAM = 64
 class Sequence:
     """All layers of a problem in execution order, and classes of nodes that are alike."""
 
-    def __init__(self, problem: Problem, memory: Ints, *, reverse: bool = False) -> None:
+    def __init__(self, problem: Problem, memory: Ints | None = None, *, reverse: bool = False) -> None:
+        """Lay out the layers.
+
+        Args:
+            problem: What to plan.
+            memory: (L,) bytes that each layer takes wherever it is; None: what it adds to its stage.
+            reverse: From the last layer to the first.
+        """
         self.problem = problem
         order = np.arange(len(problem.kind))[:: -1 if reverse else 1]
         self.layers = len(order)
@@ -47,7 +56,8 @@ class Sequence:
         zero = np.zeros((len(heads), 1))
         #: (C, L + 1) seconds, (L + 1,) bytes and FLOP before each position.
         self.before_s = np.concatenate((zero, np.cumsum(problem.seconds[heads][:, kinds], axis=1)), axis=1)
-        self._before_bytes = np.concatenate(([0], np.cumsum(memory[order])))
+        alone = problem if memory is None else replace(problem, memory=memory, tied_to=np.full_like(order, -1))
+        self._bytes = StageBytes(alone, order)
         self._before_flop = np.concatenate(([0.0], np.cumsum(problem.flop[order])))
         self.limit = self._limits(heads, problem.pinned[order])
         self.counts = [len(nodes) for nodes in self.classes]
@@ -64,8 +74,7 @@ class Sequence:
         problem, length = self.problem, self.layers
         limit = np.full((len(heads), length + 1), length, dtype=np.int64)
         for row, node in enumerate(heads):
-            end = np.searchsorted(self._before_bytes, self._before_bytes + problem.capacity[node], side="right") - 1
-            limit[row] = np.minimum(limit[row], end)
+            limit[row] = self._bytes.ends(np.arange(length + 1), int(problem.capacity[node]))
             if math.isfinite(problem.flop_cap[node]):
                 most = self._before_flop + problem.flop_cap[node] * (1 + SLACK)
                 limit[row] = np.minimum(limit[row], np.searchsorted(self._before_flop, most, side="right") - 1)

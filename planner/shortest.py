@@ -8,12 +8,15 @@ import numpy as np
 
 from planner.chains import EXACT_NODES, MOST_LAYERS, Chains, improve
 from planner.cluster import Link
-from planner.counts import Counts, assign_any_order, in_any_order
+from planner.counts import Counts, assign_any_order, in_any_order, states_of
 from planner.greedy import is_exact
 from planner.latency import least_latency
 from planner.pipeline import RunEnds, in_order, solve_pipeline, stage_nodes
-from planner.placement import Found, Work
+from planner.placement import Found, Work, build_work
 from planner.problem import Ints, Problem
+
+#: States of the programme over any layer anywhere, which looks at one group of odd layers at a time.
+_MOST_STATES = 256
 
 
 def best_link(problem: Problem) -> Link:
@@ -40,8 +43,8 @@ def _lowest_hop_s(problem: Problem) -> float:
 
 def any_order_latency(problem: Problem, work: Work, budget_s: float) -> Found:
     """Any layer anywhere: the nodes of the least sum of layer times and one hop for each node but one."""
-    if len(work.kind) == 0 or not is_exact(work) or work.count.max() > 4_000:
-        return None, _least_layers_s(problem)
+    if len(work.kind) == 0 or not is_exact(work) or states_of(work)[0] > _MOST_STATES or work.count.max() > 4_000:
+        return None, least_layers_s(problem)
     counts = in_any_order(work)
     hop = np.full(len(counts.groups.memory), _lowest_hop_s(problem))
     caps = counts.caps(budget_s)
@@ -63,16 +66,16 @@ def _pinned_s(problem: Problem, work: Work) -> float:
     return float(problem.seconds[work.fixed[pinned], problem.kind[pinned]].sum())
 
 
-def _least_layers_s(problem: Problem) -> float:
+def least_layers_s(problem: Problem) -> float:
     """Every layer on the node fastest at it."""
     fits = problem.capacity[:, None] >= problem.memory[None, :]
     seconds = np.where(fits, problem.seconds[:, problem.kind], np.inf).min(axis=0)
     return float(np.where(np.isfinite(seconds), seconds, 0.0).sum())
 
 
-def in_order_latency(problem: Problem, work: Work, memory: Ints, budget_s: float) -> Found:
+def in_order_latency(problem: Problem, budget_s: float) -> Found:
     """Contiguous stages: exact for a run with links that are alike or few nodes, else the best found."""
-    run = in_order(work)
+    run = in_order(problem, build_work(problem))
     bound = 0.0
     nodes: Ints | None = None
     if run is not None and run[0].run <= 4_000 and not problem.weightless.any():
@@ -80,8 +83,8 @@ def in_order_latency(problem: Problem, work: Work, memory: Ints, budget_s: float
         if math.isinf(bound) or problem.uniform_link is not None:
             return nodes, bound
     if len(problem.kind) > MOST_LAYERS:
-        return _fallback(problem, work, memory, nodes), max(bound, _least_layers_s(problem))
-    chains = Chains(problem, memory, budget_s)
+        return _fallback(problem, nodes, budget_s), max(bound, least_layers_s(problem))
+    chains = Chains(problem, budget_s)
     if chains.complete and len(chains.chosen) <= EXACT_NODES:
         found = chains.exact()
         return (None, math.inf) if found is None else (found[0], found[1] * (1 - 1e-12))
@@ -95,19 +98,19 @@ def in_order_latency(problem: Problem, work: Work, memory: Ints, budget_s: float
     if found is not None and (best is None or found[1] < best[1]):
         best = found
     if best is None:
-        fallback = _fallback(problem, work, memory, None)
+        fallback = _fallback(problem, None, budget_s)
         if fallback is None:
             return None, bound
         best = (fallback, problem.latency_s(fallback))
     size = len(problem.kind) ** 2 * len(np.unique(best[0]))
     best = improve(chains, *best, tries=max(20, min(600, 40_000_000 // max(size, 1))))
-    return best[0], max(bound, _least_layers_s(problem))
+    return best[0], max(bound, least_layers_s(problem))
 
 
-def _fallback(problem: Problem, work: Work, memory: Ints, nodes: Ints | None) -> Ints | None:
+def _fallback(problem: Problem, nodes: Ints | None, budget_s: float) -> Ints | None:
     if nodes is not None:
         return nodes
-    return solve_pipeline(problem, work, memory)[0]
+    return solve_pipeline(problem, budget_s=None if math.isinf(budget_s) else budget_s)[0]
 
 
 def _run_latency(problem: Problem, counts: Counts, ends: RunEnds, budget_s: float) -> Found:

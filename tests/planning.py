@@ -28,21 +28,22 @@ def profile(
     bytes_: Sequence[int] | None = None,
     *,
     tied: bool = False,
+    shares: Sequence[int] = (),
     activation_bytes: int = 8,
 ) -> ModelProfile:
-    """A model of those layers; `tied`: the last uses the first one's weights."""
+    """A model of those layers; the last if `tied`, and those that `shares` names, use the first one's weights."""
     sizes = list(bytes_) if bytes_ is not None else [0] * len(flops)
     layers = []
     for at, (flop, size) in enumerate(zip(flops, sizes, strict=True)):
-        shares = tied and at == len(flops) - 1 and at > 0
+        uses = at > 0 and (at in shares or (tied and at == len(flops) - 1))
         layers.append(
             Layer(
                 name=f"layers.{at}",
                 index=at,
                 layer_type="decoder",
-                weight_bytes=0 if shares else size,
-                tied_to="layers.0" if shares else None,
-                tied_bytes=sizes[0] if shares else 0,
+                weight_bytes=0 if uses else size,
+                tied_to="layers.0" if uses else None,
+                tied_bytes=sizes[0] if uses else 0,
                 activation_bytes=activation_bytes,
                 compute_required=flop,
             )
@@ -180,6 +181,25 @@ def best(model: ModelProfile, machines: Cluster, options: PlanOptions, *, contig
         if value < found and is_valid(model, machines, options, nodes):
             found = value
     return found
+
+
+def encoder_decoder_case(seed: int, *, layers: int = 7, nodes: int = 3) -> tuple[ModelProfile, Cluster]:
+    """A small case whose middle and last layer use the first one's weights, often tight in memory."""
+    draw = random.Random(seed)
+    count = draw.randint(3, layers)
+    first, second = (draw.randint(1, 9), draw.randint(0, 5)), (draw.randint(1, 9), draw.randint(0, 5))
+    middle = draw.randint(1, count - 2)
+    kinds = [first] * (middle - 1) + [(draw.randint(0, 3), 0)] + [second] * (count - middle - 2)
+    kinds = [(draw.randint(0, 3), draw.randint(1, 9)), *kinds, (draw.randint(1, 20), 0)]
+    machines = draw.randint(1, nodes)
+    total = sum(size for _, size in kinds)
+    room = [draw.randint(1, max(1, int(total * draw.choice([0.5, 0.8, 1.0, 1.6])))) for _ in range(machines)]
+    return (
+        profile([f for f, _ in kinds], [b for _, b in kinds], shares=(middle, count - 1)),
+        cluster(
+            [draw.randint(1, 9) for _ in range(machines)], room, link=Link(latency_s=draw.choice([0.0, 0.1, 1.0]))
+        ),
+    )
 
 
 def random_case(seed: int, *, layers: int = 6, nodes: int = 3, runs: bool = True) -> tuple[ModelProfile, Cluster]:

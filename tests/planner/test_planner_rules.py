@@ -147,6 +147,26 @@ def test_tied_weights_stay_together_where_that_is_what_fits() -> None:
     }
 
 
+def test_an_encoder_and_a_decoder_have_one_table_on_a_node_and_a_copy_on_the_other() -> None:
+    # Table 6, its users in the middle and at the end; blocks of 4. n0 holds 6 + 4 + 4, n1 one copy of 6 and 4.
+    model = planning.profile([1.0] * 6, [6, 4, 4, 0, 4, 0], shares=(3, 5))
+    plan = make_plan(model, planning.cluster([1, 1], [14, 10]), PlanOptions(strategy="pipeline"))
+    assert plan.allocation == {"n0": ("layers.0", "layers.1", "layers.2"), "n1": ("layers.3", "layers.4", "layers.5")}
+    assert sum(report.memory_used_bytes for report in plan.nodes) == 24
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+def test_a_large_encoder_and_decoder_with_one_table_is_proven(strategy: str) -> None:
+    # T5's shape: the first block of each stack is a little larger.
+    blocks = [(4.0, 51), *[(4.0, 50)] * 23, (0.1, 1), (0.0, 0), (5.0, 68), *[(5.0, 67)] * 23, (9.0, 0)]
+    model = planning.profile([0.0, *(f for f, _ in blocks)], [131, *(b for _, b in blocks)], shares=(26, 51))
+    plan = make_plan(model, planning.cluster([5, 10, 2, 10], [3021, 886, 348, 2164]), PlanOptions(strategy=strategy))
+    assert plan.predicted.exact
+    with pytest.raises(Infeasible) as caught:
+        make_plan(model, planning.cluster([5, 10], [700, 700]), PlanOptions(strategy=strategy))
+    assert caught.value.details["proven"]
+
+
 def test_greedy_keeps_equal_layers_together_in_the_chain() -> None:
     model, machines = planning.profile([1.0, *[4.0] * 40, 9.0], [1] * 42), planning.cluster([5, 4, 3, 2], [14] * 4)
     plan = make_plan(model, machines)
