@@ -188,14 +188,21 @@ def _structure(module: nn.Module, entries: Any) -> Any:
 def _settings(module: nn.Module, path: str, found: list[Any]) -> None:
     found.append((path, type(module)))
     for name, value in module.__dict__.items():
-        if name[0] != "_" and isinstance(value, _SCALARS) and name not in _POSITIONS:
-            found.append((name, value))
+        if name[0] != "_" and name not in _POSITIONS and _is_setting(value):
+            found.append((name, tuple(value) if isinstance(value, list) else value))
     for kept in (module._parameters, module._buffers):  # noqa: SLF001 (parameters() would recurse)
         for name, tensor in kept.items():
             found.append((name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)))
     for name, child in module._modules.items():  # noqa: SLF001
         if child is not None:
             _settings(child, f"{path}.{name}", found)
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute is a scalar or several (a convolution's stride)."""
+    return isinstance(value, _SCALARS) or (
+        isinstance(value, (list, tuple)) and all(isinstance(each, _SCALARS) for each in value)
+    )
 
 
 @cache

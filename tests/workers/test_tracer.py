@@ -189,6 +189,12 @@ def test_layers_that_are_called_past_their_hooks_cost_what_is_in_them() -> None:
         assert flop_at(layer, 1, 512)[0] == sum(parts_of(layer, paths).values()) > 0
 
 
+def test_layers_that_differ_in_stride_alone_are_each_counted() -> None:
+    values = {"model_type": "mobilenet_v1", "architectures": ["MobileNetV1ForImageClassification"], "image_size": 64}
+    traced = trace(config_of(values), names_of(values))
+    assert total(traced, 1, 512) == reference(values, 1, 512)[1] > 0
+
+
 def test_layers_that_no_pass_reaches_are_said_to_be_uncounted() -> None:
     text = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     values = {
