@@ -61,7 +61,11 @@ class Renamer:
             self._templates[template] = self._learn(name, template, numbers)
         known = self._templates[template]
         renamed, converted = self._rename(name) if known is None else (_filled(known[0], numbers), known[1])
-        return self._with_prefix(renamed), converted
+        renamed = self._with_prefix(renamed)
+        if renamed not in self._known and name in self._known:
+            # As transformers' loader: an old name's renaming hit a name that is right already.
+            return self._with_prefix(name), False
+        return renamed, converted
 
     def _learn(self, name: str, template: _Template, numbers: list[str]) -> tuple[str, bool] | None:
         """The renamed template with marks for numbers, or None if the numbers themselves matter."""

@@ -209,6 +209,31 @@ def test_layers_that_no_pass_reaches_are_said_to_be_uncounted() -> None:
     )
 
 
+#: A small model of compressed attention, with both kinds of it.
+DEEPSEEK_V4 = {
+    "model_type": "deepseek_v4",
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "sliding_window": 8,
+}
+
+
+def test_a_name_that_the_module_tree_knows_is_kept_where_its_renaming_is_unknown() -> None:
+    traced = trace(config_of(DEEPSEEK_V4), names_of(DEEPSEEK_V4))
+    at, is_parameter, share = traced.tensors["model.norm.weight"]
+    assert (traced.layers[at].layer_type, is_parameter, share) == ("head", 1, 1.0)
+
+
 def test_a_layer_whose_weights_are_all_tied_need_not_be_stored() -> None:
     values = {"model_type": "udop", "architectures": ["UdopForConditionalGeneration"], "num_layers": 2}
     # Its table of relative positions is a layer by its name. (It cannot be run: it wants boxes beside text.)
