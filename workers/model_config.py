@@ -35,7 +35,15 @@ _LIMITS = {
     "n_routed_experts": 2**16,
     "num_experts_per_tok": 2**16,
     "image_size": 2**20,
+    # transformers writes a dictionary of so many names.
+    "num_labels": 2**17,
 }
+#: The most layers, or parts that repeat as they do, under one name in all.
+_MOST_REPEATED = 10_000
+#: Names that count them (not: "layers_block_type", "fullatt_block_indexes").
+_REPEATED = re.compile(r"(?:.*_)?(?:layers?|blocks|stages|repeats|depths?|block_sizes)")
+#: Those whose lists count, too; others list which layers are of a kind.
+_REPEATED_LISTS = re.compile(r"num_.*|(?:.*_)?(?:repeats|depths?|block_sizes)")
 _MAY_BE_ZERO = {
     "head_dim",
     "num_experts",
@@ -43,6 +51,7 @@ _MAY_BE_ZERO = {
     "n_routed_experts",
     "num_experts_per_tok",
     "num_layers",
+    "num_labels",
 }
 _ARCHITECTURE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 
@@ -121,6 +130,7 @@ def parse_config(data: bytes) -> ModelConfig:
         raise InvalidCheckpoint(f"config.json: model_type must be a short text, got {str(model_type)[:80]!r}")
     for path, part in _parts(values, "", 0):
         _check_sizes(part, path)
+        _check_repeated(part, path)
     return ModelConfig(values=values, model_type=model_type, architecture=_architecture(values))
 
 
@@ -163,3 +173,19 @@ def _check_sizes(part: Mapping[str, Any], path: str) -> None:
                     f"got {str(each)[:60]!r}",
                     details={"field": f"{path}{name}", "smallest": least, "largest": largest},
                 )
+
+
+def _check_repeated(part: Mapping[str, Any], path: str) -> None:
+    for name, value in part.items():
+        stated = list(value.values()) if isinstance(value, dict) else value
+        if not _REPEATED.fullmatch(name) or (
+            isinstance(stated, list) and not (name in _LIMITS or _REPEATED_LISTS.fullmatch(name))
+        ):
+            continue
+        total = sum(each for each in (stated if isinstance(stated, list) else [stated])
+                    if isinstance(each, int) and each > 0)  # fmt: skip
+        if total > _MOST_REPEATED:
+            raise InvalidCheckpoint(
+                f"config.json: {path}{name} must be at most {_MOST_REPEATED:,} in all, got {str(total)[:60]}",
+                details={"field": f"{path}{name}", "largest": _MOST_REPEATED},
+            )

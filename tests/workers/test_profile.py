@@ -372,6 +372,11 @@ def test_mxfp4_experts_have_their_true_parameters() -> None:
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
         ({"hidden_size": 10**15}, "hidden_size must be a whole number"),
+        ({"num_labels": 20_000_000}, "num_labels must be a whole number from 0 to 131,072"),
+        ({"depths": [5_000, 5_001]}, "depths must be at most 10,000 in all, got 10001"),
+        ({"vision_config": {"num_block_repeats": [10**9]}}, "vision_config.num_block_repeats must be at most"),
+        ({"num_hidden_groups": 3, "num_decoder_blocks": 10**6}, "num_decoder_blocks must be at most"),
+        ({"num_layers": [9_999, 9_999]}, "num_layers must be at most 10,000 in all"),
         ({"vocab_size": 0}, "vocab_size must be a whole number"),
         ({"text_config": {"num_attention_heads": -4}}, "text_config.num_attention_heads"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
@@ -388,7 +393,12 @@ def test_bad_config_values_are_refused_by_name(change: dict[str, Any], says: str
 @pytest.mark.parametrize(
     "stated",
     # As LXMERT states its depths; as models of compressed attention, which have no such dimension.
-    [{"num_hidden_layers": {"language": 9, "vision": 5}}, {"text_config": {"head_dim": 0}}],
+    # And as those that list which layers are of a kind.
+    [
+        {"num_hidden_layers": {"language": 9, "vision": 5}},
+        {"text_config": {"head_dim": 0}},
+        {"mlp_only_layers": list(range(200)), "layers_block_type": ["mamba"], "depths": [2, 2, 18, 2]},
+    ],
 )
 def test_sizes_are_read_as_architectures_state_them(stated: dict[str, Any]) -> None:
     assert parse_config(json.dumps(stated).encode()).values == stated
