@@ -6,6 +6,7 @@ than Python's start. `planner.wire` reads and writes them as the published metad
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -223,16 +224,42 @@ class ModelProfile:
         return sum(layer.num_params for layer in self.layers)
 
     def at(self, *, batch_size: int, sequence_length: int) -> ModelProfile:
-        """The same model's profile at another batch size and sequence length; no tracing, no torch."""
+        """The same model's profile at another batch size and sequence length; no tracing, no torch.
+
+        Where a layer's terms are not exact there, `approximate` says so.
+        """
         if (batch_size, sequence_length) == (self.batch_size, self.sequence_length):
             return self
+        length = min(sequence_length, self.longest_sequence or sequence_length)
         layers = tuple(
             layer.at(
                 batch_size=batch_size,
-                sequence_length=min(sequence_length, self.longest_sequence or sequence_length),
+                sequence_length=length,
                 from_batch=self.batch_size,
                 from_sequence=min(self.sequence_length, self.longest_sequence or self.sequence_length),
             )
             for layer in self.layers
         )
-        return replace(self, batch_size=batch_size, sequence_length=sequence_length, layers=layers)
+        reasons = outside(layers, length, batched=batch_size != self.batch_size)
+        return replace(
+            self,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            layers=layers,
+            approximate=(*self.approximate, *(each for each in reasons if each not in self.approximate)),
+        )
+
+
+def outside(layers: Sequence[Layer], sequence_length: int, *, batched: bool) -> list[str]:
+    """Say which layers' terms are not exact at a length, or at another batch size than the profile's (`batched`)."""
+    left: Counter[tuple[int, int | None]] = Counter()
+    for first, last in (layer.terms_range for layer in layers if layer.terms_range is not None):
+        # No polynomial describes a layer that is exact at one length: it was counted there, for one batch size.
+        if not first <= sequence_length <= (last or sequence_length) or (batched and first == last):
+            left[first, last] += 1
+    return [
+        f"FLOP of {count} layers follow no polynomial: counted at {first} tokens, they are estimates elsewhere"
+        if first == last
+        else f"FLOP of {count} layers are exact from {first} tokens to {last or 'any'}, and extrapolated outside"
+        for (first, last), count in sorted(left.items(), key=str)
+    ]

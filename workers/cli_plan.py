@@ -242,14 +242,14 @@ def _show(args: argparse.Namespace, plan: Plan, profile: ModelProfile, extra: di
 
         write_document(args.device_map, device_map(plan, profile))
         say(args, f"wrote {args.device_map}")
-    lines = output.plan_lines(plan)
+    lines = [*output.plan_lines(plan), *(f"approximate: {reason}" for reason in profile.approximate)]
     if args.explain:
         from planner.explain import explain
 
         text = explain(plan)
         obj = {**obj, "explanation": text}
         lines += ["", *output.wrapped(text)]
-    emit(args, {**obj, **(extra or {})}, lines)
+    emit(args, {**obj, "approximate": list(profile.approximate), **(extra or {})}, lines)
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from planner.dtypes import canonical
 from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, outside
 from workers.checkpoint import Checkpoint
 from workers.exact import exact_layers
 from workers.general import Contents, general_layers, read_contents
@@ -68,10 +68,8 @@ def generate(
         layers = exact_layers(
             contents, trace, batch_size=batch_size, sequence_length=sequence_length, kv_dtype=kv_dtype
         )
-        approximate = list(trace.reasons)
-        last = trace.last()
-        if last is not None and min(sequence_length, trace.longest or sequence_length) > last:
-            approximate.append(f"FLOP beyond {last} tokens, which the model's positions end at, are extrapolated")
+        length = min(sequence_length, trace.longest or sequence_length)
+        approximate = [*trace.reasons, *outside(layers, length, batched=False)]
     method = unknown_method(contents.config.quantization)
     if method:
         approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")

@@ -78,11 +78,6 @@ class ModelTrace:
         at = f"{batch_size}x{min(sequence_length, self.longest or sequence_length)}"
         return all(at in layer.exact or not layer.chunked for layer in self.layers)
 
-    def last(self) -> int | None:
-        """The longest sequence at which all layers' FLOP are exact; None: any."""
-        ranges = [layer.terms_range[1] for layer in self.layers if layer.terms_range is not None]
-        return min((last for last in ranges if last is not None), default=None)
-
 
 def to_json(trace: ModelTrace) -> dict[str, Any]:
     """JSON values of a trace."""

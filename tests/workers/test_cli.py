@@ -242,10 +242,12 @@ def test_a_plan_is_shown_explained_written_and_imported_again(fairshard: Shell) 
     done = fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--explain", "--output", "plan.yaml")
     assert "fast → slow" in done.stdout
     assert "proven best" in done.stdout
+    assert "approximate: FLOP, KV cache and activations by the general rule" in done.stdout
     assert done.stderr == "wrote plan.yaml\n"
     answer = fairshard.json("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--explain")
     assert answer["success"] is True
     assert answer["explanation"]
+    assert len(answer["approximate"]) == 1
     assert set(answer["split_plan"]) == {"fast", "slow"}
     again = fairshard.json("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--import", "plan.yaml")
     assert again["plan_id"] == answer["plan_id"]

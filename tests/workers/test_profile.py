@@ -145,6 +145,25 @@ def test_what_a_polynomial_cannot_tell_is_traced_again_and_kept(tmp_path: Path) 
     assert costs(generate(checkpoint, sequence_length=75)) == costs(second)
 
 
+@pytest.mark.parametrize(("batch", "length"), [(1, 9), (8, 24)])
+def test_what_a_polynomial_cannot_tell_is_said_of_another_batch_or_length(batch: int, length: int) -> None:
+    profile = generate(open_folder(checkpoints.checkpoint("mamba2")), sequence_length=24)
+    assert profile.approximate == ()
+    asked = profile.at(batch_size=batch, sequence_length=length)
+    (reason,) = asked.approximate
+    assert "counted at 24 tokens" in reason
+    assert asked.at(batch_size=1, sequence_length=24).approximate == (reason,)
+
+
+def test_beyond_a_models_positions_the_costs_are_said_to_be_extrapolated() -> None:
+    checkpoint = open_folder(checkpoints.checkpoint("bert_mlm"))
+    profile = generate(checkpoint, sequence_length=24)
+    (reason,) = profile.at(batch_size=2, sequence_length=10_000).approximate
+    assert "extrapolated" in reason
+    assert generate(checkpoint, sequence_length=10_000).approximate == (reason,)
+    assert profile.at(batch_size=2, sequence_length=32).approximate == ()
+
+
 def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     checkpoint = open_folder(checkpoints.checkpoint("llama"))
     fresh = generate(checkpoint, cache_dir=tmp_path)
