@@ -101,6 +101,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """An error's kind and first line, short enough for a reason."""
-    text: Any = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+    """An error's kind and first line, with the next where it ends in a colon; short enough for a reason."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = f"{first} {rest[0]}" if first.endswith(":") and rest else first
+    return f"{type(error).__name__}: {text[:240]}"

@@ -147,11 +147,15 @@ class _Tracer:
         """The first pass; it finds out whether images can be run."""
         try:
             return self._pass(1, length, masks=True)
-        except NotTraceable:
-            self.images = False
+        except NotTraceable as error:
             if "pixel_values" not in make_inputs(self.model, 1, length):
                 raise
-            return self._pass(1, length, masks=True)
+            self.images = False
+            try:
+                return self._pass(1, length, masks=True)
+            except NotTraceable:  # for want of any inputs, it may be
+                self.images = True
+                raise error from error.__cause__
 
     def _pass(self, batch_size: int, sequence_length: int, *, masks: bool = False) -> Pass:
         """Count one pass; without memoised layers if it cannot be done with them."""

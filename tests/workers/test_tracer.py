@@ -209,6 +209,21 @@ def test_layers_that_no_pass_reaches_are_said_to_be_uncounted() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        # It takes nothing but images.
+        ({"model_type": "convnext", "architectures": ["ConvNextForImageClassification"], "image_size": 8},
+         "Kernel size can't be greater"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 30, "num_attention_heads": 4},
+         "The hidden size .30. is not a multiple"),
+    ],
+)  # fmt: skip
+def test_why_a_model_cannot_be_traced_is_what_transformers_says(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NotTraceable, match=reason):
+        trace(config_of(values), names_of(values))
+
+
 #: A small model of compressed attention, with both kinds of it.
 DEEPSEEK_V4 = {
     "model_type": "deepseek_v4",
