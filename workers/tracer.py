@@ -103,7 +103,7 @@ class _Tracer:
         reasons += self._idle({at for each in (*fits, *checks) for at in each.counts.order})
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
-            reasons += self._chunked(layers, wrong, order, batch_size, asked)
+            reasons += self._chunked(layers, wrong, order, (batch_size, asked), limit)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
         layers = {at: replace(layer, mask=mask_terms(layer.parts, sights.get(at))) for at, layer in layers.items()}
@@ -251,16 +251,17 @@ class _Tracer:
         layers: dict[int, LayerTrace],
         wrong: Sequence[int],
         order: Sequence[int],
-        batch: int,
-        length: int,
+        at_asked: tuple[int, int],
+        limit: int | None,
     ) -> list[str]:
         """Fit anew at lengths that need no padding, and count at the length that is asked for.
 
         Returns:
             Why a layer stays inexact, if one does.
         """
+        batch, length = at_asked
         try:
-            fits = [self._pass(1, each) for each in _FIT_CHUNKED]
+            fits = [self._pass(1, each) for each in _distinct(_FIT_CHUNKED, limit)]
             asked = self._pass(batch, length)
         except NotTraceable as error:
             return [f"FLOP of {len(wrong)} layers follow no polynomial, and cannot be counted at {length}: {error}"]
@@ -312,6 +313,13 @@ class _Tracer:
                 if name not in stored and mine is not None and its is not None and mine != its:
                     ties.add((position[mine], position[its], stored[holder]))
         return tuple(sorted(ties))
+
+
+def _distinct(lengths: tuple[int, int, int], limit: int | None) -> tuple[int, int, int]:
+    """The lengths, or half as long and so on until the model takes the longest: three that it runs at."""
+    while limit is not None and lengths[2] > limit and lengths[0] > 1:
+        lengths = (lengths[0] // 2, lengths[1] // 2, lengths[2] // 2)
+    return lengths
 
 
 def _positions(config: Any) -> int | None:

@@ -177,6 +177,21 @@ def test_chunked_scans_are_exact_where_asked_and_say_that_the_polynomial_is_not(
     assert total(traced, 1, 768) == reference(values, 1, 768)[1]
 
 
+def test_layers_without_a_polynomial_are_fitted_at_lengths_that_the_model_takes() -> None:
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    values = {
+        "model_type": "altclip",
+        "architectures": ["AltCLIPModel"],
+        "text_config": {**tower, "vocab_size": 128, "max_position_embeddings": 256},
+        "vision_config": {**tower, "image_size": 32, "patch_size": 8},
+    }
+    traced = trace(config_of(values), names_of(values), batch_size=2, sequence_length=24)
+    assert traced.longest == 256
+    assert any(layer.chunked for layer in traced.layers)
+    # A length that nothing was counted at.
+    assert total(traced, 1, 37) == reference(values, 1, 37)[1]
+
+
 def test_layers_that_are_called_past_their_hooks_cost_what_is_in_them() -> None:
     values = {"model_type": "squeezebert", "architectures": ["SqueezeBertForMaskedLM"], "num_hidden_layers": 4}
     traced = trace(config_of(values), names_of(values))
