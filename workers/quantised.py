@@ -22,6 +22,7 @@ _BESIDE_WEIGHT = (
     "_scale",
     "_scale_inv",
     "_scale_2",
+    "_scales",
     "_zero_point",
     "_shape",
     "_g_idx",
@@ -38,7 +39,7 @@ _PACKED = ("qweight", "weight_packed")
 #: Methods whose packing the suffixes below tell in full.
 _KNOWN = {
     "gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "fp8", "fbgemm_fp8", "modelopt", "bitnet",
-    "auto-round", "intel/auto-round", "eetq", "quanto",
+    "auto-round", "intel/auto-round", "eetq",
 }  # fmt: skip
 
 
@@ -71,6 +72,12 @@ def logical_tensors(tensors: Iterable[Tensor], quantization: Mapping[str, Any]) 
 def unknown_method(quantization: Mapping[str, Any]) -> str | None:
     """The name of the quantisation if its packing is not known here, else None."""
     method = str(quantization.get("quant_method", ""))[:60] if quantization else ""
+    if quantization.get("checkpoint_format") == "marlin" or quantization.get("is_marlin_format"):
+        return f"{method} (marlin)"
+    widths = _group_bits(quantization)
+    # Which group a weight is of and how its rows are padded, no header says.
+    if len(widths) > 1 or any(32 % bits for bits in widths):
+        return f"{method} ({', '.join(map(str, sorted(widths)))} bits)"
     return method if method and method not in _KNOWN else None
 
 
@@ -80,12 +87,35 @@ def _hints(name: str) -> bool:
 
 def _bits(quantization: Mapping[str, Any]) -> int:
     """Bits of a packed weight; 4 where the config does not say."""
-    places: list[Any] = [quantization.get("bits"), quantization.get("w_bit")]
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        places.append(weights.get("num_bits") if isinstance(weights, dict) else None)
+    places = (quantization.get("bits"), quantization.get("w_bit"), *_group_bits(quantization))
     return next((bits for bits in places if isinstance(bits, int) and 1 <= bits <= 32), 4)
+
+
+def _group_bits(quantization: Mapping[str, Any]) -> set[int]:
+    """The widths of weights that the groups of compressed-tensors state."""
+    groups = quantization.get("config_groups")
+    weights = [group.get("weights") for group in (groups.values() if isinstance(groups, dict) else ())
+               if isinstance(group, dict)]  # fmt: skip
+    stated = [each.get("num_bits") for each in weights if isinstance(each, dict)]
+    return {bits for bits in stated if isinstance(bits, int) and 1 <= bits <= 32}
+
+
+def _width(packed: Tensor, module: str, found: Mapping[str, Tensor], bits: int) -> int:
+    """Bits of the values in a packed weight: its own, where its companions' shapes tell them; else `bits`."""
+    scales, zeros, order = (found.get(f"{module}.{name}") for name in ("scales", "qzeros", "g_idx"))
+    pairs: list[tuple[int, int]] = []
+    if len(packed.shape) == 2:
+        # GPTQ packs rows, one entry of g_idx for each unpacked one; zeros are packed like AWQ's columns.
+        if order is not None and len(order.shape) == 1:
+            pairs.append((packed.shape[0], order.shape[0]))
+        if scales is not None and len(scales.shape) == 2:
+            pairs.append((packed.shape[1], scales.shape[1]))
+            if zeros is not None and len(zeros.shape) == 2 and scales.shape[1] == packed.shape[1]:
+                pairs.append((zeros.shape[1], scales.shape[1]))
+    for words, values in pairs:
+        if values and words * 32 % values == 0 and 1 <= words * 32 // values <= 16:
+            return words * 32 // values
+    return bits
 
 
 def _stored(tensor: Tensor, found: Mapping[str, Tensor], states: set[str], bits: int, method: str) -> Stored:
@@ -93,7 +123,7 @@ def _stored(tensor: Tensor, found: Mapping[str, Tensor], states: set[str], bits:
     module, _, last = name.rpartition(".")
     if last in _PACKED:
         per_value = 32 if tensor.dtype == "I32" else 8
-        width = bits if tensor.dtype == "I32" else 4
+        width = _width(tensor, module, found, bits) if tensor.dtype == "I32" else 4
         return Stored(f"{module}.weight", count * per_value // width)
     if name.endswith("_blocks") and f"{name[:-7]}_scales" in found:
         return Stored(name[:-7], count * 2)
@@ -104,8 +134,10 @@ def _stored(tensor: Tensor, found: Mapping[str, Tensor], states: set[str], bits:
     weight = _accompanied(name, module, last, found)
     if weight is not None:
         return Stored(weight, 0)
+    if name in states:  # of bitsandbytes, 4 bits a value, stored as any dtype
+        return Stored(name, tensor.size_bytes * 2)
     if tensor.dtype == "U8":
-        if name in states or f"{name}_scale_2" in found:
+        if f"{name}_scale_2" in found:
             return Stored(name, count * 2)
         if method == "bitnet" and last == "weight":
             return Stored(name, count * 4)

@@ -283,6 +283,12 @@ def _linear(layout: str, rows: int, columns: int) -> dict[str, tuple[str, list[i
                 "weight.nested_quant_map": ("F32", [256]),
                 "weight.quant_state.bitsandbytes__nf4": ("U8", [90]),
             }
+        case "bnb4_bf16":
+            return {**_linear("bnb4", rows, columns), "weight": ("BF16", [rows * columns // 4, 1])}
+        case "gptq_mixed":
+            # 8 bits where there are more columns than rows, 4 elsewhere.
+            bits = 8 if columns > rows else 4
+            return {**_linear("gptq", rows, columns), "qweight": ("I32", [columns * bits // 32, rows])}
         case "bnb8":
             return {"weight": ("I8", [rows, columns]), "SCB": ("F32", [rows]), "weight_format": ("U8", [])}
         case "pack":
@@ -315,6 +321,8 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4},
     "bnb4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bnb4_bf16": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+    "gptq_mixed": {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj.*": {"bits": 8}}},
     "bnb8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "pack": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
     "nvfp4": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
@@ -342,6 +350,24 @@ def test_quantised_repositories_have_their_true_parameters_and_stored_bytes(layo
     assert profile.total_bytes == len(checkpoint.contents["model.safetensors"]) - 8 - header
     assert all(layer.layer_type != "unused" for layer in profile.layers)
     assert profile.approximate == plain.approximate
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "quanto"},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 3}}}},
+        {"quant_method": "compressed-tensors",
+         "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
+    ],
+)  # fmt: skip
+def test_a_packing_that_headers_do_not_tell_is_flagged_and_not_refused(quantization: dict[str, Any]) -> None:
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.down_proj.weight_packed"] = ("I32", [16, 2])
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    profile = generate(memory({**LLAMA, "quantization_config": quantization}, tensors), sequence_length=10)
+    assert any("parameters as stored" in reason for reason in profile.approximate)
 
 
 def test_mxfp4_experts_have_their_true_parameters() -> None:
