@@ -23,6 +23,7 @@ from planner.problem import SLACK, Ints, Problem, build
 from planner.profile import ModelProfile
 from planner.reports import gib
 from planner.strategies import accept, answer_for
+from planner.ties import ways_to_tie
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ def _candidates(moving: Moving, old: Ints, within_s: float) -> tuple[list[Ints],
     if (old >= 0).all():
         found.append(old)
     contiguous = problem.options.strategy == "pipeline"
-    ways: tuple[Ties, ...] = ("shared", "copied") if contiguous else ("shared", "copied", "together")
+    ways: tuple[Ties, ...] = ("shared", "copied") if contiguous else ("shared", *ways_to_tie(problem)[0])
     for way in ways if (problem.tied_to >= 0).any() else ways[:1]:
         if contiguous:
             held = problem.memory + (problem.tied_bytes if way == "copied" else 0)
