@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickletools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,6 +22,14 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
+
+
+#: More than the largest checkpoints take, at about 40 steps a tensor: what builds more fills memory and time.
+_MOST_STEPS = 8_000_000
+_MOST_ON_STACK = 200_000
+#: A tensor has fewer dimensions, and a name fewer characters.
+_MOST_DIMENSIONS = 64
+_LONGEST_KEY = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +78,6 @@ class Incomplete(InvalidCheckpoint):
     """The pickle goes on beyond the bytes at hand."""
 
 
-class _Mark:
-    """Where a group of values begins on the stack."""
-
-
 class _Name:
     """A global that the pickle names; only those known here ever do anything."""
 
@@ -95,35 +99,44 @@ class Machine:
             InvalidCheckpoint: If it asks for anything that is not known here.
             Incomplete: If it goes on beyond the data.
         """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickletools decodes texts of old protocols with a warning
+            return self._run(data)
+
+    def _run(self, data: io.BytesIO) -> Any:
         stack: list[Any] = []
+        marks: list[int] = []
         memo: dict[int, Any] = {}
         operations = pickletools.genops(data)
-        while True:
+        for _ in range(_MOST_STEPS):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # pickletools decodes texts of old protocols with a warning
-                    opcode, argument, _ = next(operations)
+                opcode, argument, _place = next(operations)
             except (ValueError, StopIteration, UnicodeDecodeError) as error:
                 raise Incomplete(f"{self._file}: the pickle is malformed or cut short: {str(error)[:120]}") from error
             if opcode.name == "STOP":
                 return self._pop(stack)
             try:
-                self._step(opcode.name, argument, stack, memo)
+                self._step(opcode.name, argument, stack, marks, memo)
             except (IndexError, KeyError, TypeError, ValueError) as error:
                 raise InvalidCheckpoint(f"{self._file}: malformed pickle at {opcode.name}: {error!r}") from error
+            if len(stack) > _MOST_ON_STACK or len(marks) > _MOST_ON_STACK:
+                raise InvalidCheckpoint(f"{self._file}: the pickle piles up {_MOST_ON_STACK:,} values: refused")
+        raise InvalidCheckpoint(f"{self._file}: the pickle takes more than {_MOST_STEPS:,} steps: refused")
 
     def _pop(self, stack: list[Any]) -> Any:
         if not stack:
             raise InvalidCheckpoint(f"{self._file}: the pickle builds nothing")
         return stack.pop()
 
-    def _step(self, opcode: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    def _step(self, opcode: str, argument: Any, stack: list[Any], marks: list[int], memo: dict[int, Any]) -> None:
         if opcode in _LITERALS:
             stack.append(argument)
         elif opcode in _CONSTANTS:
             stack.append(_CONSTANTS[opcode]())
         elif opcode in {"PROTO", "FRAME"}:
             pass
+        elif opcode == "MARK":
+            marks.append(len(stack))
         elif opcode in {"PUT", "BINPUT", "LONG_BINPUT"}:
             memo[int(argument)] = stack[-1]
         elif opcode == "MEMOIZE":
@@ -133,29 +146,29 @@ class Machine:
         elif opcode == "GLOBAL":
             stack.append(_Name(argument.replace(" ", ".")))
         elif opcode == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
+            name, module = _of(stack.pop(), str), _of(stack.pop(), str)
             stack.append(_Name(f"{module}.{name}"))
         elif opcode in {"TUPLE1", "TUPLE2", "TUPLE3"}:
             count = int(opcode[-1])
             stack[-count:] = [tuple(stack[-count:])]
         elif opcode == "TUPLE":
-            stack.append(tuple(_marked(stack)))
+            stack.append(tuple(_marked(stack, marks)))
         elif opcode == "LIST":
-            stack.append(_marked(stack))
+            stack.append(_marked(stack, marks))
         elif opcode == "APPEND":
             each = stack.pop()
             _of(stack[-1], list).append(each)
         elif opcode == "APPENDS":
-            several = _marked(stack)
+            several = _marked(stack, marks)
             _of(stack[-1], list).extend(several)
         elif opcode == "SETITEM":
             each, key = stack.pop(), stack.pop()
-            _of(stack[-1], dict)[key] = each
+            _of(stack[-1], dict)[_key(key)] = each
         elif opcode in {"SETITEMS", "DICT"}:
-            flat = _marked(stack)
+            flat = _marked(stack, marks)
             if opcode == "DICT":
                 stack.append({})
-            _of(stack[-1], dict).update(zip(flat[::2], flat[1::2], strict=True))
+            _of(stack[-1], dict).update(_pairs(zip(flat[::2], flat[1::2], strict=True)))
         elif opcode == "BUILD":
             # A state dict carries `_metadata`, which no tensor needs.
             stack.pop()
@@ -170,12 +183,14 @@ class Machine:
     def _call(self, function: Any, arguments: Any) -> Any:
         path = function.path if isinstance(function, _Name) else repr(type(function).__name__)
         if path == "collections.OrderedDict":
-            return dict(*arguments)
+            return _pairs(*arguments)
         if path in {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}:
             storage, offset, shape, stride = arguments[:4]
+            _check_plain(*arguments[6:7])
             return _view(storage, None, offset, shape, stride)
         if path == "torch._utils._rebuild_tensor_v3":
             storage, offset, shape, stride, _, _, dtype = arguments[:7]
+            _check_plain(*arguments[7:8])
             return _view(storage, dtype, offset, shape, stride)
         if path == "torch._utils._rebuild_parameter":
             return arguments[0]
@@ -213,16 +228,33 @@ _CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
-    "MARK": _Mark,
 }
 
 
-def _marked(stack: list[Any]) -> list[Any]:
+def _marked(stack: list[Any], marks: list[int]) -> list[Any]:
     """Take the values above the last mark, and the mark."""
-    at = max(index for index, value in enumerate(stack) if isinstance(value, _Mark))
-    taken = stack[at + 1 :]
+    at = marks.pop()
+    taken = stack[at:]
     del stack[at:]
     return taken
+
+
+def _key(value: Any) -> str | int:
+    """A dict's key: what nests would be hashed level by level, beyond what the interpreter's own stack bears."""
+    if (type(value) is str and len(value) <= _LONGEST_KEY) or (type(value) is int and abs(value) < 2**63):
+        return value
+    raise TypeError(f"a {type(value).__name__} as a key, or one of impossible size")
+
+
+def _pairs(items: Iterable[tuple[Any, Any]] = ()) -> dict[str | int, Any]:
+    return {_key(key): value for key, value in items}
+
+
+def _check_plain(metadata: Any = None) -> None:
+    """The values are the stored bytes', not their negatives or conjugates."""
+    for name in ("neg", "conj"):
+        if metadata and _of(metadata, dict).get(name):
+            raise TypeError(f"a tensor that is stored as another's {name} view; `torch.save` it resolved")
 
 
 def _of(value: Any, kind: type) -> Any:
@@ -235,8 +267,10 @@ def _view(storage: Any, dtype: Any, offset: Any, shape: Sequence[Any], stride: S
     if not isinstance(storage, Storage):
         raise TypeError("a tensor of no storage")
     sizes, steps = tuple(shape), tuple(stride)
-    if len(sizes) != len(steps) or not all(type(each) is int for each in (offset, *sizes, *steps)):
-        raise TypeError("a tensor whose shape and strides are not whole numbers")
+    if len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
+        raise TypeError("a tensor whose shape and strides do not go together")
+    if not all(type(each) is int and abs(each) < 2**63 for each in (offset, *sizes, *steps)):
+        raise TypeError("a tensor whose shape and strides are not whole numbers of 64 bits")
     name = storage.dtype
     if dtype is not None:
         found = canonical(dtype.path) if isinstance(dtype, _Name) else None

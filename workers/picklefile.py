@@ -141,7 +141,8 @@ def _read_legacy(checkpoint: Checkpoint, name: str, size: int) -> tuple[Any, dic
             if length >= size or length >= _MAX_PICKLE_BYTES:
                 raise InvalidCheckpoint(f"{name} is no file of torch.save, or is cut short: {error}") from error
             length = min(size, length * 4)
-    if not isinstance(keys, list) or not all(key in machine.storages for key in keys if isinstance(key, str)):
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not named or set(keys) != machine.storages.keys():
         raise InvalidCheckpoint(f"{name}: the list of storages is not one")
     places, at = {}, data.tell()
     for key in keys:

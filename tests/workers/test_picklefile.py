@@ -22,6 +22,7 @@ from workers.convert import convert
 from workers.folder import open_folder
 from workers.generator import generate
 from workers.headers import read_headers
+from workers.pickle_machine import Storage, _view
 from workers.picklefile import read_bin
 
 
@@ -212,3 +213,57 @@ def test_a_remote_archive_costs_its_directory_and_its_pickle(tmp_path: Path) -> 
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         pickled = archive.getinfo("pytorch_model/data.pkl").file_size
     assert remote.read_bytes["pytorch_model.bin"] <= (pickled + 300 * 100) * 1.1 + 64 * 1024
+
+
+def write_pickle(program: bytes, folder: Path) -> Path:
+    """A `.bin` file whose pickle is `program`."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        # As keys, values within values are hashed level by level, and twice as many of them at each level.
+        (b"\x80\x02}K\x01" + b"\x85" * 200_000 + b"K\x01s.", "a tuple as a key"),
+        (b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 40 + b"K\x01s.", "a tuple as a key"),
+        (b"\x80\x02(" + b"K\x01" + b"q\x00h\x00\x86" * 40 + b"K\x01d.", "a tuple as a key"),
+        (b"\x80\x02ccollections\nOrderedDict\n(((K\x01tK\x01tltR.", "as a key|malformed"),
+        (b"\x80\x04K\x01" + b"q\x00h\x00\x86" * 40 + b"\x8c\x01x\x93.", "a tuple where a str is needed"),
+        (b"\x80\x02" + b"N" * 300_000 + b".", "piles up"),
+        (b"\x80\x02" + b"N" * 150_000 + b"(t" * 100_000 + b".", "piles up|holds a"),
+        (b"\x80\x02]" + b"}a" * 5_000_000 + b".", "steps: refused"),
+    ],
+)
+def test_a_pickle_that_would_fill_memory_or_time_is_refused(program: bytes, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        read_bin(open_folder(write_pickle(program, tmp_path / "m")), "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("view", [torch._neg_view, lambda t: torch.view_as_complex(t).conj()])
+def test_a_tensor_that_is_another_s_negative_or_conjugate_is_refused(view: Any, legacy: bool, tmp_path: Path) -> None:
+    folder = save({"w": view(torch.randn(3, 2))}, tmp_path / "m", legacy=legacy)
+    with pytest.raises(InvalidCheckpoint, match=r"resolved|refers to"):
+        read_bin(open_folder(folder), "pytorch_model.bin")
+
+
+def test_a_list_of_storages_that_is_not_the_pickle_s_is_refused(tmp_path: Path) -> None:
+    folder = save({"w": torch.zeros(3)}, tmp_path / "m", legacy=True)
+    path = folder / "pytorch_model.bin"
+    data = path.read_bytes()
+    at = data.rindex(b"]q\x00X")
+    for other in (b"].", b"]K\x01a.", b"]X\x01\x00\x00\x00xa."):
+        path.write_bytes(data[:at] + other)
+        with pytest.raises(InvalidCheckpoint, match=r"list of storages|cut short"):
+            read_bin(open_folder(folder), "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(("offset", "shape"), [(2**64, (1,)), (0, (2**64,)), (0, (1,) * 100)])
+def test_impossible_places_of_tensors_are_refused(offset: int, shape: tuple[int, ...]) -> None:
+    with pytest.raises(TypeError):
+        _view(Storage("0", "F32", 4), None, offset, shape, (0,) * len(shape))
