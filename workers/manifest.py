@@ -142,12 +142,12 @@ class Manifest:
                 max_shard_bytes=int(obj["max_shard_bytes"]),
                 created_at=str(obj["created_at"]),
             )
+            outside = next((name for name in set(made.paths()) if not is_inner(name)), None)
+            if outside is not None:
+                raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
             made._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
-        outside = next((name for name in set(made.paths()) if not is_inner(name)), None)
-        if outside is not None:
-            raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
         return made
 
     def _check(self) -> None:

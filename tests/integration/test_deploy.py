@@ -367,7 +367,7 @@ def test_redis_lets_in_only_whom_it_knows_and_only_to_its_keys(started: dict[str
             client.flushall()
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.config_get("dir")
-        answer(f"{started['api']}/api/jobs")
+        until(lambda: answer(f"{started['api']}/api/jobs")[0] == 401, started["supervisor"], "the API did not answer")
         assert list(client.scan_iter("fairshard:limits:*")), "requests are not counted where all processes see it"
     for stranger in (url.replace("fairshard:0123456789abcdef@", ""), url.replace("0123456789abcdef", "wrong")):
         assert not redis_server.answers(stranger)
