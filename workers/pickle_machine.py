@@ -78,11 +78,17 @@ class Incomplete(InvalidCheckpoint):
     """The pickle goes on beyond the bytes at hand."""
 
 
+@dataclass(frozen=True, slots=True)
 class _Name:
     """A global that the pickle names; only those known here ever do anything."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """Joined only when it is used: a pickle can name two long strings again and again."""
+        return f"{self.module}.{self.name}"
 
 
 class Machine:
@@ -91,6 +97,7 @@ class Machine:
     def __init__(self, file: str) -> None:
         self._file = file
         self.storages: dict[str, Storage] = {}
+        self._pairs_given = 0
 
     def run(self, data: io.BytesIO) -> Any:
         """The value that the next pickle of `data` builds.
@@ -144,10 +151,11 @@ class Machine:
         elif opcode in {"GET", "BINGET", "LONG_BINGET"}:
             stack.append(memo[int(argument)])
         elif opcode == "GLOBAL":
-            stack.append(_Name(argument.replace(" ", ".")))
+            module, _, name = argument.partition(" ")
+            stack.append(_Name(module, name))
         elif opcode == "STACK_GLOBAL":
             name, module = _of(stack.pop(), str), _of(stack.pop(), str)
-            stack.append(_Name(f"{module}.{name}"))
+            stack.append(_Name(module, name))
         elif opcode in {"TUPLE1", "TUPLE2", "TUPLE3"}:
             count = int(opcode[-1])
             stack[-count:] = [tuple(stack[-count:])]
@@ -183,7 +191,7 @@ class Machine:
     def _call(self, function: Any, arguments: Any) -> Any:
         path = function.path if isinstance(function, _Name) else repr(type(function).__name__)
         if path == "collections.OrderedDict":
-            return _pairs(*arguments)
+            return self._ordered(*arguments)
         if path in {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}:
             storage, offset, shape, stride = arguments[:4]
             _check_plain(*arguments[6:7])
@@ -195,23 +203,29 @@ class Machine:
         if path == "torch._utils._rebuild_parameter":
             return arguments[0]
         if path == "torch.Size":
-            return tuple(arguments[0])
+            return _of(arguments[0], tuple)
         raise InvalidCheckpoint(
             f"{self._file}: the pickle calls {path[:120]}, which rebuilds no tensor: refused, nothing was run",
             details={"file": self._file, "name": path[:200]},
         )
 
+    def _ordered(self, pairs: Sequence[Any] = ()) -> dict[str | int, Any]:
+        """A dict of pairs given at once, as Python 2 wrote them; counted, as one list can be given often."""
+        self._pairs_given += len(pairs)
+        if self._pairs_given > _MOST_ON_STACK:
+            raise InvalidCheckpoint(f"{self._file}: the pickle gives dicts {self._pairs_given:,} pairs: refused")
+        return _pairs(pairs)
+
     def _storage(self, reference: Any) -> Storage:
         kind, storage_type, key, _, numel = reference[:5]
-        name = storage_type.path.rpartition(".")[2] if isinstance(storage_type, _Name) else ""
-        prefix = storage_type.path.rpartition(".")[0] if isinstance(storage_type, _Name) else ""
-        if kind != "storage" or prefix not in {"torch", "torch.storage", "torch.cuda"} or name not in _STORAGES:
-            raise InvalidCheckpoint(f"{self._file}: the pickle refers to {prefix}.{name}, which is no tensor storage")
+        of = _of(storage_type, _Name)
+        if kind != "storage" or of.module not in {"torch", "torch.storage", "torch.cuda"} or of.name not in _STORAGES:
+            raise InvalidCheckpoint(f"{self._file}: the pickle refers to {of.path[:120]}, which is no tensor storage")
         if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**60:
             raise InvalidCheckpoint(f"{self._file}: a storage of {str(numel)[:40]} values is impossible")
         if len(reference) > 5 and reference[5] is not None:
             raise InvalidCheckpoint(f"{self._file}: a storage that is a view of another; `torch.save` it anew")
-        return self.storages.setdefault(key, Storage(key, _STORAGES[name], numel))
+        return self.storages.setdefault(key, Storage(key, _STORAGES[of.name], numel))
 
 
 #: Opcodes that push their argument.
@@ -263,10 +277,10 @@ def _of(value: Any, kind: type) -> Any:
     return value
 
 
-def _view(storage: Any, dtype: Any, offset: Any, shape: Sequence[Any], stride: Sequence[Any]) -> View:
+def _view(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> View:
     if not isinstance(storage, Storage):
         raise TypeError("a tensor of no storage")
-    sizes, steps = tuple(shape), tuple(stride)
+    sizes, steps = _of(shape, tuple), _of(stride, tuple)  # as torch writes them; copies of a list would pile up
     if len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
         raise TypeError("a tensor whose shape and strides do not go together")
     if not all(type(each) is int and abs(each) < 2**63 for each in (offset, *sizes, *steps)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,35 @@ def write_pickle(program: bytes, folder: Path) -> Path:
         (b"\x80\x02" + b"N" * 300_000 + b".", "piles up"),
         (b"\x80\x02" + b"N" * 150_000 + b"(t" * 100_000 + b".", "piles up|holds a"),
         (b"\x80\x02]" + b"}a" * 5_000_000 + b".", "steps: refused"),
+        # What is named once is given again and again: each call would copy it.
+        (b"\x80\x02(NNlq\x00ctorch\nSize\nh\x00\x85R.", "a list where a tuple is needed"),
+        (
+            b"\x80\x02(" + b"K\x01K\x01\x86q\x02" + b"h\x02" * 2_000 + b"lq\x00"
+            b"ccollections\nOrderedDict\nq\x01]" + b"h\x01h\x00\x85Ra" * 200 + b".",
+            "gives dicts .* pairs: refused",
+        ),
     ],
 )
 def test_a_pickle_that_would_fill_memory_or_time_is_refused(program: bytes, reason: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match=reason):
         read_bin(open_folder(write_pickle(program, tmp_path / "m")), "pytorch_model.bin")
+
+
+def test_names_of_the_same_long_strings_are_not_copied(tmp_path: Path) -> None:
+    text = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
+    folder = write_pickle(b"\x80\x04" + text + b"q\x00]" + b"h\x00h\x00\x93a" * 100 + b".", tmp_path / "m")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidCheckpoint, match="holds a list"):
+            read_bin(open_folder(folder), "pytorch_model.bin")
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20  # 200 MiB where each name is joined
+    finally:
+        tracemalloc.stop()
+
+
+def test_lists_as_shapes_are_refused() -> None:
+    with pytest.raises(TypeError, match="tuple is needed"):
+        _view(Storage("0", "F32", 4), None, 0, [4], [1])
 
 
 @pytest.mark.parametrize("legacy", [False, True])
