@@ -8,13 +8,16 @@ from math import prod
 from pathlib import Path
 
 from planner.dtypes import bits
-from planner.errors import Conflict, InvalidInput
+from planner.errors import Conflict, InvalidCheckpoint, InvalidInput
 from workers.checkpoint import Checkpoint
 from workers.headers import weight_files
 from workers.picklefile import Stored, read_views
 from workers.progress import Progress, silent
 
 _COPY_BYTES = 8 << 20
+#: Views of one storage are written out each: so much more than the files, and what small ones may take.
+_MOST_GROWTH = 4
+_SMALL_BYTES = 64 << 20
 
 
 def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = silent) -> Path:
@@ -32,7 +35,7 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
 
     Raises:
         InvalidInput: If the weights are safetensors already.
-        InvalidCheckpoint: If a `.bin` file is no state dict of tensors.
+        InvalidCheckpoint: If a `.bin` file is no state dict of tensors, or they are far larger than the files.
         Conflict: If the folder is not empty.
     """
     names, _ = weight_files(checkpoint)
@@ -44,6 +47,7 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
         raise Conflict(f"{directory} is not empty; name a new folder")
     views = {name: _distinct(read_views(checkpoint, name)) for name in names}
     total = sum(_size(each) for stored in views.values() for each in stored.values())
+    _check_growth(total, sum(checkpoint.files[name].size_bytes for name in names))
     directory.mkdir(parents=True, exist_ok=True)
     done, weight_map = 0, {}
     for name, stored in views.items():
@@ -73,6 +77,17 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
         ):
             _write(directory / name, checkpoint.read(name))
     return directory
+
+
+def _check_growth(total: int, stored: int) -> None:
+    """16 bytes and strides of 0 can say terabytes, which would fill memory or the disk."""
+    most = _MOST_GROWTH * stored + _SMALL_BYTES
+    if total > most:
+        raise InvalidCheckpoint(
+            f"the tensors take {total:,} bytes written out, the files hold {stored:,}: refused beyond {most:,}; "
+            "`torch.save` clones of expanded tensors",
+            details={"total_bytes": total, "stored_bytes": stored},
+        )
 
 
 def _target(name: str) -> str:

@@ -106,6 +106,26 @@ def test_what_is_safetensors_is_not_converted_and_nothing_is_overwritten(tmp_pat
         convert(open_folder(folder), folder)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"w": torch.zeros(1).expand(1_000_000, 1_000_000)},  # 4 TB in one piece
+        {f"w{n}": torch.zeros(1).expand(5_000, 1_000 + n) for n in range(10)},  # each within bounds, not all
+    ],
+)
+def test_tensors_far_larger_than_their_files_are_not_written_out(state: Any, tmp_path: Path) -> None:
+    folder = save(state, tmp_path / "in")
+    with pytest.raises(InvalidCheckpoint, match="written out, the files hold"):
+        convert(open_folder(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expanded_tensor_is_written_out(tmp_path: Path) -> None:
+    folder = save({"w": torch.arange(3.0).view(3, 1).expand(3, 1_000)}, tmp_path / "in")
+    out = convert(open_folder(folder), tmp_path / "out")
+    assert torch.equal(load_file(out / "model.safetensors")["w"], torch.arange(3.0).view(3, 1).expand(3, 1_000))
+
+
 class _Call:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.reduced = (function, arguments)
