@@ -8,7 +8,7 @@ ones the same question is answered exactly by counting (`planner.counts`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from planner.counts import (
     smallest_budget,
     states_of,
 )
+from planner.fewest import MOST_CELLS, fewest_items
 from planner.mend import by_density, mend, pour
 from planner.packing import best_fit, by_compute, by_tightness, earliest_finish, most_available
 from planner.placement import Work
@@ -60,7 +61,7 @@ def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solutio
         empty = np.zeros(0, dtype=np.int64)
         return Solution(assignment=empty, bottleneck_s=bound, lower_bound_s=bound, exact=True)
     if is_exact(work):
-        return _solve_counts(in_any_order(work), bound, budget_s)
+        return _solve_counts(in_any_order(work), rate, bound, budget_s)
     return _solve_items(work, rate, bound, budget_s)
 
 
@@ -70,7 +71,7 @@ def is_exact(work: Work) -> bool:
     return states <= MAX_STATES and pairs * len(work.base_s) <= _MOST_PAIRS
 
 
-def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solution | None:
+def _solve_counts(counts: Counts, rate: Floats, bound: float, budget_s: float | None) -> Solution | None:
     if budget_s is None:
         found = smallest_budget(counts, bound)
         if found is None:
@@ -85,6 +86,8 @@ def _solve_counts(counts: Counts, bound: float, budget_s: float | None) -> Solut
     few = None if math.isinf(at_s) else fewest_nodes(counts, at_s)
     hosting = few if few is not None else drop_weakest(counts, hosting)
     assignment = assign_any_order(counts, counts.trimmed(hosting))
+    if few is None and math.isfinite(at_s) and assignment.size * len(rate) <= MOST_CELLS:
+        assignment = fewest_items(counts.work, rate, at_s, assignment)
     reached = float(counts.work.loads_s(assignment).max())
     exact = budget_s is None and reached <= low * (1 + 4 * SLACK)
     return Solution(assignment=assignment, bottleneck_s=reached, lower_bound_s=min(low, reached), exact=exact)
@@ -137,10 +140,8 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     if budget_s is not None:
         if reached > budget_s * (1 + SLACK):
             return None
-        fewer = _fewest_items(work, rate, budget_s)
-        if fewer is not None:
-            best = fewer
-            reached = float(work.loads_s(best).max())
+        best = fewest_items(work, rate, budget_s, best)
+        reached = float(work.loads_s(best).max())
     return Solution(
         assignment=best, bottleneck_s=reached, lower_bound_s=min(bound, reached), exact=reached <= bound * (1 + SLACK)
     )
@@ -163,25 +164,3 @@ def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int =
         else:
             best, reached = found, float(work.loads_s(found).max())
     return refine(work, best, target_s=bound)
-
-
-def _fewest_items(work: Work, rate: Floats, budget_s: float) -> Ints | None:
-    """All items within the budget on the strongest nodes, as few as a bisection over their number finds."""
-    order = np.lexsort((np.arange(len(rate)), -work.room_bytes, -rate))
-    pinned = set(work.fixed[work.fixed >= 0].tolist())
-    low, high = 1, len(order)
-    found: Ints | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        chosen = set(order[:middle].tolist()) | pinned
-        closed = np.array([node not in chosen for node in range(len(rate))])
-        room = np.where(closed, np.int64(-1), work.room_bytes)
-        part = replace(work, room_bytes=room)
-        packed = most_available(part, rate, budget_s)
-        if packed is None:
-            packed = best_fit(part, by_compute(part), budget_s)
-        if packed is None:
-            low = middle + 1
-        else:
-            found, high = packed, middle - 1
-    return found

@@ -216,6 +216,48 @@ def test_no_plan_within_the_tolerance_moves_less_than_what_must_move(strategy: s
     assert least_found > 0.8 * tried, "the fewest bytes are nearly always found on small cases"
 
 
+def _milp_fewest(seconds: Floats, sizes: Ints, room: Ints, budget_s: float) -> int:
+    """The fewest nodes within a budget by HiGHS: least sum u, sum x = 1, loads <= budget * u, bytes <= room * u."""
+    nodes, layers = seconds.shape
+    cost = np.append(np.zeros(nodes * layers), np.ones(nodes))
+    once = np.hstack([np.tile(np.eye(layers), nodes), np.zeros((layers, nodes))])
+    load = np.hstack([np.kron(np.eye(nodes), np.ones(layers)) * seconds.ravel(), -budget_s * np.eye(nodes)])
+    held = np.hstack([np.kron(np.eye(nodes), sizes), -np.diag(room)])
+    result = milp(
+        cost,
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(load, -np.inf, 0),
+            LinearConstraint(held, -np.inf, 0),
+        ],
+        integrality=np.ones(len(cost)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": 60},
+    )
+    assert result.status == 0, result.message
+    return round(result.fun)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_time_budget_takes_as_few_nodes_as_an_independent_milp_where_layers_are_all_different(seed: int) -> None:
+    draw = random.Random(seed)
+    count, machines_count = draw.randint(10, 20), draw.randint(3, 7)
+    flop = [draw.randint(20, 500) for _ in range(count)]
+    sizes = [draw.randint(1, 100) for _ in range(count)]
+    room = [int(sum(sizes) * draw.choice([0.15, 0.2, 0.3, 0.5, 0.7, 1.0])) for _ in range(machines_count)]
+    model = planning.profile(flop, sizes)
+    machines = planning.cluster([draw.choice([100, 200, 400, 50 * draw.randint(1, 16)]) for _ in room], room)
+    try:
+        fastest = make_plan(model, machines).predicted.bottleneck_s
+    except Infeasible:
+        return
+    budget = fastest * draw.choice([1.05, 1.2, 1.5, 2.0, 4.0])
+    plan = make_plan(model, machines, PlanOptions(time_budget_s=budget))
+    seconds = np.array(planning.layer_seconds(model, machines, PlanOptions()))
+    assert plan.predicted.bottleneck_s <= budget * (1 + 1e-8)
+    assert len(plan.allocation) == _milp_fewest(seconds, np.array(sizes), np.array(room), budget * (1 + 1e-9))
+
+
 def _milp_bottleneck(seconds: Floats, sizes: Ints, room: Ints) -> float:
     """The smallest bottleneck of any layer anywhere by HiGHS: minimise T, sum x = 1, loads <= T, bytes <= room."""
     nodes, layers = seconds.shape
