@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 
 from benchmarks import planner_rivals as rivals
 from benchmarks.planner_cases import Case, cases, machines, model, needed_bytes, random_model, real_models
+from benchmarks.planner_latency import anywhere_ratio
 from planner.cluster import Cluster, Link, Node
 from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, roofline_s
 from planner.errors import Infeasible
@@ -359,6 +360,8 @@ def latency(report: Report) -> None:
         ratios.append(plan.predicted.latency_s / min(truth[1], plan.predicted.latency_s))
         assert plan.predicted.lower_bound_s <= truth[1] * (1 + 1e-9)
     report.verdict(f"latency over the exact optimum, worst of {len(ratios)}", max(ratios), "latency_ratio")
+    ratios = [ratio for seed in range(60) if (ratio := anywhere_ratio(seed)) is not None]
+    report.verdict(f"the same, any layer anywhere, worst of {len(ratios)}", max(ratios), "latency_ratio")
 
 
 def moves(report: Report, *, quick: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from planner.anywhere import fastest
 from planner.arrange import by_links, fewest_hops, hops
 from planner.bounds import lower_bound_s
 from planner.diagnose import infeasible
@@ -127,13 +128,32 @@ def _greedy_latency(problem: Problem) -> Found:
     """Hops cost time, so contiguous stages are candidates as well as any layer anywhere."""
     budget = problem.options.time_budget_s or math.inf
     nodes, bound = _best_way(problem, lambda work: any_order_latency(problem, work, budget))
-    staged, _ = pipeline_once(problem)
-    candidates = [found for found in (nodes, staged) if found is not None]
-    if not candidates:
+    if math.isinf(bound):
         return None, bound
+    staged, _ = pipeline_once(problem)
+    packed, packed_bound = (None, 0.0) if nodes is not None else _on_the_fastest(problem)
+    if math.isinf(packed_bound):
+        return None, packed_bound
+    candidates = [found for found in (nodes, staged, packed) if found is not None]
     arranged = [by_links(problem, fewest_hops(problem, found)) for found in candidates] + candidates
-    fitting = [found for found in arranged if problem.fits(found)] or arranged
-    return min(fitting, key=problem.latency_s), bound
+    return fastest(problem, arranged, bound)
+
+
+def _on_the_fastest(problem: Problem) -> Found:
+    """The best for throughput on as few of the fastest nodes as hold the model with a tenth to spare, or on all."""
+    order = np.argsort(-problem.rate, kind="stable")
+    held = np.cumsum(problem.capacity[order])
+    many = int(np.searchsorted(held, 1.1 * float(problem.memory.sum()))) + 1
+    needed = set(problem.pinned.tolist())
+    slow = {problem.nodes[node].node_id for node in order[many:].tolist() if node not in needed}
+    options = dataclasses.replace(problem.options, objective="throughput")
+    if slow:
+        inner = dataclasses.replace(options, exclude=options.exclude | slow)
+        few = build(problem.profile, problem.cluster, inner)
+        nodes, _ = greedy_once(few)
+        if nodes is not None and few.fits(nodes):
+            return np.array([problem.index_of[node_id] for node_id in few.node_ids], dtype=np.int64)[nodes], 0.0
+    return greedy_once(dataclasses.replace(problem, options=options))
 
 
 def pipeline_once(problem: Problem) -> Found:

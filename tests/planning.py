@@ -169,10 +169,13 @@ def latency_s(
 
 
 def best(model: ModelProfile, machines: Cluster, options: PlanOptions, *, contiguous: bool) -> float:
-    """The best objective there is; infinity where nothing fits."""
+    """The best objective there is within the time budget; infinity where nothing fits."""
     seconds = layer_seconds(model, machines, options)
+    longest = math.inf if options.time_budget_s is None else options.time_budget_s * (1 + 1e-9)
     found = math.inf
     for nodes in assignments(model, machines, contiguous=contiguous):
+        if bottleneck_s(seconds, nodes) > longest:
+            continue
         value = (
             bottleneck_s(seconds, nodes)
             if options.objective == "throughput"
