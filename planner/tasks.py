@@ -201,6 +201,6 @@ def check_shards(made: Mapping[str, Any], profile: ModelProfile, shards: list[di
 
 @step_task("planner.forget")
 def forget(services: Services, claim: Claim) -> dict[str, Any]:
-    """Forget a plan whose shards no living node holds."""
+    """Forget a plan, in the store and in Redis."""
     services.plans.delete(claim.args["plan_id"], claim.claimed.model_name)
     return {"plan_id": claim.args["plan_id"]}

@@ -50,10 +50,12 @@ def show_plan(plan_id: str) -> Response:
 @blp.alt_response(404, schema=answers.ErrorOut)
 @needs("admin")
 def delete_plan(plan_id: str) -> Response:
-    """Forget a plan, in the metadata store as well, and have each node delete its shard of it."""
+    """Have a plan forgotten, in the metadata store as well, and its shard deleted by each node."""
     job = services().jobs.submit_delete(plan_id, submitter=caller_name())
     changed("delete", plan_id=plan_id, job_id=job["job_id"])
-    response = jsonify({**job, "success": True, "message": "The plan is forgotten; its nodes delete their shards."})
+    response = jsonify(
+        {**job, "success": True, "message": "The plan is forgotten, then its nodes delete their shards."}
+    )
     response.status_code = 202
     response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
     return response

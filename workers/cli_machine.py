@@ -18,6 +18,7 @@ _NODE = """\
 examples:
   NODE_ID=gpu-1 REDIS_URL=redis://10.0.0.1:6379/0 fairshard node
   fairshard node --node-id gpu-1 --redis redis://10.0.0.1:6379/0 --memory 20GiB
+  fairshard node --node-id 'node-*'   one of several in a data folder: the first number that is free
 
 The service lets it in by FAIRSHARD_JOIN_KEY (the service's) and FAIRSHARD_JOIN_TOKEN (this node's own).
 """
@@ -40,7 +41,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--nodes", metavar="N|FILE", help="how many compute nodes, or a nodes file (default 3)")
 
     command = add("node", node, "run this machine as a compute node", _NODE)
-    command.add_argument("--node-id", metavar="ID", help="default: NODE_ID or the host's name")
+    command.add_argument(
+        "--node-id",
+        metavar="ID",
+        help="default: NODE_ID or the host's name; node-* is the first of node-1, node-2, ... "
+        "that is free in the data folder",
+    )
     command.add_argument("--redis", metavar="URL", help="default: REDIS_URL")
     command.add_argument("--data", type=Path, metavar="DIR", help="default: FAIRSHARD_DATA or .fairshard")
     command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
@@ -63,13 +69,17 @@ def up(args: argparse.Namespace) -> int:
 def node(args: argparse.Namespace) -> int:
     """Fairshard node: becomes the node's Celery worker, so that signals reach it."""
     from planner.names import check_node_id
-    from workers.node import worker_argv
+    from workers.node import hold_name, worker_argv
     from workers.settings import Settings, child_env
 
+    data = args.data and args.data.expanduser().absolute()
+    node_id = args.node_id
+    if node_id and "*" in node_id:
+        node_id = hold_name(data or Settings.from_env().data_dir, node_id)
     changed = {
-        "NODE_ID": args.node_id and check_node_id(args.node_id),
+        "NODE_ID": node_id and check_node_id(node_id),
         "REDIS_URL": args.redis,
-        "FAIRSHARD_DATA": args.data and str(args.data.expanduser().absolute()),
+        "FAIRSHARD_DATA": data and str(data),
         "FAIRSHARD_FLOP_PER_S": args.flop_per_s and repr(args.flop_per_s),
         "FAIRSHARD_MEMORY_BYTES": args.memory and str(args.memory),
         "FAIRSHARD_MEMORY_BYTES_PER_S": args.bandwidth and str(args.bandwidth),

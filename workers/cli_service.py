@@ -237,10 +237,7 @@ def delete(args: argparse.Namespace) -> int:
         answer = _client().call("DELETE", f"/api/plans/{_quoted(args.plan_id)}")
     except NotFound as error:
         raise NotFound(f"there is no plan {args.plan_id}", details=error.details) from None
-    job_id = answer.get("job_id")
-    emit(
-        args, answer, [f"plan {args.plan_id} is forgotten" + (f"; job {job_id} deletes its shards" if job_id else "")]
-    )
+    emit(args, answer, [f"job {answer['job_id']} forgets plan {args.plan_id} and deletes its shards"])
     return 0
 
 

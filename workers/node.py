@@ -5,6 +5,8 @@ Settings override what is measured, so that a machine can offer less than it has
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -22,6 +24,7 @@ from typing import Any
 import psutil
 
 from planner.errors import NodeFailure
+from planner.names import check_node_id
 from workers.settings import Settings
 
 #: Measured once, kept for so long: a machine's rates do not change with its restarts.
@@ -73,6 +76,34 @@ def instance(settings: Settings) -> str:
         temporary.write_text(secrets.token_hex(8), encoding="ascii")
         temporary.replace(path)
     return path.read_text(encoding="ascii").strip()
+
+
+def hold_name(data_dir: Path, pattern: str) -> str:
+    """The first of node-1, node-2, ... (for "node-*") that no running node of the data folder has, held from now on.
+
+    So whoever comes back without a name of its own, as a container does, finds the shards that it left. The lock is
+    an open file's, which the processes that this one becomes or starts inherit: it goes when the last of them does.
+
+    Raises:
+        InvalidInput: If what `pattern` gives is no node id.
+        NodeFailure: If the folder cannot be written.
+    """
+    for number in itertools.count(1):
+        name = check_node_id(pattern.replace("*", str(number)))
+        path = data_dir / "nodes" / name / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise NodeFailure(f"{path} cannot be written: {error}", details={"path": str(path)}) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        os.set_inheritable(descriptor, True)
+        return name
+    raise AssertionError("there is always a next number")
 
 
 def worker_argv(settings: Settings) -> list[str]:

@@ -2,7 +2,7 @@
 
 request   download ─ profile ─ publish [─ plan ─ split:<node> ... ─ finish, with `process`]
 process   plan ─ split:<node> ... ─ finish           waits for a running request of the same model
-delete    delete:<node> ...
+delete    forget ─ delete:<node> ...
 """
 
 from __future__ import annotations
@@ -269,28 +269,32 @@ class Submissions:
         )
 
     def submit_delete(self, plan_id: str, *, submitter: str | None = None) -> JobView:
-        """Forget a plan and have the nodes delete its shards.
+        """Have a plan forgotten, and its shards deleted by the nodes that hold them.
 
         Raises:
             NotFound: If there is no such plan.
+            LimitExceeded, Unavailable.
         """
-        services = self._services
-        plan = services.plans.get(plan_id)
+        plan = self._services.plans.get(plan_id)
         model_name = plan["model_name"]
-        alive = services.registry.alive_ids()
+        alive = self._services.registry.alive_ids()
+        args = {"plan_id": plan_id}
+        # Forgotten first: where the store can't be written, the plan stays, and so do its shards.
+        steps = [StepSpec(name="forget", task="planner.forget", queue="planner", args=args)]
         # Nodes that are away are not waited for; they keep what they have until `fairshard delete` on them.
-        nodes = [node_id for node_id in sorted(plan["split_plan"]) if node_id in alive]
-        steps = [
+        steps += [
             StepSpec(
                 name=f"delete:{node_id}",
                 task="workers.delete_shards",
                 queue=f"node.{node_id}",
+                after=("forget",),
                 node_id=node_id,
-                args={"plan_id": plan_id},
+                args=args,
             )
-            for node_id in nodes
-        ] or [StepSpec(name="forget", task="planner.forget", queue="planner", args={"plan_id": plan_id})]
-        view = self._submit(
+            for node_id in sorted(plan["split_plan"])
+            if node_id in alive
+        ]
+        return self._submit(
             "delete",
             model_name=model_name,
             params={"plan_id": plan_id, "model_name": model_name},
@@ -299,8 +303,6 @@ class Submissions:
             submitter=submitter,
             on_node_loss="skip",
         )
-        services.plans.delete(plan_id, model_name)
-        return view
 
 
 def _flight(kind: str, params: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,9 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
         return text if tls else text.replace("rediss://", "redis://").split("?ssl_")[0]
 
     def argv(name: str) -> tuple[str, ...]:
-        """The image's command, the last of its target's."""
-        command = json.loads(re.findall(r"^CMD (\[.*\])$", targets()[name], flags=re.MULTILINE)[-1])
+        """The compose file's command, or the image's: the last of its target's."""
+        image = json.loads(re.findall(r"^CMD (\[.*\])$", targets()[name], flags=re.MULTILINE)[-1])
+        command = compose["services"][name].get("command", image)
         assert shutil.which(command[0], path=str(BIN)), command
         return (str(BIN / command[0]), *(moved(word) for word in command[1:]))
 
@@ -258,7 +260,6 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
         given |= {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "REMAP_SIGTERM": "SIGQUIT",
-            "NODE_ID": f"dep-{name}",
         }
         if name == "node":
             given |= {"FAIRSHARD_FLOP_PER_S": "1e11", "FAIRSHARD_MEMORY_BYTES": "1000000000"}
@@ -308,7 +309,7 @@ def test_every_role_starts_and_a_job_passes_through_all_of_them(started: dict[st
     until(
         lambda: (
             [n["node_id"] for n in (answer(f"{api}/api/nodes", token=token)[1] or {"nodes": []})["nodes"]]
-            == ["dep-node"]
+            == ["node-1"]
         ),
         supervisor,
         "the node did not announce itself",
@@ -334,24 +335,59 @@ def test_the_healthchecks_pass_when_their_role_is_well(started: dict[str, Any], 
     supervisor, flower = started["supervisor"], started["flower"]
     until(lambda: answer(f"{flower}/healthcheck")[0] == 200, supervisor, "Flower did not answer")
     assert answer(f"{flower}/api/workers")[0] == 401  # basic auth is on
-    for name in ("api", "flower"):
-        code = compose["services"][name]["healthcheck"]["test"][3]
-        code = code.replace("http://127.0.0.1:8080", started["api"]).replace("http://127.0.0.1:5555", flower)
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, name
-    for name in ("planner", "node"):
-        kind, text = compose["services"][name]["healthcheck"]["test"]
-        assert kind == "CMD-SHELL"
-        host = socket.gethostname()
-        # In a container the node is called like its host; here it was given a name of its own.
-        text = text.replace("$(hostname)@$(hostname)", f"dep-node@{host}").replace("$(hostname)", host)
 
-        def well(text: str = text, name: str = name) -> bool:
-            words = shlex.split(text)
-            command = [str(BIN / words[0]), *words[1:]]
-            done = subprocess.run(command, cwd=ROOT, env=started["env"](name), capture_output=True, check=False)
-            return done.returncode == 0
+    def well(name: str, command: str, words: list[str]) -> bool:
+        env = started["env"](name)
+        done = subprocess.run([str(BIN / command), *words], cwd=ROOT, env=env, capture_output=True, check=False)
+        return done.returncode == 0
 
-        until(well, supervisor, f"{name} is not well by its own check")
+    for name in ("api", "flower", "planner", "node"):
+        kind, *command = compose["services"][name]["healthcheck"]["test"]
+        if kind == "CMD-SHELL":
+            command = shlex.split(command[0].replace("$(hostname)", socket.gethostname()))
+        words = [
+            word.replace("http://127.0.0.1:8080", started["api"]).replace("http://127.0.0.1:5555", flower)
+            for word in command[1:]
+        ]
+        if name == "node":  # here all roles are on one host; in a container the node alone is
+            words = [word.replace("'*@'", "'node-*@'") for word in words]
+            lost = [word.replace("'node-*@'", "'nobody@'") for word in words]
+            assert not well(name, command[0], lost)
+        until(partial(well, name, command[0], words), supervisor, f"{name} is not well by its own check")
+
+
+@pytest.mark.slow
+def test_a_node_container_that_is_made_again_takes_the_name_and_the_shards_of_the_one_before(
+    started: dict[str, Any], compose: Compose
+) -> None:
+    """`up --scale node=3`, and the second one again: under another host name, with the same data folder."""
+    api, token, command = started["api"], started["token"], compose["services"]["node"]["command"]
+
+    def pids() -> dict[str, int]:
+        answered = answer(f"{api}/api/nodes", token=token)[1]
+        return {node["node_id"]: node["pid"] for node in (answered or {"nodes": []})["nodes"]}
+
+    containers = [Supervisor(print), Supervisor(print)]
+    argv = (str(BIN / command[0]), *command[1:])
+
+    def start(index: int) -> None:
+        log = started["home"] / f"container{index}.log"
+        containers[index].start(Role(name="node", argv=argv, env=started["env"]("node"), log=log))
+
+    try:
+        until(lambda: set(pids()) == {"node-1"}, started["supervisor"], "the node did not announce itself")
+        start(0)
+        until(lambda: set(pids()) == {"node-1", "node-2"}, started["supervisor"], "the second one did not come")
+        start(1)
+        until(lambda: len(pids()) == 3, started["supervisor"], "the third one did not come")
+        before = pids()
+        containers[0].stop([("node",)])
+        start(0)
+        until(lambda: pids().get("node-2") not in {None, before["node-2"]}, started["supervisor"], "it is not back")
+        assert pids() == before | {"node-2": pids()["node-2"]}
+    finally:
+        for container in containers:
+            container.stop([("node",)])
 
 
 @pytest.mark.slow

@@ -436,6 +436,29 @@ def test_a_deleted_plan_is_gone_with_its_shards(hub: TestHub, service: Service) 
     assert plan_id not in [plan["plan_id"] for plan in jobs.plans()]
 
 
+def test_a_plan_that_cannot_be_forgotten_keeps_its_shards(hub: TestHub, service: Service) -> None:
+    hub.add_repo("tester/kept", checkpoint("llama"))
+    jobs = service.jobs()
+    view = done(service, jobs.submit_request("tester/kept", process={})["job_id"])
+    plan_id = view["result"]["plan_id"]
+    folders = [Path(shard["path"]) for shard in view["result"]["shards"]]
+    head = jobs._services.settings.store_dir / ".history" / "head"
+    head.rename(head.with_name("aside"))
+    head.mkdir()
+    try:
+        deletion = jobs.submit_delete(plan_id)["job_id"]
+        view = until(lambda: (view := jobs.job(deletion))["state"] not in {"queued", "running"} and view, what="job")
+        assert view["state"] == "failed"
+        assert "cannot be written" in view["error"]["message"]
+        assert all(folder.is_dir() for folder in folders)
+        assert jobs.plan(plan_id)["plan_id"] == plan_id
+    finally:
+        head.rmdir()
+        head.with_name("aside").rename(head)
+    done(service, jobs.submit_delete(plan_id)["job_id"])
+    assert not any(folder.exists() for folder in folders)
+
+
 def test_nodes_say_what_they_are(service: Service) -> None:
     nodes = {node["node_id"]: node for node in service.jobs().nodes()}
     assert list(nodes) == ["big", "mid", "small"]
