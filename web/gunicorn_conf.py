@@ -17,7 +17,7 @@ from workers.settings import WebSettings
 _web = WebSettings.from_env()
 
 bind = _web.bind
-worker_class = "gthread"
+worker_class = "web.gunicorn_worker.Worker"
 workers = 2
 threads = _web.waiters + _web.listeners + 8
 #: A worker that says nothing for so long is replaced; threads that wait do not count as silence.

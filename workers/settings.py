@@ -163,6 +163,8 @@ class WebSettings:
     waiters: int = 4
     #: FAIRSHARD_LISTENERS: event streams of one process; more are asked to come back.
     listeners: int = 4
+    #: FAIRSHARD_MAX_ARRIVAL_S: of a request that has not arrived whole by then, no more is read.
+    max_arrival_s: float = 120.0
     #: FAIRSHARD_MAX_STREAM_S: after this an event stream ends and its client reconnects where it was.
     max_stream_s: float = 300.0
     #: FAIRSHARD_AUDIT_LOG: file for the audit lines; None: they go to the log.
@@ -201,6 +203,7 @@ class WebSettings:
             max_wait_s=_number(env, "FAIRSHARD_MAX_WAIT_S") or 120.0,
             waiters=_integer(env, "FAIRSHARD_WAITERS") or 4,
             listeners=_integer(env, "FAIRSHARD_LISTENERS") or 4,
+            max_arrival_s=_number(env, "FAIRSHARD_MAX_ARRIVAL_S") or 120.0,
             max_stream_s=_number(env, "FAIRSHARD_MAX_STREAM_S") or 300.0,
             audit_log=Path(audit).absolute() if audit else None,
             flower_url=env.get("FAIRSHARD_FLOWER_URL") or None,

@@ -283,3 +283,30 @@ def test_requests_that_are_never_sent_whole_let_the_others_through(bare_redis: R
             connection.sendall(headers + b"\r\n{" if number % 2 else headers)
         with urllib.request.urlopen(f"{server.url}/api/health/live", timeout=50) as response:
             assert response.status == 200
+
+
+def test_requests_that_trickle_for_ever_let_the_others_through(bare_redis: RedisProcess, tmp_path: Path) -> None:
+    env = {"REDIS_URL": bare_redis.url, "FAIRSHARD_DATA": str(tmp_path), "FAIRSHARD_MAX_ARRIVAL_S": "2"}
+    env |= {"FAIRSHARD_WAITERS": "1", "FAIRSHARD_LISTENERS": "1"}
+    headers = b"POST /api/request HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n"
+    with Server(tmp_path, env) as server, contextlib.ExitStack() as slow:
+        connections = []
+        for number in range(2 * 10 + 8):
+            connections.append(slow.enter_context(socket.create_connection(("127.0.0.1", server.port))))
+            connections[-1].sendall(headers + b"\r\n{" if number % 2 else headers + b"X-Slow: ")
+        ended = threading.Event()
+
+        def trickle() -> None:
+            while not ended.wait(0.5):
+                for connection in connections:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b" ")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            with urllib.request.urlopen(f"{server.url}/api/health/live", timeout=40) as response:
+                assert response.status == 200
+        finally:
+            ended.set()
+            thread.join()
