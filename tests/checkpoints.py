@@ -1,7 +1,7 @@
 """Small real checkpoints: transformers' own models with random weights, saved as the Hub has them.
 
     folder = checkpoint("llama")        # .../tiny/llama: config.json, model*.safetensors, tokenizer files
-    models_dir()                        # the folder above "tiny": FAIRSHARD_MODELS_DIR for models named "tiny/llama"
+    models_dir("llama")                 # the folder above "tiny": FAIRSHARD_MODELS_DIR for a model named "tiny/llama"
     minilm()                            # the real all-MiniLM-L6-v2, carried by a PyPI package
 
 They are made on first use, kept in the temporary folder under the versions that made them, and never changed: copy
@@ -165,12 +165,14 @@ NAMES: tuple[str, ...] = tuple(_RECIPES)
 
 
 @functools.cache
-def models_dir() -> Path:
-    """The folder that holds them as `tiny/<name>`."""
+def models_dir(*names: str) -> Path:
+    """The folder that holds them as `tiny/<name>`, these at least."""
     made_by = [Path(__file__).read_bytes(), *(version(p).encode() for p in ("torch", "transformers", "safetensors"))]
     digest = hashlib.sha256(b"\0".join(made_by)).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"fairshard-checkpoints-{os.getuid()}-{digest}"
     (folder / "tiny").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        checkpoint(name)
     return folder
 
 

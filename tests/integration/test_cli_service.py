@@ -27,7 +27,9 @@ class Cli:
     """A service that `fairshard up` runs, and the command line that talks to it."""
 
     def __init__(self, data: Path) -> None:
-        self.env = child_env({"FAIRSHARD_DATA": str(data), "FAIRSHARD_MODELS_DIR": str(models_dir())})
+        self.env = child_env(
+            {"FAIRSHARD_DATA": str(data), "FAIRSHARD_MODELS_DIR": str(models_dir("gpt2", "llama", "qwen2"))}
+        )
         self.log = data.parent / "up.log"
         self.url = ""
         self.pid = 0

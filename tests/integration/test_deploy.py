@@ -256,7 +256,7 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     def env(name: str) -> dict[str, str]:
         given = {key: moved(value) for key, value in compose["services"][name]["environment"].items()}
-        given |= {"FAIRSHARD_DATA": str(home / "data"), "FAIRSHARD_MODELS_DIR": str(models_dir())}
+        given |= {"FAIRSHARD_DATA": str(home / "data"), "FAIRSHARD_MODELS_DIR": str(models_dir("llama"))}
         given |= {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "REMAP_SIGTERM": "SIGQUIT",

@@ -32,7 +32,7 @@ class Up:
     """A running `fairshard up`."""
 
     def __init__(self, data: Path, **settings: str) -> None:
-        env = child_env({"FAIRSHARD_MODELS_DIR": str(models_dir()), **settings})
+        env = child_env({"FAIRSHARD_MODELS_DIR": str(models_dir("llama")), **settings})
         command = [str(FAIRSHARD), "up", "--port", "0", "--nodes", "2", "--data", str(data)]
         self.data = data
         self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)

@@ -16,6 +16,20 @@ from web_cases import Server
 from web.app import create_app
 from workers.settings import Settings
 
+#: What the tests of this folder ask for as `tiny/<name>`.
+TINY = (
+    "bert",
+    "deepseek_v3",
+    "gemma2",
+    "gpt2",
+    "llama",
+    "llama_deep",
+    "llama_tied",
+    "mixtral",
+    "phi3",
+    "qwen2",
+)
+
 MakeApp = Callable[..., Flask]
 
 
@@ -57,7 +71,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Redis, a planner and two unequal nodes, over the small checkpoints."""
     service = Service(
         tmp_path_factory.mktemp("web-service"),
-        models_dir=models_dir(),
+        models_dir=models_dir(*TINY),
         nodes={"big": (3e12, 8 << 30), "small": (1e12, 2 << 30)},
     )
     with service:

@@ -37,7 +37,7 @@ FILES: dict[str, bytes | str | Path] = {
 
 def test_a_folder_below_the_models_folder_wins_over_the_hub(hub: TestHub) -> None:
     hub.add_repo("tiny/llama", FILES)
-    found = resolve("tiny/llama", models_dir=models_dir())
+    found = resolve("tiny/llama", models_dir=models_dir("llama"))
     assert isinstance(found, FolderCheckpoint)
     assert found.model_name == "tiny/llama"
     assert not hub.counters.requests()
