@@ -146,10 +146,9 @@ def clone_run(source: Path, target: Path, begin: int, end: int, at: int) -> bool
 
     False, with nothing done, where begin and `at` lie differently within their pages, or nothing can be shared.
     """
-    if (begin - at) % _PAGE_BYTES:
+    if cloned_bytes(begin, end, at) is None:
         return False
-    first = -(-begin // _PAGE_BYTES) * _PAGE_BYTES
-    last = end // _PAGE_BYTES * _PAGE_BYTES
+    first, last = _pages(begin, end)
     if last > first and not clone_range(source, target, first, last, at + first - begin):
         return False
     with source.open("rb", buffering=0) as from_, target.open("rb+", buffering=0) as to:
@@ -157,6 +156,17 @@ def clone_run(source: Path, target: Path, begin: int, end: int, at: int) -> bool
             if edge < stop:
                 write_all(to.fileno(), os.pread(from_.fileno(), stop - edge, edge), at + edge - begin)
     return True
+
+
+def cloned_bytes(begin: int, end: int, at: int) -> int | None:
+    """Bytes of [begin, end) that `clone_run` can share at `at`; None where all would have to be copied."""
+    first, last = _pages(begin, end)
+    return None if (begin - at) % _PAGE_BYTES else max(0, last - first)
+
+
+def _pages(begin: int, end: int) -> tuple[int, int]:
+    """The first and the last page border within [begin, end)."""
+    return -(-begin // _PAGE_BYTES) * _PAGE_BYTES, end // _PAGE_BYTES * _PAGE_BYTES
 
 
 def can_clone(source: Path, folder: Path) -> bool:

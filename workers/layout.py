@@ -28,8 +28,8 @@ class Layout:
     """All that a node's shard will hold."""
 
     outputs: tuple[Output, ...]
-    #: Small files taken as they are.
-    extras: tuple[str, ...]
+    #: Small files taken as they are, with their sizes in bytes.
+    extras: Mapping[str, int]
     sources: Mapping[str, Source]
     layers: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -215,13 +215,13 @@ def _without_twins(wanted: Sequence[tuple[Tensor, str]]) -> tuple[list[tuple[Ten
     return list(kept.values()), aliases
 
 
-def _extras(checkpoint: Checkpoint, *, first: bool) -> tuple[str, ...]:
+def _extras(checkpoint: Checkpoint, *, first: bool) -> dict[str, int]:
     """Config files, and for the first node tokenizer and the like; never weights, indices or code."""
-    names = []
-    for name, file in checkpoint.files.items():
+    sizes = {}
+    for name, file in sorted(checkpoint.files.items()):
         path = PurePosixPath(name)
         if len(path.parts) > 1 or name.endswith(".index.json") or name == "manifest.json":
             continue
         if name in _CONFIGS or (first and path.suffix in _EXTRA_SUFFIXES and file.size_bytes <= _LARGEST_EXTRA_BYTES):
-            names.append(name)
-    return tuple(sorted(names))
+            sizes[name] = file.size_bytes
+    return sizes

@@ -1,21 +1,17 @@
-"""The shards in a folder: which are finished, what they take, room for one more, and their removal."""
+"""The shards in a folder: which are finished, whether one is as it was finished, and its removal."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from planner.errors import Conflict, FairshardError, NodeFailure
+from planner.errors import Conflict, FairshardError
 from workers.digester import explained
 from workers.journal import discard_partials, install_lock
-from workers.layout import Layout
 from workers.manifest import MANIFEST, Manifest, ShardFile, read_manifest
-
-#: Room for index, manifest, config and the filesystem's own books.
-_MARGIN_BYTES = 4 * 1024 * 1024
+from workers.room import used_bytes
 
 
 def finished_shards(folder: Path) -> Iterator[tuple[Path, Manifest]]:
@@ -29,58 +25,6 @@ def finished_shards(folder: Path) -> Iterator[tuple[Path, Manifest]]:
             yield path, read_manifest(path)
         except (FairshardError, OSError):
             continue
-
-
-def used_bytes(folder: Path) -> int:
-    """Bytes on disk of everything below `folder`, finished or not; a linked file counts where it is linked."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512  # noqa: PTH118 - many files
-            except FileNotFoundError:
-                continue
-    return total
-
-
-def check_room(folder: Path, layout: Layout, *, quota_bytes: int | None) -> None:
-    """Check, before the first byte, that the shard fits on the disk and in the quota.
-
-    Args:
-        folder: Where it is being made; what it already takes counts as its own.
-        layout: What it will hold.
-        quota_bytes: What all shards beside it may take together; None: what the disk has.
-
-    Raises:
-        NodeFailure: If it does not fit; the message says by how much.
-    """
-    mine = used_bytes(folder)
-    needed = layout.total_bytes + _MARGIN_BYTES - mine
-    check_free(folder, needed)
-    if quota_bytes is not None:
-        used = used_bytes(folder.parent) - mine
-        if used + mine + needed > quota_bytes:
-            raise NodeFailure(
-                f"the shards of this node take {used:,} bytes and this one {needed + mine:,} more, over the quota of "
-                f"{quota_bytes:,} (FAIRSHARD_DISK_QUOTA); remove plans no longer needed (fairshard delete PLAN)",
-                details={"used_bytes": used, "needed_bytes": needed + mine, "quota_bytes": quota_bytes},
-            )
-
-
-def check_free(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk of `folder` has `needed_bytes` free.
-
-    Raises:
-        NodeFailure: If not; the message says by how much.
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if needed_bytes > free:
-        raise NodeFailure(
-            f"the disk of {folder.parent} has {free:,} bytes free, {needed_bytes:,} are needed: "
-            f"{needed_bytes - free:,} too few; remove plans no longer needed (fairshard delete PLAN), or add disk",
-            details={"free_bytes": free, "needed_bytes": needed_bytes},
-        )
 
 
 def file_is_whole(folder: Path, file: ShardFile) -> bool:

@@ -37,8 +37,9 @@ from workers.manifest import Manifest, read_manifest
 from workers.origins import Origins, Peer
 from workers.outputs import MAX_SHARD_BYTES
 from workers.progress import Progress, silent
+from workers.room import check_room
 from workers.segments import cut
-from workers.shards import check_room, file_is_whole, is_shard_folder
+from workers.shards import file_is_whole, is_shard_folder
 
 if TYPE_CHECKING:
     from workers.merge import merge
@@ -126,9 +127,9 @@ def split(
     key = _key(plan, node_id, layout, checkpoint.revision, paranoid=paranoid)
     journal = open_journal(output, key=key)
     try:
-        check_room(journal.folder, layout, quota_bytes=quota_bytes)
         linked = _link(layout, checkpoint, journal.folder) if link else {}
         rest = [item for item in layout.outputs if item.name not in linked]
+        check_room(journal.folder, layout, rest, clone=clone, nodes=plan.allocation, quota_bytes=quota_bytes)
         wanted = Wanted(
             digests=digests,
             sha256=sha256,
@@ -215,11 +216,11 @@ def _key(plan: Plan, node_id: str, layout: Layout, revision: str | None, *, para
 def _can_clone(checkpoint: Checkpoint, output: Path) -> bool:
     """Whether the filesystem shares extents between the checkpoint and the shard."""
     local = [checkpoint.local_path(name) for name in checkpoint.files if name.endswith(".safetensors")]
+    here = [path for path in local if path is not None]
     with explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        return (
-            bool(local) and all(path is not None for path in local) and can_clone(local[0] or output, output.parent)
-        )
+        one_disk = len(here) == len(local) and len({path.stat().st_dev for path in here}) == 1
+        return one_disk and can_clone(here[0], output.parent)
 
 
 def _link(layout: Layout, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:

@@ -549,7 +549,7 @@ def test_a_shard_without_a_folder_of_its_own_counts_for_the_node_s_quota(fairsha
     split = ("split", "m", "--no-compute", "--node", "fast", "--plan")
     done = fairshard.json(*split, "greedy.json")
     assert Path(done["directory"]).parent == fairshard.folder / "data" / "nodes" / "fast" / "shards"
-    quota = {"FAIRSHARD_DISK_QUOTA": str(4 * 2**20 + sum(file["size_bytes"] for file in done["files"]))}
+    quota = {"FAIRSHARD_DISK_QUOTA": str(30 * 1024 + sum(file["size_bytes"] for file in done["files"]))}
     assert "FAIRSHARD_DISK_QUOTA" in fairshard(*split, "equal.json", env=quota, rc=1).stderr
 
 

@@ -24,8 +24,8 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
 from workers.downloader import resolve
-from workers.layout import Layout
-from workers.shards import check_room, finished_shards, used_bytes
+from workers.room import check_room, used_bytes
+from workers.shards import finished_shards
 from workers.splitter import delete_shard, split, verify
 
 MIB = 2**20
@@ -353,8 +353,8 @@ def test_a_disk_that_fills_up_meanwhile_is_named(hub: TestHub, large: Path, smal
             ballast.write_bytes(b"x" * (12 * MIB))
 
     # 16 MiB are needed and 24 are there when it is checked; then someone else writes 12.
-    def checked(folder: Path, layout: Layout, *, quota_bytes: int | None) -> None:
-        check_room(folder, layout, quota_bytes=quota_bytes)
+    def checked(*args: Any, **settings: Any) -> None:
+        check_room(*args, **settings)
         fill(0, None)
 
     with pytest.MonkeyPatch.context() as patch:

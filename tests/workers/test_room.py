@@ -1,0 +1,158 @@
+"""Room is checked before the first byte, against what will really be written: no more, no less."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from hub.server import TestHub
+from shard_cases import dealt, profile_of
+
+from planner.errors import Cancelled, NodeFailure
+from workers.downloader import download, resolve
+from workers.room import used_bytes
+from workers.splitter import delete_shard, split, verify
+
+MIB = 2**20
+PAGE = 4096
+
+
+def model(folder: Path, *, weights: int = 16 * MIB, tokenizer: int = 2, layers: int = 4) -> Path:
+    """A checkpoint of `weights` bytes of tensors in one file, and a tokenizer of `tokenizer` bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}".ljust(tokenizer))
+    state = {f"l.{i}.w": torch.rand(weights // layers // 4) for i in range(layers)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *options: str) -> Iterator[Path]:
+    place.mkdir()
+    if os.geteuid() or shutil.which("mount") is None:
+        pytest.skip("a small disk is mounted, which takes root")
+    done = subprocess.run(["mount", *options, str(place)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk is mounted, and here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@contextlib.contextmanager
+def disk(place: Path, size_bytes: int) -> Iterator[Path]:
+    """A filesystem in memory of just so many bytes."""
+    with mounted(place, "-t", "tmpfs", "-o", f"size={size_bytes}", "none"):
+        yield place
+
+
+@pytest.fixture
+def xfs(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem that shares extents."""
+    if shutil.which("mkfs.xfs") is None:
+        pytest.skip("needs mkfs.xfs")
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(400 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, capture_output=True)
+    with mounted(tmp_path / "xfs", "-o", "loop", str(image)) as place:
+        yield place
+
+
+def test_a_tokenizer_that_will_not_fit_is_known_before_the_first_byte(tmp_path: Path) -> None:
+    source = resolve(model(tmp_path / "own/model", weights=4 * MIB, tokenizer=12 * MIB))
+    profile = profile_of(source)
+    with disk(tmp_path / "disk", 14 * MIB) as place:
+        with pytest.raises(NodeFailure, match="too few"):
+            split(source, profile, dealt(profile, ["a", "b"]), node_id="a", output=place / "a")
+        assert used_bytes(place) < 2 * PAGE
+        split(source, profile, dealt(profile, ["a", "b"]), node_id="b", output=place / "b")  # has no tokenizer
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_disk_just_large_enough_is_taken_and_one_a_little_smaller_refused(
+    hub: TestHub, tmp_path: Path, where: str
+) -> None:
+    folder = model(tmp_path / "own/model")
+    hub.add_repo("own/model", folder)
+    source = resolve(folder) if where == "folder" else resolve("own/model")
+    profile = profile_of(source)
+    plan = dealt(profile, ["a"])
+    split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
+    really = sum(-(-path.stat().st_size // PAGE) * PAGE for path in (tmp_path / "a").rglob("*") if path.is_file())
+    with disk(tmp_path / "small", really - PAGE) as place:
+        with pytest.raises(NodeFailure, match="too few"):
+            split(source, profile, plan, node_id="a", output=place / "a")
+        assert used_bytes(place) < 2 * PAGE
+    with disk(tmp_path / "large", really + 100 * 1024) as place:
+        split(source, profile, plan, node_id="a", output=place / "a", quota_bytes=really + 100 * 1024)
+        assert verify(place / "a").ok
+
+
+def test_what_is_linked_takes_no_room(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", 24 * MIB) as place:
+        source = resolve(model(place / "own/model"))
+        profile = profile_of(source)
+        plan = dealt(profile, ["a"])
+        for name in ("one", "two"):
+            split(source, profile, plan, node_id="a", output=place / "shards" / name, quota_bytes=MIB)
+        assert verify(place / "shards/one").ok
+        assert used_bytes(place / "shards") < MIB
+        shutil.rmtree(place / "own")
+        assert 16 * MIB < used_bytes(place / "shards") < 17 * MIB, "both names are of one file, now of theirs alone"
+
+
+def test_what_is_reflinked_takes_no_room(xfs: Path) -> None:
+    source = resolve(model(xfs / "own/model"))
+    profile = profile_of(source)
+    for number in range(3):
+        plan = dealt(profile, ["a", "b"], plan_id=f"plan{number}")
+        manifest = split(source, profile, plan, node_id="a", output=xfs / "shards" / plan.plan_id, quota_bytes=MIB)
+        assert {file.how for file in manifest.files} == {"reflink"}
+    assert used_bytes(xfs / "shards") < MIB
+    assert delete_shard(xfs / "shards/plan0") < MIB
+    with pytest.raises(NodeFailure, match="FAIRSHARD_DISK_QUOTA"):
+        split(source, profile, plan, node_id="b", output=xfs / "shards/b", quota_bytes=MIB, link=False)
+
+
+def test_what_an_interrupted_call_wrote_needs_no_second_room(hub: TestHub, tmp_path: Path) -> None:
+    folder = model(tmp_path / "own/model")
+    hub.add_repo("own/model", folder)
+    source = resolve("own/model")
+    profile = profile_of(source)
+
+    def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done > 2 * MIB:
+            raise Cancelled
+
+    with disk(tmp_path / "disk", 20 * MIB) as place:
+        hub.bytes_per_s = 3e6
+        with pytest.raises(Cancelled):
+            split(source, profile, dealt(profile, ["a"]), node_id="a", output=place / "a", progress=cancel)
+        hub.bytes_per_s = None
+        split(source, profile, dealt(profile, ["a"]), node_id="a", output=place / "a")
+    with disk(tmp_path / "other", 20 * MIB) as place:
+        hub.bytes_per_s = 3e6
+        with pytest.raises(Cancelled):
+            download(source, place / "model", progress=cancel)
+        hub.bytes_per_s = None
+        download(source, place / "model")
+        assert (place / "model/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_tiny_checkpoints_fit_into_tiny_quotas(tmp_path: Path) -> None:
+    source = resolve(checkpoint("llama"))
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "b"])
+    split(source, profile, plan, node_id="a", output=tmp_path / "a", quota_bytes=MIB)
