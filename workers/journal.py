@@ -78,7 +78,7 @@ def open_journal(target: Path, *, key: str) -> Journal:
                 journal = _take(folder, key)
     except OSError as error:
         raise NodeFailure(
-            f"no shard can be written to {target}: {error.strerror}", details={"path": str(target)}
+            f"nothing can be written to {target}: {error.strerror}", details={"path": str(target)}
         ) from error
     return journal
 

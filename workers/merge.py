@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -14,9 +14,11 @@ from planner.errors import Conflict, IntegrityError, InvalidInput
 from planner.profile import Tensor
 from workers.copying import copy_range, write_all
 from workers.digester import explained
-from workers.manifest import Manifest, read_manifest, sync_folder, write_whole
+from workers.journal import discard_partials, install_lock, open_journal, state_file
+from workers.manifest import Manifest, ShardFile, read_manifest, sync_folder, write_whole
 from workers.outputs import MAX_SHARD_BYTES, Output, pack
 from workers.progress import Progress, silent
+from workers.room import check_free, listing_bytes, needed_bytes
 from workers.source import Source
 from workers.verify import source_parts, verify
 
@@ -41,15 +43,16 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
         Conflict: If `out` holds something, or the shards are of several plans.
         NotFound: If a folder holds no finished shard.
         IntegrityError: If a shard is damaged, or a node's is missing; the message says which.
-        NodeFailure: If `out` cannot be written.
+        NodeFailure: If `out` cannot be written, or the disk lacks the room.
     """
     folders = [dirs] if isinstance(dirs, Path) else list(dirs)
     if not folders:
         raise InvalidInput("name at least one shard's folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Conflict(f"{out} holds something already; name a folder that does not exist yet")
+    out = out.absolute()
+    _check_new(out)
     shards = [(folder, read_manifest(folder)) for folder in folders]
     _check_complete(shards)
+    _check_room(shards, out)
     if check:
         report = verify(folders, progress=progress)
         if not report.ok:
@@ -58,16 +61,43 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
                 f"{problem.directory}: {problem.what}: {problem.reason} ({len(report.problems)} problems)",
                 details=report.to_json(),
             )
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        discard_partials(out)
+    journal = open_journal(out, key=uuid.uuid4().hex)  # locked, and never taken over: the next merge begins anew
     try:
         with explained(out):
-            partial.mkdir(parents=True)
-            _write(shards, partial, progress)
-            partial.rename(out)
+            _write(shards, journal.folder, progress)
+        with explained(out), install_lock(out):
+            _check_new(out)
+            state_file(journal.folder).unlink()
+            journal.folder.rename(out)
             sync_folder(out.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        journal.remove()
     return out
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Conflict(f"{out} holds something already; name a folder that does not exist yet")
+
+
+def _check_room(shards: list[tuple[Path, Manifest]], out: Path) -> None:
+    """Check that the disk has room for the checkpoint, before a byte is read or written."""
+    tensors = {tensor.name: tensor for _, manifest in shards for tensor in manifest.tensors}
+    sizes = Counter({name: s.header_bytes for _, manifest in shards for name, s in manifest.source_files.items()})
+    sizes |= {extra.name: extra.size_bytes for _, manifest in shards for extra in _extras(manifest)}
+    for tensor in tensors.values():
+        sizes[tensor.source_file] += tensor.end - tensor.begin
+    sizes["model.safetensors.index.json"] = listing_bytes(list(tensors))
+    there = next(folder for folder in out.parents if folder.exists())
+    check_free(there, needed_bytes(out, sizes))
+
+
+def _extras(manifest: Manifest) -> Iterator[ShardFile]:
+    """The small files of the checkpoint that came with a shard."""
+    return (file for file in manifest.extras if "/" not in file.name and not file.name.endswith(".index.json"))
 
 
 def _check_complete(shards: list[tuple[Path, Manifest]]) -> None:
@@ -129,9 +159,8 @@ def _write(shards: list[tuple[Path, Manifest]], folder: Path, progress: Progress
             os.fsync(target.fileno())
         weight_map |= {placed.tensor.name: output.name for placed in output.placed}
     for shard, manifest in shards:
-        for extra in manifest.extras:
-            if "/" not in extra.name and not extra.name.endswith(".index.json"):
-                write_whole(folder / extra.name, (shard / extra.name).read_bytes())
+        for extra in _extras(manifest):
+            write_whole(folder / extra.name, (shard / extra.name).read_bytes())
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())

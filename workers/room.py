@@ -96,9 +96,13 @@ def check_room(
     sizes = {item.name: item.size_bytes - (_cloned(item) if clone else 0) for item in outputs}
     sizes |= layout.extras
     sizes |= {f"source/{name}.header": len(source.header) for name, source in layout.sources.items()}
-    sizes |= {"manifest.json": _listing_bytes(layout, nodes)}
+    placed = [item for output in layout.outputs for item in output.placed]
+    sizes["manifest.json"] = listing_bytes(
+        [(item.tensor.name, item.layer, item.tensor.file, item.tensor.shape) for item in placed],
+        others=(nodes, layout.layers, layout.aliases, layout.unused, layout.duplicated, list(layout.sources)),
+    )
     needed = needed_bytes(folder, sizes)
-    check_free(folder, needed)
+    check_free(folder.parent, needed)
     if quota_bytes is not None:
         used = used_bytes(folder.parent)
         if used + needed > quota_bytes:
@@ -115,12 +119,9 @@ def _cloned(output: Output) -> int:
     return 0 if None in shared else sum(count or 0 for count in shared)
 
 
-def _listing_bytes(layout: Layout, nodes: Mapping[str, Sequence[str]]) -> int:
-    """What index and manifest take together, at most: both have a line for each tensor."""
-    placed = [item for output in layout.outputs for item in output.placed]
-    names = [(item.tensor.name, item.layer, item.tensor.file, item.tensor.shape) for item in placed]
-    others = json.dumps([nodes, layout.layers, layout.aliases, layout.unused, layout.duplicated])
-    return 2 * len(json.dumps(names)) + _ENTRY_BYTES * (len(names) + 8 * len(layout.sources)) + len(others)
+def listing_bytes(entries: Sequence[object], *, others: object = None) -> int:
+    """What index and manifest, or index and headers, take together, at most: both have a line for each entry."""
+    return 2 * len(json.dumps(entries)) + _ENTRY_BYTES * (len(entries) + 1) + len(json.dumps(others))
 
 
 def needed_bytes(folder: Path, sizes: Mapping[str, int]) -> int:
@@ -145,7 +146,7 @@ def check_free(folder: Path, needed: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if needed > free:
         raise NodeFailure(
-            f"the disk of {folder.parent} has {free:,} bytes free, {needed:,} are needed: "
+            f"the disk of {folder} has {free:,} bytes free, {needed:,} are needed: "
             f"{needed - free:,} too few; remove plans no longer needed (fairshard delete PLAN), or add disk",
             details={"free_bytes": free, "needed_bytes": needed},
         )

@@ -44,7 +44,9 @@ def snapshot(
         with explained(directory):
             for name in todo:
                 within(journal.folder, name).parent.mkdir(parents=True, exist_ok=True)
-        check_free(journal.folder, needed_bytes(journal.folder, {item.name: item.size_bytes for item in outputs}))
+        check_free(
+            journal.folder.parent, needed_bytes(journal.folder, {item.name: item.size_bytes for item in outputs})
+        )
         stated = {name: checkpoint.files[name].sha256 or "" for name in todo if checkpoint.files[name].sha256}
         checks = Wanted(stated_sha256=stated)
         here = {name: path for name in todo if (path := checkpoint.local_path(name)) is not None}
