@@ -82,6 +82,7 @@ def finish(
             tensors=tuple(t for item in layout.outputs for t in _tensors(item, digests.get(item.name))),
             extras=tuple(files),
             aliases=layout.aliases,
+            twins=layout.twins,
             unused=layout.unused,
             duplicated=layout.duplicated,
             source_files={

@@ -21,6 +21,7 @@ from workers.progress import Progress, silent
 from workers.quantised import unknown_method
 from workers.trace import ModelTrace
 from workers.trace_cache import TraceCache
+from workers.twins import with_twins
 
 
 def generate(
@@ -70,6 +71,7 @@ def generate(
         )
         length = min(sequence_length, trace.longest or sequence_length)
         approximate = [*trace.reasons, *outside(layers, length, batched=False)]
+    layers = with_twins(layers, contents.headers.twins)
     method = unknown_method(contents.config.quantization)
     if method:
         approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")

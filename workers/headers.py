@@ -17,6 +17,7 @@ from workers.garbage import uncollected
 from workers.progress import Progress, silent
 from workers.safetensors_file import read_file
 from workers.strict_json import pairs, parse_json, show, some
+from workers.twins import distinct
 
 #: An index of 92,000 tensors takes 9 MB.
 _MAX_INDEX_BYTES = 200_000_000
@@ -28,8 +29,10 @@ _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 class Headers:
     """The headers of all weight files of a checkpoint."""
 
-    #: By file in name order, within a file by offset.
+    #: By file in name order, within a file by offset; each range of bytes once, by its first name.
     tensors: tuple[Tensor, ...]
+    #: Other names of such ranges (in `.bin` files; safetensors allows none).
+    twins: tuple[Tensor, ...] = ()
     #: `__metadata__` of the files, merged in name order.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Size of each weight file, in bytes.
@@ -81,8 +84,10 @@ def _read_headers(checkpoint: Checkpoint, progress: Progress) -> Headers:
     progress(len(names), len(names), what="headers")
     tensors = [tensor for found, _, _ in results for tensor in found]
     _check_names(tensors, weight_map)
+    first, twins = (tensors, []) if parse is read_file else distinct(tensors)
     return Headers(
-        tensors=tuple(tensors),
+        tensors=tuple(first),
+        twins=tuple(twins),
         metadata={key: value for _, metadata, _ in results for key, value in metadata.items()},
         files={name: checkpoint.files[name].size_bytes for name in names},
         header_bytes={name: size for name, (_, _, size) in zip(names, results, strict=True)},

@@ -14,6 +14,7 @@ from workers.checkpoint import Checkpoint
 from workers.headers import read_headers
 from workers.outputs import Output, pack
 from workers.source import Source, read_source
+from workers.twins import distinct, place
 
 #: Every node needs these, whatever it holds.
 _CONFIGS = ("config.json", "generation_config.json", "quantization_config.json", "quantize_config.json")
@@ -33,6 +34,8 @@ class Layout:
     sources: Mapping[str, Source]
     layers: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    #: Aliases that the checkpoint has as names of tensors.
+    twins: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     duplicated: tuple[str, ...] = ()
 
@@ -95,17 +98,15 @@ def lay_out(
         begins[tensor.file] = min(begins.get(tensor.file, tensor.begin), tensor.begin)
     sources = _read_sources(checkpoint, {name: begins[name] for name in sorted({t.file for t, _ in wanted})})
     _check_headers(wanted, sources)
-    wanted, aliases = _without_twins(wanted)
-    held_names = {tensor.name for tensor, _ in wanted}
-    for source in sources.values():
-        aliases |= {name: other for name, other in source.aliases.items() if other in held_names}
+    wanted, aliases = _without_twins([*wanted, *_unnamed(wanted, profile, sources)])
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)
     return Layout(
         outputs=outputs,
         extras=_extras(checkpoint, first=node_id == first),
         sources=sources,
         layers=tuple(layer.name for layer in held),
-        aliases=aliases | tied,
+        aliases=aliases | {name: aliases.get(other, other) for name, other in tied.items()},
+        twins=tuple(aliases),
         unused=tuple(t.name for layer in held if layer.layer_type == "unused" for t in layer.tensors),
         duplicated=duplicated,
     )
@@ -140,11 +141,14 @@ def _with_tensors(profile: ModelProfile, checkpoint: Checkpoint) -> ModelProfile
     """The profile with the tensors of layers that name none looked up in the checkpoint's headers."""
     if any(layer.tensors for layer in profile.layers):
         return profile
-    by_name = {tensor.name: tensor for tensor in read_headers(checkpoint).tensors}
+    headers = read_headers(checkpoint)
+    by_name = {tensor.name: tensor for tensor in (*headers.tensors, *headers.twins)}
     layers = []
     for layer in profile.layers:
         names = _names_of(layer.name, by_name)
         layers.append(replace(layer, tensors=tuple(by_name.pop(name) for name in names)))
+    for twin in headers.twins:
+        by_name.pop(twin.name, None)
     if by_name:
         rest = Layer(name="unused", index=len(layers), layer_type="unused", tensors=tuple(by_name.values()))
         layers.append(rest)
@@ -199,20 +203,35 @@ def _check_headers(wanted: Sequence[tuple[Tensor, str]], sources: Mapping[str, S
             )
 
 
+def _unnamed(
+    wanted: Sequence[tuple[Tensor, str]], profile: ModelProfile, sources: Mapping[str, Source]
+) -> list[tuple[Tensor, str]]:
+    """Further names of wanted bytes that no layer of the profile has: they travel with the first name."""
+    found = []
+    for source in sources.values():
+        first, twins = distinct(() if source.header else source.tensors.values())
+        if twins:
+            names = {place(tensor): tensor.name for tensor in first}
+            layer_of = {tensor.name: layer for tensor, layer in wanted}
+            named = {tensor.name for layer in profile.layers for tensor in layer.tensors}
+            found += [
+                (twin, layer_of[names[place(twin)]])
+                for twin in twins
+                if twin.name not in named and names[place(twin)] in layer_of
+            ]
+    return found
+
+
 def _without_twins(wanted: Sequence[tuple[Tensor, str]]) -> tuple[list[tuple[Tensor, str]], dict[str, str]]:
-    """One name for each range of bytes (safetensors refuses two), and the other names as its aliases."""
-    kept: dict[tuple[str, int, int], tuple[Tensor, str]] = {}
+    """One name for each range of bytes (safetensors refuses two), and the others of its kind as its aliases."""
+    kept: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
-    for tensor, layer in sorted(wanted, key=lambda item: (item[0].file, item[0].begin, item[0].end, item[0].name)):
-        place = (tensor.file, tensor.begin, tensor.end)
-        twin = kept.get(place)
-        if twin is not None and tensor.size_bytes and twin[0].shape == tensor.shape:
-            aliases[tensor.name] = twin[0].name
-        elif twin is not None:
-            kept[tensor.name, tensor.begin, tensor.end] = (tensor, layer)
-        else:
-            kept[place] = (tensor, layer)
-    return list(kept.values()), aliases
+    for tensor, _ in wanted:
+        kind = (*place(tensor), tensor.dtype, tensor.shape)
+        if tensor.size_bytes and kept.setdefault(kind, tensor.name) != tensor.name:
+            aliases[tensor.name] = kept[kind]
+    rest = [item for item in wanted if item[0].name not in aliases]
+    return sorted(rest, key=lambda item: (*place(item[0]), item[0].name)), aliases
 
 
 def _extras(checkpoint: Checkpoint, *, first: bool) -> dict[str, int]:

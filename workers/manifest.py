@@ -83,6 +83,8 @@ class Manifest:
     extras: tuple[ShardFile, ...] = ()
     #: Name without bytes of its own -> tensor that it shares them with.
     aliases: Mapping[str, str] = field(default_factory=dict)
+    #: Those of them that are names of tensors in the checkpoint (`.bin` files, in which names may share storage).
+    twins: tuple[str, ...] = ()
     #: Tensors that no layer uses.
     unused: tuple[str, ...] = ()
     #: Tensors that another node holds too, because a layer here is tied to them.
@@ -136,6 +138,7 @@ class Manifest:
                 tensors=tuple(ShardTensor(**{**t, "shape": tuple(t["shape"])}) for t in obj["tensors"]),
                 extras=tuple(ShardFile(**file) for file in obj["extras"]),
                 aliases=dict(obj["aliases"]),
+                twins=tuple(obj.get("twins", ())),
                 unused=tuple(obj["unused"]),
                 duplicated=tuple(obj["duplicated"]),
                 source_files={name: SourceFile(**file) for name, file in obj["source_files"].items()},
@@ -156,6 +159,9 @@ class Manifest:
         for tensor in self.tensors:
             if not 0 <= index(tensor.begin) <= index(tensor.end) <= sizes[tensor.file]:
                 raise ValueError(f"{tensor.name!r:.100} ends at byte {tensor.end} of {tensor.file}")
+        names = {tensor.name for tensor in self.tensors}
+        if not all(self.aliases[twin] in names for twin in self.twins):
+            raise ValueError("an alias is of no tensor")
         digests = [item.digest for item in (*self.files, *self.extras)] + [tensor.digest for tensor in self.tensors]
         if not all(isinstance(digest, str | None) for digest in digests):
             raise TypeError("a digest is no text")

@@ -7,6 +7,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,7 @@ from planner.profile import Tensor
 from workers.copying import copy_range, write_all
 from workers.digester import explained
 from workers.journal import discard_partials, install_lock, open_journal, state_file
-from workers.manifest import Manifest, ShardFile, read_manifest, sync_folder, write_whole
+from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, sync_folder, write_whole
 from workers.outputs import MAX_SHARD_BYTES, Output, pack
 from workers.progress import Progress, silent
 from workers.room import check_free, listing_bytes, needed_bytes
@@ -27,7 +28,8 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
     """Write the checkpoint that the shards in `dirs` came from to the new folder `out`.
 
     A safetensors file is put together exactly as it was, header included, so that its sha256 is the original's.
-    Tensors of other files (`.bin`) come as new safetensors files. Config and tokenizer files come along.
+    Tensors of other files (`.bin`) come as new safetensors files, each under every name that it had. Config and
+    tokenizer files come along.
 
     Args:
         dirs: The shard folders of every node of one plan.
@@ -85,7 +87,7 @@ def _check_new(out: Path) -> None:
 
 def _check_room(shards: list[tuple[Path, Manifest]], out: Path) -> None:
     """Check that the disk has room for the checkpoint, before a byte is read or written."""
-    tensors = {tensor.name: tensor for _, manifest in shards for tensor in manifest.tensors}
+    tensors = {tensor.name: tensor for _, manifest in shards for tensor in _named(manifest)}
     sizes = Counter({name: s.header_bytes for _, manifest in shards for name, s in manifest.source_files.items()})
     sizes |= {extra.name: extra.size_bytes for _, manifest in shards for extra in _extras(manifest)}
     for tensor in tensors.values():
@@ -115,7 +117,8 @@ def _check_complete(shards: list[tuple[Path, Manifest]]) -> None:
 def _write(shards: list[tuple[Path, Manifest]], folder: Path, progress: Progress) -> None:
     weight_map: dict[str, str] = {}
     parts = source_parts(shards)
-    total = sum(tensor.end - tensor.begin for _, manifest in shards for tensor in manifest.tensors)
+    sizes = {tensor.name: tensor.end - tensor.begin for _, manifest in shards for tensor in _named(manifest)}
+    total = sum(sizes.values())
     done = 0
 
     def step(count: int) -> None:
@@ -137,7 +140,7 @@ def _write(shards: list[tuple[Path, Manifest]], folder: Path, progress: Progress
             os.fsync(target.fileno())
     rest: dict[str, tuple[Tensor, str]] = {}
     for shard, manifest in shards:
-        for tensor in manifest.tensors:
+        for tensor in _named(manifest):
             if tensor.source_file in parts:
                 weight_map[tensor.name] = tensor.source_file
             else:
@@ -164,6 +167,14 @@ def _write(shards: list[tuple[Path, Manifest]], folder: Path, progress: Progress
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def _named(manifest: Manifest) -> Iterator[ShardTensor]:
+    """The tensors, under each name that the checkpoint has for them."""
+    yield from manifest.tensors
+    by_name = {tensor.name: tensor for tensor in manifest.tensors if manifest.twins}
+    for twin in manifest.twins:
+        yield replace(by_name[manifest.aliases[twin]], name=twin)
 
 
 def _packed(rest: dict[str, tuple[Tensor, str]]) -> tuple[Output, ...]:

@@ -35,27 +35,13 @@ class Stored:
 def read_bin(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str, str], int]:
     """Read the tensors of a `.bin` file as ranges of it, as `workers.headers.read_file` does for safetensors.
 
-    Tensors that share one range (tied weights) are given once, by the first name.
+    Several may share one range (tied weights).
 
     Raises:
         InvalidCheckpoint: If the file is no state dict, asks for anything but tensors, or has strided tensors.
     """
-    return read_shared(checkpoint, name)[0], {}, 0
-
-
-def read_shared(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str, str]]:
-    """Read the tensors of a `.bin` file as ranges of it, and the names that share another tensor's range.
-
-    Returns:
-        The tensors by place, each range once; name -> name of the tensor with the same range.
-
-    Raises:
-        InvalidCheckpoint: As `read_bin`.
-    """
     stored = read_views(checkpoint, name)
     tensors: list[Tensor] = []
-    seen: dict[tuple[int, int], str] = {}
-    aliases: dict[str, str] = {}
     for tensor, each in stored.items():
         if not each.view.contiguous:
             raise InvalidCheckpoint(
@@ -66,20 +52,17 @@ def read_shared(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[s
         width = (bits(each.view.dtype) or 8) // 8
         begin = each.begin + each.view.offset * width
         end = begin + prod(each.view.shape) * width
-        if begin < end and seen.setdefault((begin, end), tensor) != tensor:
-            aliases[tensor] = seen[begin, end]
-            continue
         tensors.append(
             Tensor(name=tensor, file=name, dtype=each.view.dtype, shape=each.view.shape, begin=begin, end=end)
         )
     tensors.sort(key=lambda each: (each.begin, each.end))
     for one, other in itertools.pairwise(tensors):
-        if other.begin < one.end:
+        if other.begin < one.end and (one.begin, one.end) != (other.begin, other.end):
             raise InvalidCheckpoint(
                 f"{name}: tensors {one.name!r} and {other.name!r} overlap in part; `fairshard convert` parts them",
                 details={"file": name, "tensors": [one.name, other.name]},
             )
-    return tensors, aliases
+    return tensors, {}, 0
 
 
 def read_views(checkpoint: Checkpoint, name: str) -> dict[str, Stored]:

@@ -99,7 +99,15 @@ def check_room(
     placed = [item for output in layout.outputs for item in output.placed]
     sizes["manifest.json"] = listing_bytes(
         [(item.tensor.name, item.layer, item.tensor.file, item.tensor.shape) for item in placed],
-        others=(nodes, layout.layers, layout.aliases, layout.unused, layout.duplicated, list(layout.sources)),
+        others=(
+            nodes,
+            layout.layers,
+            layout.aliases,
+            layout.twins,
+            layout.unused,
+            layout.duplicated,
+            list(layout.sources),
+        ),
     )
     needed = needed_bytes(folder, sizes)
     check_free(folder.parent, needed)

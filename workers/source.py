@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from planner.errors import InvalidMetadata
 from planner.profile import Tensor
@@ -24,8 +24,6 @@ class Source:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     sha256: str | None = None
-    #: Name -> tensor with the same bytes (in `.bin` files; safetensors allows none).
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None = None) -> Source:
@@ -43,9 +41,9 @@ def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None =
     if file is None:
         raise InvalidMetadata(f"the profile places tensors in {name!r}, which {checkpoint.model_name} does not have")
     if not name.endswith(".safetensors"):
-        from workers.picklefile import read_shared
+        from workers.picklefile import read_bin
 
-        found, aliases = read_shared(checkpoint, name)
+        found, _, _ = read_bin(checkpoint, name)
         return Source(
             name=name,
             size_bytes=file.size_bytes,
@@ -53,7 +51,6 @@ def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None =
             tensors={tensor.name: tensor for tensor in found},
             metadata={},
             sha256=file.sha256,
-            aliases=aliases,
         )
     raw = checkpoint.read(name, 0, min(file.size_bytes, header_bytes or _FIRST_READ_BYTES))
     length = int.from_bytes(raw[:8], "little")

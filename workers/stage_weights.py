@@ -87,6 +87,8 @@ def load_weights(model: Any, manifest: Manifest, folder: Path, device: torch.dev
         for file in manifest.files:
             opened = files.enter_context(safe_open(folder / file.name, framework="pt", device="cpu"))
             state |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        untied = [name for name in manifest.twins if name not in model.all_tied_weights_keys]
+        state |= {name: state[manifest.aliases[name]] for name in untied}
         info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     wrong = sorted(str(name) for name in info.mismatched_keys) + sorted(map(str, info.conversion_errors))
     if wrong:

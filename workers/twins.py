@@ -1,0 +1,73 @@
+"""Names that share another tensor's bytes (in `.bin` files): which layer they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from math import prod
+
+from planner.profile import Layer, Tensor
+
+
+def distinct(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors, each range of bytes by its first name; and the others, its twins."""
+    seen: dict[tuple[str, int, int], str] = {}
+    first: list[Tensor] = []
+    twins: list[Tensor] = []
+    for tensor in tensors:
+        twin = tensor.size_bytes and seen.setdefault(place(tensor), tensor.name) != tensor.name
+        (twins if twin else first).append(tensor)
+    return first, twins
+
+
+def place(tensor: Tensor) -> tuple[str, int, int]:
+    """The range of bytes that a tensor is."""
+    return tensor.file, tensor.begin, tensor.end
+
+
+def with_twins(layers: Sequence[Layer], twins: Sequence[Tensor]) -> list[Layer]:
+    """The layers, each with the twins that are its own weights.
+
+    Left out is what the model ties anyway, and what is of the layer that stores the bytes or of none by its name:
+    such a name travels with the bytes.
+    """
+    found = list(layers)
+    if not twins:
+        return found
+    owners = {place(tensor): (at, tensor.name) for at, layer in enumerate(layers) for tensor in layer.tensors}
+    paths = _paths(layers)
+    for twin in twins:
+        stored_in, name = owners[place(twin)]
+        at = next((paths[path] for path in _prefixes(twin.name.rpartition(".")[0]) if path in paths), -1)
+        if at in {-1, stored_in} or name in layers[at].tied_tensors:
+            continue
+        values = prod(twin.shape)
+        found[at] = replace(
+            found[at],
+            tensors=(*found[at].tensors, twin),
+            weight_bytes=found[at].weight_bytes + twin.size_bytes,
+            num_params=found[at].num_params + values,
+            active_params=found[at].active_params + values,
+        )
+    return found
+
+
+def _paths(layers: Sequence[Layer]) -> dict[str, int]:
+    """Every module path that leads to one layer alone -> its number; -1 where it leads to several."""
+    paths: dict[str, int] = {}
+    for at, layer in enumerate(layers):
+        for path in {layer.name, *(tensor.name.rpartition(".")[0] for tensor in layer.tensors)}:
+            for prefix in _prefixes(path):
+                if paths.setdefault(prefix, at) != at:
+                    paths[prefix] = -1
+    for at, layer in enumerate(layers):
+        # A checkpoint of the bare model lacks the first part.
+        paths.setdefault(layer.name.partition(".")[2], at)
+    return paths
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """The path and those above it, longest first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
