@@ -57,7 +57,7 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     published = publish_plan(made, services.store())
     view = plan_to_json(made) | {"job_id": job_id}
     services.plans.save(view)
-    steps = _split_steps(made, where, revision) if do_split else []
+    steps = _split_steps(made, where, revision, paranoid=bool(asked.get("paranoid"))) if do_split else []
     dropped = [f"split:{node_id}" for node_id in before.get("node_ids", []) if node_id not in chosen]
     outcome = {
         "plan_id": made.plan_id,
@@ -138,8 +138,8 @@ def _wants_split(asked: Mapping[str, Any], chosen: list[str], alive: Mapping[str
     return not absent if wanted is None else bool(wanted)
 
 
-def _split_steps(made: Plan, where: Mapping[str, Any], revision: str | None) -> list[StepSpec]:
-    arguments = {"plan_id": made.plan_id, "profile": dict(where), "revision": revision}
+def _split_steps(made: Plan, where: Mapping[str, Any], revision: str | None, *, paranoid: bool) -> list[StepSpec]:
+    arguments = {"plan_id": made.plan_id, "profile": dict(where), "revision": revision, "paranoid": paranoid}
     splits = [
         StepSpec(
             name=f"split:{node_id}",

@@ -159,6 +159,7 @@ class ProcessOptions(PlanFields):
     on_node_loss = Text(
         choices=("replan", "wait"), metadata={"description": "When a node dies before its shard is cut."}
     )
+    paranoid = Flag(metadata={"description": "Have every byte of the shards fetched twice and compared."})
 
 
 class ProcessIn(ProcessOptions):
@@ -272,7 +273,7 @@ def process_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `Jobs.submit_process` that a body's fields mean."""
     result: dict[str, Any] = {"options": plan_options(given)}
     for name in (
-        "batch_size", "sequence_length", "available_nodes", "links", "split", "on_node_loss",
+        "batch_size", "sequence_length", "available_nodes", "links", "split", "on_node_loss", "paranoid",
     ):  # fmt: skip
         if name in given:
             result[name] = given[name]

@@ -207,22 +207,24 @@ class _Fetch:
             return self._from(last, file, segment, round_, readers)
 
     def _from(self, origin: Origin, file: _File, segment: Segment, round_: int, readers: _Readers) -> str:
-        if isinstance(origin, LocalOrigin):
-            return self._from_here(origin, file, segment)
-        found = self._pass(readers.reader(origin.server, round_), origin, segment, file)
-        for _ in range(ROUNDS if self._wanted.paranoid else 0):
-            again = self._pass(readers.reader(origin.server, -1), origin, segment, None)
-            if again == found:
+        def read() -> str:
+            if isinstance(origin, LocalOrigin):
+                return self._from_here(origin, file, segment)
+            return self._pass(readers.reader(origin.server, round_), origin, segment, file)
+
+        found, last = read(), segment.origins[-1]
+        if not self._wanted.paranoid or isinstance(last, LocalOrigin):
+            return found
+        for _ in range(1 if isinstance(origin, LocalOrigin) else ROUNDS):
+            if self._pass(readers.reader(last.server, -1), last, segment, None) == found:
                 return found
-            readers.drop(origin.server)
-            found = self._pass(readers.reader(origin.server, round_), origin, segment, file)
-        if self._wanted.paranoid:
-            end = origin.offset + segment.end - segment.begin
-            raise IntegrityError(
-                f"{origin.file.url}: bytes {origin.offset}-{end} came differently in each of {ROUNDS} pairs of reads",
-                details={"begin": origin.offset, "end": end},
-            )
-        return found
+            readers.drop(last.server)
+            found = read()
+        end = last.offset + segment.end - segment.begin
+        raise IntegrityError(
+            f"{last.file.url}: bytes {last.offset}-{end} came differently in each of {ROUNDS} pairs of reads",
+            details={"begin": last.offset, "end": end},
+        )
 
     def _pass(self, reader: RangeReader, origin: Origin, segment: Segment, file: _File | None) -> str:
         """Read a segment once, to its place in `file` or only through the digest."""

@@ -41,6 +41,7 @@ def finish(
     digests: Mapping[str, Digests | None],
     how: Mapping[str, str],
     max_shard_bytes: int,
+    paranoid: bool,
 ) -> Manifest:
     """Write what stands beside the weights, then the manifest, then give the folder its name.
 
@@ -54,6 +55,7 @@ def finish(
         digests: By weight file; None where no bytes passed.
         how: By weight file: "copy", "fetch", "link" or "reflink".
         max_shard_bytes: What it was cut with.
+        paranoid: What it was cut with.
 
     Raises:
         NodeFailure: If the disk is full or cannot be written.
@@ -90,6 +92,7 @@ def finish(
                 for name, s in layout.sources.items()
             },
             max_shard_bytes=max_shard_bytes,
+            paranoid=paranoid,
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
@@ -129,9 +132,12 @@ def _same(output: Path, manifest: Manifest) -> Manifest | None:
     mine = (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes)
     if (theirs.plan_id, theirs.revision, theirs.node_id, theirs.max_shard_bytes) != mine:
         return None
+    if manifest.paranoid and not theirs.paranoid:
+        return None
     if any(ours.sha256 and not file.sha256 for ours, file in zip(manifest.files, theirs.files, strict=False)):
         return None
-    return theirs if all(file_is_whole(output, file) for file in (*theirs.files, *theirs.extras)) else None
+    files = (*theirs.files, *theirs.extras)
+    return theirs if all(file_is_whole(output, file, read=manifest.paranoid) for file in files) else None
 
 
 def _index(layout: Layout) -> bytes:

@@ -91,6 +91,8 @@ class Manifest:
     duplicated: tuple[str, ...] = ()
     source_files: Mapping[str, SourceFile] = field(default_factory=dict)
     max_shard_bytes: int = 0
+    #: Whether every byte that came over the network was read twice and compared.
+    paranoid: bool = False
     created_at: str = ""
 
     @property
@@ -143,6 +145,7 @@ class Manifest:
                 duplicated=tuple(obj["duplicated"]),
                 source_files={name: SourceFile(**file) for name, file in obj["source_files"].items()},
                 max_shard_bytes=int(obj["max_shard_bytes"]),
+                paranoid=bool(obj.get("paranoid")),
                 created_at=str(obj["created_at"]),
             )
             outside = next((name for name in set(made.paths()) if not is_inner(name)), None)

@@ -56,13 +56,7 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
     _check_complete(shards)
     _check_room(shards, out)
     if check:
-        report = verify(folders, progress=progress)
-        if not report.ok:
-            problem = report.problems[0]
-            raise IntegrityError(
-                f"{problem.directory}: {problem.what}: {problem.reason} ({len(report.problems)} problems)",
-                details=report.to_json(),
-            )
+        verify(folders, progress=progress).check()
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         discard_partials(out)

@@ -39,10 +39,21 @@ class Origins:
         beside: Path,
         peers: tuple[Peer, ...],
         known: Mapping[str, str],
+        doubted: Path | None = None,
     ) -> None:
+        """Look for `checkpoint`'s bytes.
+
+        Args:
+            checkpoint: Whose they are.
+            beside: The folder of this node's shards.
+            peers: Other nodes' shards.
+            known: Digests that the caller knows.
+            doubted: A shard here that was checked less than is wanted now: its digests prove nothing.
+        """
         self._checkpoint = checkpoint
         self._beside = beside
         self._told = known
+        self._doubted = doubted
         self._peers: dict[str, list[tuple[Peer, ShardTensor]]] = {}
         for peer in peers:
             if peer.manifest.revision == checkpoint.revision:
@@ -54,7 +65,11 @@ class Origins:
         theirs = {
             name: held.digest for name, found in self._peers.items() for _, held in reversed(found) if held.digest
         }
-        mine = {name: held.digest for name, (_, held) in self._here.items() if held.digest}
+        mine = {
+            name: held.digest
+            for name, (path, held) in self._here.items()
+            if held.digest and path.parent != self._doubted
+        }
         return theirs | mine | dict(self._told)
 
     @cached_property

@@ -12,7 +12,7 @@ from planner.names import check_model_name, check_revision
 _FIELDS = frozenset(
     {
         "options", "batch_size", "sequence_length", "available_nodes", "links", "metadata_repo", "revision", "split",
-        "on_node_loss",
+        "on_node_loss", "paranoid",
     }
 )  # fmt: skip
 
@@ -50,6 +50,8 @@ def process_params(given: Mapping[str, Any]) -> dict[str, Any]:
         check_model_name(str(params["metadata_repo"]).removeprefix("datasets/"))
     if params["revision"] is not None:
         check_revision(params["revision"])
+    if not isinstance(params["paranoid"], bool | None):
+        raise InvalidInput(f"paranoid must be true or false, got {params['paranoid']!r:.40}")
     params["on_node_loss"] = params["on_node_loss"] or "replan"
     if params["on_node_loss"] not in {"replan", "wait"}:
         raise InvalidInput(f"on_node_loss must be 'replan' or 'wait', got {params['on_node_loss']!r:.40}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from planner.profile import ModelProfile
+    from workers.known_digests import KnownDigests
     from workers.metadata_store import MetadataStore
     from workers.plans import Plans
     from workers.tokens import Tokens
@@ -79,6 +80,13 @@ class Services:
         from workers.plans import Plans
 
         return Plans(self.redis, self.store, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
+
+    @cached_property
+    def digests(self) -> KnownDigests:
+        """What nodes found tensors to be."""
+        from workers.known_digests import KnownDigests
+
+        return KnownDigests(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
 
     def user_token(self, job_id: str, params: Mapping[str, Any]) -> str | None:
         """The Hub token that the job was submitted with; None if it was without.

@@ -27,8 +27,8 @@ def finished_shards(folder: Path) -> Iterator[tuple[Path, Manifest]]:
             continue
 
 
-def file_is_whole(folder: Path, file: ShardFile) -> bool:
-    """Whether a shard's file is as it was finished: its size, and its time or else its digest."""
+def file_is_whole(folder: Path, file: ShardFile, *, read: bool = False) -> bool:
+    """Whether a shard's file is as it was finished: its size, and its time or (with `read`, and) its digest."""
     from workers.verify import digest_file
 
     path = folder / file.name
@@ -38,7 +38,9 @@ def file_is_whole(folder: Path, file: ShardFile) -> bool:
         return False
     if stat.st_size != file.size_bytes:
         return False
-    return stat.st_mtime_ns == file.mtime_ns or (file.digest is not None and digest_file(path) == file.digest)
+    if stat.st_mtime_ns == file.mtime_ns and not (read and file.digest):
+        return True
+    return file.digest is not None and digest_file(path) == file.digest
 
 
 def delete_shard(folder: Path) -> int:

@@ -97,7 +97,8 @@ def split(
         max_shard_bytes: Largest weight file, but for a tensor that is larger.
         digests: Digest what is copied here (what is fetched always is).
         sha256: A sha256 of each weight file as well.
-        paranoid: Fetch every byte twice, over two connections, and compare.
+        paranoid: Read every byte from the server twice, over two connections, and compare; what another node or shard
+            has once, and compare. A shard that is there is read again, and made anew unless it was made so.
         link: Share a checkpoint file's bytes where the filesystem can, instead of copying.
         known_digests: Tensor -> digest that another node found for this revision.
         peers: Other nodes that hold shards of this revision, asked before the Hub.
@@ -117,11 +118,12 @@ def split(
     """
     check_node_id(node_id)
     output = output.absolute()
-    there = _already(checkpoint, plan, node_id, output, max_shard_bytes, sha256=sha256)
+    there = _already(checkpoint, plan, node_id, output, max_shard_bytes, sha256=sha256, paranoid=paranoid)
     if there is not None:
         progress(there.total_bytes, there.total_bytes, what="shard")
         return there
-    sources = Origins(checkpoint, beside=output.parent, peers=peers, known=known_digests or {})
+    doubted = output if paranoid else None
+    sources = Origins(checkpoint, beside=output.parent, peers=peers, known=known_digests or {}, doubted=doubted)
     clone = link and _can_clone(checkpoint, output)
     layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
     key = _key(plan, node_id, layout, checkpoint.revision, paranoid=paranoid)
@@ -170,13 +172,21 @@ def split(
             digests=found,
             how=how,
             max_shard_bytes=max_shard_bytes,
+            paranoid=paranoid,
         )
     finally:
         journal.close()
 
 
 def _already(
-    checkpoint: Checkpoint, plan: Plan, node_id: str, output: Path, max_shard_bytes: int, *, sha256: bool
+    checkpoint: Checkpoint,
+    plan: Plan,
+    node_id: str,
+    output: Path,
+    max_shard_bytes: int,
+    *,
+    sha256: bool,
+    paranoid: bool,
 ) -> Manifest | None:
     """The manifest of the shard at `output`, if that is the one asked for and whole."""
     if not output.exists():
@@ -195,7 +205,9 @@ def _already(
         return None
     if sha256 and any(file.sha256 is None and file.digest is not None for file in manifest.files):
         return None
-    if not all(file_is_whole(output, file) for file in (*manifest.files, *manifest.extras)):
+    if paranoid and not manifest.paranoid:
+        return None
+    if not all(file_is_whole(output, file, read=paranoid) for file in (*manifest.files, *manifest.extras)):
         return None
     discard_partials(output)
     return manifest

@@ -207,6 +207,7 @@ class Submissions:
         revision: str | None = None,
         split: bool | None = None,
         on_node_loss: str = "replan",
+        paranoid: bool = False,
         hub_token: str | None = None,
         submitter: str | None = None,
         batch_id: str | None = None,
@@ -225,6 +226,7 @@ class Submissions:
             revision: Of the metadata, if `metadata_repo` holds several.
             split: None: true where every node is registered.
             on_node_loss: "replan" over the others, or "wait" for the node.
+            paranoid: Have every byte fetched twice and compared.
             hub_token: As for a request.
             submitter: Whom it counts against.
             batch_id: Its batch.
@@ -245,6 +247,7 @@ class Submissions:
                 "revision": revision,
                 "split": split,
                 "on_node_loss": on_node_loss,
+                "paranoid": paranoid,
             }
         ) | {"model_name": model_name}
         services = self._services

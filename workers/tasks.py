@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from planner.errors import Cancelled
+from planner.errors import Cancelled, FairshardError, IntegrityError, Unavailable
 from planner.names import check_model_name
 from workers.claims import Claim, Fenced
 from workers.services import Services
@@ -83,9 +84,10 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
     from planner.wire import plan_from_json
     from workers.journal import discard_partials
+    from workers.manifest import read_manifest
     from workers.peers import find_peers
     from workers.splitter import split as cut
-    from workers.verify import digest_file
+    from workers.verify import verify
 
     settings = services.settings
     record = services.plans.get(claim.args["plan_id"])
@@ -101,6 +103,9 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
         model_name=checkpoint.model_name,
         revision=checkpoint.revision,
     )
+    layers = set(plan.allocation.get(settings.node_id, ()))
+    names = [t.name for layer in profile.layers if layer.name in layers for t in layer.tensors]
+    known = services.digests.of(checkpoint.model_name, checkpoint.revision, names)
     try:
         manifest = cut(
             checkpoint,
@@ -111,7 +116,13 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
             progress=claim.progress,
             quota_bytes=settings.disk_quota_bytes,
             peers=peers,
+            known_digests=known,
+            paranoid=bool(claim.args.get("paranoid")),
         )
+        if any(file.digest is None for file in manifest.files):
+            # A linked file was not read yet, and what nobody read nobody can vouch for.
+            verify(output, rebuild=False, progress=claim.progress).check()
+            manifest = read_manifest(output)
         claim.check()
     except Fenced:
         # Whoever has the step now goes on from what is there.
@@ -119,6 +130,16 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     except Cancelled:
         discard_partials(output)
         raise
+    found = {tensor.name: tensor.digest for tensor in manifest.tensors if tensor.digest}
+    wrong = [name for name, digest in found.items() if known.get(name, digest) != digest]
+    if wrong:
+        raise IntegrityError(
+            f"{wrong[0]} is {found[wrong[0]]} here, on another node {known[wrong[0]]} ({len(wrong)} tensors differ)",
+            details={"tensors": wrong[:20]},
+        )
+    with contextlib.suppress(Unavailable):  # the shard is no worse for it
+        new = {name: digest for name, digest in found.items() if name not in known}
+        services.digests.tell(checkpoint.model_name, checkpoint.revision, new)
     return {
         "node_id": settings.node_id,
         "plan_id": plan.plan_id,
@@ -128,22 +149,23 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
         "tensors": len(manifest.tensors),
         "tensor_bytes": manifest.tensor_bytes,
         "size_bytes": manifest.total_bytes,
-        "files": [
-            # A linked file was not read yet, and what nobody read nobody can vouch for.
-            {"name": f.name, "size_bytes": f.size_bytes, "digest": f.digest or digest_file(output / f.name)}
-            for f in manifest.files
-        ],
+        "files": [{"name": f.name, "size_bytes": f.size_bytes, "digest": f.digest} for f in manifest.files],
     }
 
 
 @step_task("workers.delete_shards")
 def delete_shards(services: Services, claim: Claim) -> dict[str, Any]:
     """Delete this node's shard of a plan."""
+    from workers.manifest import read_manifest
     from workers.metadata_store import check_plan_id
     from workers.shards import delete_shard
 
     plan_id = check_plan_id(claim.args["plan_id"])
-    freed = delete_shard(services.settings.shards_dir / plan_id)
+    folder = services.settings.shards_dir / plan_id
+    with contextlib.suppress(FairshardError):
+        manifest = read_manifest(folder)
+        services.digests.drop(manifest.model_name, manifest.revision)
+    freed = delete_shard(folder)
     return {"node_id": services.settings.node_id, "plan_id": plan_id, "freed_bytes": freed}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from planner.errors import FairshardError, InvalidCheckpoint, InvalidInput
+from planner.errors import FairshardError, IntegrityError, InvalidCheckpoint, InvalidInput
 from workers.checkpoint import Checkpoint
 from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, write_manifest
 from workers.progress import Progress, silent
@@ -59,6 +59,19 @@ class VerifyReport:
         """Whether everything is right and nothing of the model is missing."""
         return self.ok and not self.missing_nodes
 
+    def check(self) -> None:
+        """Raise if anything given is wrong.
+
+        Raises:
+            IntegrityError: With the first problem, and all in its details.
+        """
+        if self.problems:
+            problem = self.problems[0]
+            raise IntegrityError(
+                f"{problem.directory}: {problem.what}: {problem.reason} ({len(self.problems)} problems)",
+                details=self.to_json(),
+            )
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON, for `--json`."""
         return {
@@ -76,7 +89,11 @@ class VerifyReport:
 
 
 def verify(
-    dirs: Path | Iterable[Path], *, checkpoint: Checkpoint | None = None, progress: Progress = silent
+    dirs: Path | Iterable[Path],
+    *,
+    checkpoint: Checkpoint | None = None,
+    rebuild: bool = True,
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Read every byte of the shards in `dirs` and compare it with the manifests, and with the checkpoint.
 
@@ -87,6 +104,7 @@ def verify(
         dirs: Shard folders.
         checkpoint: Compare each tensor with this one's bytes as well; files whose stated sha256 is met already,
             and files that are not on this machine and have none, are not fetched for it.
+        rebuild: Put the checkpoint's files together, which reads what is complete a second time.
         progress: Told the bytes.
 
     Raises:
@@ -107,7 +125,7 @@ def verify(
     rebuilt: dict[str, str] = {}
     proven: list[str] = []
     if not problems:
-        for name, sha256 in rebuild_digests(shards).items():
+        for name, sha256 in (rebuild_digests(shards) if rebuild else {}).items():
             rebuilt[name] = sha256
             stated = {m.source_files[name].sha256 for _, m in shards if name in m.source_files} - {None}
             if checkpoint is not None and name in checkpoint.files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from workers import fetch, segments
 from workers.checkpoint import Checkpoint
 from workers.http_ranges import RangeReader
 from workers.hub import HubCheckpoint, open_hub
+from workers.manifest import read_manifest
+from workers.peer_server import PeerServer
+from workers.peers import find_peers
 from workers.retry import RetryPolicy
 from workers.settings import HubSettings
 from workers.splitter import merge, split, verify
@@ -217,7 +221,7 @@ def test_a_wrong_byte_in_a_part_is_found(
 ) -> None:
     source, profile, plan = opened("llama")
     tensor = next(t for layer in profile.layers if layer.name in plan.allocation["b"] for t in layer.tensors)
-    flipped = hub.fault("flip", path="*/model.safetensors", where="cdn", offset=tensor.begin + 5)
+    flipped = hub.fault("flip", path="*/model.safetensors", where="cdn", offset=tensor.begin + 5, skip=1)
     truth = (checkpoint("llama") / "model.safetensors").read_bytes()[tensor.begin : tensor.end]
     known = {tensor.name: f"blake3:{blake3(truth).hexdigest()}"} if how == "known" else {}
     split(source, profile, plan, node_id="b", output=tmp_path / "b", known_digests=known, paranoid=how == "paranoid")
@@ -243,3 +247,55 @@ def test_a_replan_takes_what_the_node_holds_and_fetches_the_rest(
     assert hub.counters.body_bytes("*.safetensors", where="cdn") <= missing + max(64 * 1024, headers)
     everything = raw_tensors(checkpoint("llama"))
     assert raw_tensors(tmp_path / "wider") == {name: everything[name] for name in needed}
+
+
+def test_paranoid_reads_a_finished_shard_again(hub: TestHub, opened: Callable[..., Opened], tmp_path: Path) -> None:
+    source, profile, plan = opened("llama")
+    tensor = next(t for layer in profile.layers if layer.name in plan.allocation["b"] for t in layer.tensors)
+    hub.fault("flip", path="*/model.safetensors", where="cdn", offset=tensor.begin + 5, skip=1)
+    truth = raw_tensors(checkpoint("llama"))[tensor.name]
+    folder = tmp_path / "b"
+
+    def cut(**settings: Any) -> bool:
+        """Whether the tensor is right."""
+        split(source, profile, plan, node_id="b", output=folder, **settings)
+        return raw_tensors(folder)[tensor.name] == truth
+
+    assert not cut(), "a part has no sha256 of the Hub"
+    hub.counters.clear()
+    assert cut(paranoid=True), "what was fetched once is fetched again and compared"
+    first = hub.counters.body_bytes("*.safetensors", where="cdn")
+    held = read_manifest(folder)
+    assert first > held.tensor_bytes
+    hub.counters.clear()
+    assert cut(paranoid=True)
+    assert not hub.counters.body_bytes("*.safetensors", where="cdn"), "it is proven"
+    # A byte that went bad on the disk, of which the time tells nothing.
+    path = folder / read_manifest(folder).files[0].name
+    stat = path.stat()
+    with path.open("rb+") as file:
+        file.seek(next(t.begin for t in held.tensors if t.name == tensor.name))
+        file.write(bytes([truth[2][0] ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not cut()
+    assert cut(paranoid=True)
+
+
+def test_paranoid_compares_another_nodes_bytes_with_the_hubs(
+    hub: TestHub, opened: Callable[..., Opened], tmp_path: Path
+) -> None:
+    source, profile, plan = opened("llama")
+    tensor = next(t for layer in profile.layers if layer.name in plan.allocation["b"] for t in layer.tensors)
+    hub.fault("flip", path="*/model.safetensors", where="cdn", offset=tensor.begin + 5, skip=1)
+    split(source, profile, plan, node_id="b", output=tmp_path / "peer/plan")
+    truth = raw_tensors(checkpoint("llama"))[tensor.name]
+    assert raw_tensors(tmp_path / "peer/plan")[tensor.name] != truth
+    with PeerServer(tmp_path / "peer", token="x") as server:
+        url = f"http://127.0.0.1:{server.port}"
+        peers = find_peers([url], token="x", model_name="own/model", revision=source.revision)
+        whole = dealt(profile, ["c", "d"], plan_id="whole")
+        node = next(node for node, names in whole.allocation.items() if plan.allocation["b"][0] in names)
+        with pytest.raises(IntegrityError, match="elsewhere it is"):
+            split(source, profile, whole, node_id=node, output=tmp_path / "c", peers=peers, paranoid=True)
+    split(source, profile, whole, node_id=node, output=tmp_path / "c", paranoid=True)
+    assert raw_tensors(tmp_path / "c")[tensor.name] == truth
