@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 #: From linux/fs.h: share the extents of another file, or of a range of it.
@@ -21,17 +21,21 @@ _CANNOT = frozenset(
 )
 
 
-def open_own(path: Path) -> int:
-    """A descriptor to write `path` with, which is made if it is not there.
+@contextlib.contextmanager
+def own(path: Path) -> Iterator[int]:
+    """A descriptor to read and write `path` with, which is made if it is not there.
 
     A link that an interrupted call left is another file's own bytes: the checkpoint's.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if os.fstat(descriptor).st_nlink == 1:
-        return descriptor
-    os.close(descriptor)
-    path.unlink()
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        if os.fstat(descriptor).st_nlink != 1:
+            path.unlink()
+            linked, descriptor = descriptor, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            os.close(linked)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def copy_range(

@@ -91,10 +91,11 @@ class Crew:
                 if not running:
                     return
         except BaseException:
-            self._end()
+            self.stop()
             raise
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Have every thread end, and wait until it has."""
         self._stop.set()
         while True:
             with self._lock:

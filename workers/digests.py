@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -30,8 +31,8 @@ class FileDigest:
     in memory still.
     """
 
-    def __init__(self, output: Output, descriptor: int, *, sha256: bool, buffer: memoryview | None = None) -> None:
-        self._descriptor = descriptor
+    def __init__(self, output: Output, path: Path, *, sha256: bool, buffer: memoryview | None = None) -> None:
+        self._path = path
         self._buffer = buffer or memoryview(bytearray(_BUFFER_BYTES))
         self._tensors = sorted(output.placed, key=lambda placed: (placed.begin, placed.end))
         self._file = blake3()
@@ -48,12 +49,15 @@ class FileDigest:
         Raises:
             OSError: If the file cannot be read, or is shorter.
         """
-        while self._at < end:
-            view = self._buffer[: min(len(self._buffer), end - self._at)]
-            count = os.preadv(self._descriptor, [view], self._at)
-            if not count:
-                raise OSError(f"the file ends at byte {self._at}, not at {end}")
-            self._take(view[:count])
+        if self._at >= end:
+            return
+        with self._path.open("rb", buffering=0) as file:  # not held open: a shard may have thousands of files
+            while self._at < end:
+                view = self._buffer[: min(len(self._buffer), end - self._at)]
+                count = os.preadv(file.fileno(), [view], self._at)
+                if not count:
+                    raise OSError(f"the file ends at byte {self._at}, not at {end}")
+                self._take(view[:count])
 
     def finish(self) -> Digests:
         """The digests of everything taken."""

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from blake3 import blake3
 
 from planner.errors import FairshardError, IntegrityError
-from workers.copying import open_own, reserve, send_to_disk, write_all
+from workers.copying import own, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
 from workers.http_ranges import RangeReader, Server, Sink
 from workers.journal import Journal
+from workers.manifest import sync
 from workers.outputs import Output
 from workers.progress import Progress
 from workers.segments import LocalOrigin, Origin, Segment
@@ -40,7 +42,7 @@ class _File:
     """An output file on its way."""
 
     output: Output
-    descriptor: int
+    path: Path
     segments: list[Segment]
     digest: FileDigest
     #: Segments whose bytes are there, by number.
@@ -85,9 +87,10 @@ def fetch_outputs(
     try:
         job.begin(outputs, segments)
         job.start(max(1, min(connections, len(segments))))
-        crew.wait()
-    finally:
-        job.close()
+    except BaseException:
+        crew.stop()
+        raise
+    crew.wait()
     return job.results
 
 
@@ -115,13 +118,13 @@ class _Fetch:
         for index, output in enumerate(outputs):
             path = self._journal.folder / output.name
             with explained(path):
-                descriptor = open_own(path)
-                digest = FileDigest(output, descriptor, sha256=self._with_sha256(output), buffer=buffer)
-                file = _File(output=output, descriptor=descriptor, segments=by_output[index], digest=digest)
+                digest = FileDigest(output, path, sha256=self._with_sha256(output), buffer=buffer)
+                file = _File(output=output, path=path, segments=by_output[index], digest=digest)
                 self._files.append(file)
-                os.ftruncate(descriptor, output.size_bytes)
-                reserve(descriptor, output.size_bytes)
-                write_all(descriptor, output.header, 0)
+                with own(path) as descriptor:
+                    os.ftruncate(descriptor, output.size_bytes)
+                    reserve(descriptor, output.size_bytes)
+                    write_all(descriptor, output.header, 0)
             self._crew.advance(len(output.header))
             for number in range(len(file.segments)):
                 self._ahead.put((file, number))
@@ -159,17 +162,12 @@ class _Fetch:
                 segment, round_ = file.segments[number], file.round
                 if round_ or not self._kept(file, segment):
                     digest = self._bring(file, segment, round_, readers)
-                    with explained(self._journal.folder):
-                        send_to_disk(file.descriptor, segment.begin, segment.end - segment.begin)
+                    with explained(self._journal.folder), own(file.path) as descriptor:
+                        send_to_disk(descriptor, segment.begin, segment.end - segment.begin)
                         self._journal.record(file.output, segment.begin, segment.end, digest)
                 self._crew.advance(0 if round_ else segment.end - segment.begin)
                 self._arrived(file, number)
         self._ahead.put(None)  # for the next lane
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
-            os.close(file.descriptor)
 
     def _wake(self) -> None:
         self._over.set()
@@ -184,9 +182,9 @@ class _Fetch:
         if claim is None:
             return False
         digest = blake3()
-        with explained(self._journal.folder / file.output.name):
+        with explained(file.path), own(file.path) as descriptor:
             for at in range(segment.begin, segment.end, _BUFFER_BYTES):
-                digest.update(os.pread(file.descriptor, min(_BUFFER_BYTES, segment.end - at), at))
+                digest.update(os.pread(descriptor, min(_BUFFER_BYTES, segment.end - at), at))
                 self._crew.check()
         return digest.hexdigest() == claim
 
@@ -203,7 +201,7 @@ class _Fetch:
             self._crew.check()
             if server is not None:
                 self._failed.add(id(server))
-        with explained(self._journal.folder / file.output.name):
+        with explained(file.path):
             return self._from(last, file, segment, round_, readers)
 
     def _from(self, origin: Origin, file: _File, segment: Segment, round_: int, readers: _Readers) -> str:
@@ -231,29 +229,31 @@ class _Fetch:
         assert not isinstance(origin, LocalOrigin)
         digest = blake3()
         at = segment.begin
+        # Opened for each segment: a shard may have thousands of files.
+        with contextlib.nullcontext() if file is None else own(file.path) as descriptor:
 
-        def sink(view: memoryview) -> None:
-            nonlocal at
-            self._crew.check()
-            if file is not None:
-                with explained(self._journal.folder / file.output.name):
-                    at += write_all(file.descriptor, view, at)
-            digest.update(view)
+            def sink(view: memoryview) -> None:
+                nonlocal at
+                self._crew.check()
+                if file is not None and descriptor is not None:
+                    with explained(file.path):
+                        at += write_all(descriptor, view, at)
+                digest.update(view)
 
-        taking: Sink = sink
-        reader.read(origin.file, origin.offset, origin.offset + segment.end - segment.begin, taking)
+            taking: Sink = sink
+            reader.read(origin.file, origin.offset, origin.offset + segment.end - segment.begin, taking)
         return digest.hexdigest()
 
     def _from_here(self, origin: LocalOrigin, file: _File, segment: Segment) -> str:
         digest = blake3()
-        with origin.path.open("rb", buffering=0) as source:
+        with origin.path.open("rb", buffering=0) as source, own(file.path) as descriptor:
             for at in range(0, segment.end - segment.begin, _BUFFER_BYTES):
                 count = min(_BUFFER_BYTES, segment.end - segment.begin - at)
                 data = os.pread(source.fileno(), count, origin.offset + at)
                 if len(data) != count:
                     raise IntegrityError(f"{origin.path} ends before byte {origin.offset + at + count}")
                 digest.update(data)
-                write_all(file.descriptor, data, segment.begin + at)
+                write_all(descriptor, data, segment.begin + at)
                 self._crew.check()
         return digest.hexdigest()
 
@@ -273,7 +273,7 @@ class _Fetch:
                 self._digester.submit(lambda: self._finish(file))
 
     def _up_to(self, file: _File, digest: FileDigest, reached: int) -> None:
-        with explained(self._journal.folder / file.output.name):
+        with explained(file.path):
             digest.up_to(reached)
 
     def _finish(self, file: _File) -> None:
@@ -283,8 +283,8 @@ class _Fetch:
         if wrong:
             self._again(file, wrong, found)
             return
-        with explained(self._journal.folder / file.output.name):
-            os.fsync(file.descriptor)
+        with explained(file.path):
+            sync(file.path)
         self.results[file.output.name] = found
         if len(self.results) == len(self._files):
             self._digester.close()
@@ -314,7 +314,7 @@ class _Fetch:
             file.front = 0
             while file.front in file.there:
                 file.front += 1
-            file.digest = FileDigest(file.output, file.descriptor, sha256=self._with_sha256(file.output))
+            file.digest = FileDigest(file.output, file.path, sha256=self._with_sha256(file.output))
         for number in numbers:
             self._ahead.put((file, number))
 

@@ -23,7 +23,7 @@ from workers.manifest import (
     ShardTensor,
     SourceFile,
     read_manifest,
-    sync_folder,
+    sync,
     sync_together,
 )
 from workers.outputs import Output
@@ -118,7 +118,7 @@ def _install(journal: Journal, output: Path, manifest: Manifest) -> Manifest:
             output.rename(old)
         state_file(folder).unlink()
         folder.rename(output)
-        sync_folder(output.parent)
+        sync(output.parent)
     discard_partials(output)
     return manifest
 

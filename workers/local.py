@@ -9,11 +9,12 @@ from io import FileIO
 from pathlib import Path
 
 from planner.errors import IntegrityError, NodeFailure
-from workers.copying import clone_run, copy_range, open_own, reserve, send_to_disk, write_all
+from workers.copying import clone_run, copy_range, own, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
 from workers.digests import Digests, FileDigest
 from workers.journal import Journal
+from workers.manifest import sync
 from workers.outputs import Output
 from workers.progress import Progress
 
@@ -58,11 +59,7 @@ def copy_outputs(
             copier.digester.close()
 
     crew.start(copy_all, name="copy")
-    try:
-        crew.wait()
-    finally:
-        for descriptor in copier.open:
-            os.close(descriptor)
+    crew.wait()
     return copier.results
 
 
@@ -75,16 +72,12 @@ class _Copier:
     digester: Digester
     clone: bool
     results: dict[str, Digests | None] = field(default_factory=dict)
-    #: Descriptors of files that are being written.
-    open: set[int] = field(default_factory=set)
 
     def copy(self, output: Output) -> None:
         path = self.journal.folder / output.name
-        with explained(path):
-            target = open_own(path)
-            self.open.add(target)
-            if self._resume(output, target):
-                self._close(target)
+        with explained(path), own(path) as target:
+            if self._resume(output, target, path):
+                os.fsync(target)
                 return
             os.ftruncate(target, 0)
             if not self.clone:
@@ -93,9 +86,9 @@ class _Copier:
             self.crew.advance(len(output.header))
             if self.clone and self._cloned(output, path):
                 self.results[output.name] = None
-                self._close(target)
+                os.fsync(target)
                 return
-            digest = self._digest(output, target) if self.wanted.digests else None
+            digest = self._digest(output, path) if self.wanted.digests else None
             at = 0
 
             def step(count: int) -> None:
@@ -111,16 +104,16 @@ class _Copier:
                 at = run.target
                 with self._source(run.source) as source:
                     copy_range(source.fileno(), target, run.begin, run.end, run.target, each=step)
-        self.digester.submit(lambda: self._finish(output, target, digest))
+        self.digester.submit(lambda: self._finish(output, path, digest))
 
-    def _finish(self, output: Output, target: int, digest: FileDigest | None) -> None:
-        with explained(self.journal.folder / output.name):
+    def _finish(self, output: Output, path: Path, digest: FileDigest | None) -> None:
+        with explained(path):
             found = None
             if digest is not None:
                 digest.up_to(output.size_bytes)
                 found = digest.finish()
                 self._check(output, found)
-            self._close(target)
+            sync(path)
             if found is not None:
                 self.journal.record(output, 0, output.size_bytes, found.file)
         self.results[output.name] = found
@@ -135,12 +128,12 @@ class _Copier:
                 details={"tensors": wrong[:20]},
             )
 
-    def _resume(self, output: Output, target: int) -> bool:
+    def _resume(self, output: Output, target: int, path: Path) -> bool:
         """Whether an interrupted call finished this file, and its bytes are still what they were."""
         claim = self.journal.claim(output, 0, output.size_bytes)
         if claim is None or not self.wanted.digests or os.fstat(target).st_size != output.size_bytes:
             return False
-        digest = self._digest(output, target)
+        digest = self._digest(output, path)
         digest.up_to(output.size_bytes)
         found = digest.finish()
         if found.file != claim:
@@ -149,8 +142,8 @@ class _Copier:
         self.crew.advance(output.size_bytes)
         return True
 
-    def _digest(self, output: Output, target: int) -> FileDigest:
-        return FileDigest(output, target, sha256=self.wanted.sha256 or output.name in self.wanted.stated_sha256)
+    def _digest(self, output: Output, path: Path) -> FileDigest:
+        return FileDigest(output, path, sha256=self.wanted.sha256 or output.name in self.wanted.stated_sha256)
 
     def _cloned(self, output: Output, path: Path) -> bool:
         """Whether all runs could be shared; they lie alike within pages, so only their edges are copied."""
@@ -165,8 +158,3 @@ class _Copier:
             return self.sources[name].open("rb", buffering=0)
         except OSError as error:
             raise NodeFailure(f"{self.sources[name]} cannot be read: {error.strerror}") from error
-
-    def _close(self, target: int) -> None:
-        os.fsync(target)
-        self.open.discard(target)
-        os.close(target)

@@ -213,7 +213,7 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def sync_together(paths: Iterable[Path]) -> None:
@@ -222,12 +222,12 @@ def sync_together(paths: Iterable[Path]) -> None:
     The filesystem's journal is then written once for all of them: four small files took 4 ms instead of 16.
     """
     with ThreadPoolExecutor(_SYNCS, "sync") as pool:
-        list(pool.map(sync_folder, paths))
+        list(pool.map(sync, paths))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,7 +16,7 @@ from planner.profile import Tensor
 from workers.copying import copy_range, write_all
 from workers.digester import explained
 from workers.journal import discard_partials, install_lock, open_journal, state_file
-from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, sync_folder, write_whole
+from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, sync, write_whole
 from workers.outputs import MAX_SHARD_BYTES, Output, pack
 from workers.progress import Progress, silent
 from workers.room import check_free, listing_bytes, needed_bytes
@@ -68,7 +68,7 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
             _check_new(out)
             state_file(journal.folder).unlink()
             journal.folder.rename(out)
-            sync_folder(out.parent)
+            sync(out.parent)
     finally:
         journal.remove()
     return out

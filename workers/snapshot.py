@@ -14,7 +14,7 @@ from workers.folder import FolderCheckpoint, mark_downloaded
 from workers.hub import HubCheckpoint, git_id
 from workers.journal import open_journal
 from workers.local import copy_outputs
-from workers.manifest import sync_folder, write_whole
+from workers.manifest import sync, write_whole
 from workers.origins import Origins
 from workers.outputs import Output, Run
 from workers.paths import within
@@ -67,7 +67,7 @@ def snapshot(
             for name in todo:
                 within(directory, name, replaced=True).parent.mkdir(parents=True, exist_ok=True)
                 (journal.folder / name).replace(directory / name)
-                sync_folder((directory / name).parent)
+                sync((directory / name).parent)
             if isinstance(checkpoint, HubCheckpoint):
                 _note(checkpoint, directory)
         journal.remove()

@@ -185,7 +185,7 @@ def test_our_download_is_the_hub_clients_cache(hub: TestHub, monkeypatch: pytest
 def test_a_download_is_resumed_checked_and_remembers_its_commit(hub: TestHub, tmp_path: Path) -> None:
     hub.add_repo("own/model", FILES | {"model.safetensors": WEIGHTS * 8})
     source = open_hub("own/model", hub=HubSettings.from_env(), policy=FAST)
-    cut = hub.fault("reset", path="*.safetensors", where="cdn", skip=5, times=None)
+    cut = hub.fault("reset", path="*.safetensors", where="cdn", skip=9, times=None)
     with pytest.raises(Unavailable):
         download(source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -392,6 +392,30 @@ def test_a_file_size_limit_is_named(tmp_path: Path, large: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_more_files_than_a_process_may_open_are_no_matter(hub: TestHub, tmp_path: Path, where: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "own/many"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    save_file({f"l.{i:03}.w": torch.full((3,), i) for i in range(800)}, folder / "model.safetensors")
+    hub.add_repo("own/many", folder)
+    script = SCRIPT.replace("link=False", "link=False, max_shard_bytes=1")
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n" + script.format(
+        paths=[str(Path(__file__).parents[1])]
+    )
+    source = str(folder) if where == "folder" else "own/many"
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, str(tmp_path / "a")], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = verify(tmp_path / "a", checkpoint=resolve(folder) if where == "folder" else None)
+    assert report.ok
+    assert report.files == 400
+
+
 def test_a_whole_file_is_linked_and_digested_by_verify(tmp_path: Path) -> None:
     source = resolve(checkpoint("llama"))
     profile = profile_of(source)
