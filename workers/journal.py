@@ -137,7 +137,7 @@ def _take(folder: Path, key: str | None) -> Journal | None:
         try:
             entry = json.loads(line)
             claims[str(entry["f"]), int(entry["b"]), int(entry["e"])] = str(entry["d"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # torn by the interruption
     return Journal(folder, descriptor, claims)
 

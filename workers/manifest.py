@@ -152,22 +152,34 @@ class Manifest:
             if outside is not None:
                 raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
             made._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
         return made
 
     def _check(self) -> None:
         """TypeError, KeyError or ValueError if a figure in it cannot be: whoever reads on relies on them."""
-        sizes = {file.name: index(file.size_bytes) for file in (*self.files, *self.extras)}
+        sizes = {file.name: index(file.size_bytes) for file in self.files}
         for tensor in self.tensors:
             if not 0 <= index(tensor.begin) <= index(tensor.end) <= sizes[tensor.file]:
                 raise ValueError(f"{tensor.name!r:.100} ends at byte {tensor.end} of {tensor.file}")
         names = {tensor.name for tensor in self.tensors}
         if not all(self.aliases[twin] in names for twin in self.twins):
             raise ValueError("an alias is of no tensor")
-        digests = [item.digest for item in (*self.files, *self.extras)] + [tensor.digest for tensor in self.tensors]
-        if not all(isinstance(digest, str | None) for digest in digests):
+        files, sources = (*self.files, *self.extras), self.source_files.values()
+        figures = [file.size_bytes for file in files] + [tensor.source_begin for tensor in self.tensors]
+        figures += [figure for source in sources for figure in (source.size_bytes, source.header_bytes)]
+        figures += {size for tensor in self.tensors for size in tensor.shape}
+        if not set(map(type, figures)) <= {int} or min(figures, default=0) < 0:
+            raise TypeError("a figure is no whole number")
+        digests = [file.digest for file in files] + [tensor.digest for tensor in self.tensors]
+        digests += [file.sha256 for file in files] + [source.sha256 for source in sources]
+        if not set(map(type, digests)) <= {str, type(None)}:
             raise TypeError("a digest is no text")
+        texts = [*self.layers, *self.unused, *self.duplicated, *self.aliases.values()]
+        texts += [layer for layers in self.nodes.values() for layer in layers]
+        texts += [text for tensor in self.tensors for text in (tensor.name, tensor.layer, tensor.dtype)]
+        if not set(map(type, texts)) <= {str}:
+            raise TypeError("a name is no text")
 
     def paths(self) -> Iterator[str]:
         """Every file name in it: of the shard, and of the checkpoint that it can be rebuilt to."""
@@ -195,7 +207,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.from_json(json.loads(path.read_bytes()), where=str(path))
     except FileNotFoundError as error:
         raise NotFound(f"{directory} holds no finished shard: it has no {MANIFEST}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
     return manifest
 

@@ -86,6 +86,10 @@ def read_views(checkpoint: Checkpoint, name: str) -> dict[str, Stored]:
     for key, view in state.items():
         if not isinstance(key, str) or not isinstance(view, View):
             raise InvalidCheckpoint(f"{name}: {str(key)[:80]!r} is a {type(view).__name__}, not a tensor")
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidCheckpoint(f"{name}: {key!r:.80} is no name of a tensor: {error}") from error
         begin = places(view.storage)
         _check_view(name, key, view, begin, size)
         found[key] = Stored(view, begin)

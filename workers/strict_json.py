@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from planner.errors import InvalidCheckpoint
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -16,7 +19,11 @@ def parse_json(data: bytes, where: str) -> Any:
         InvalidCheckpoint: If it is not JSON.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=tuple)
+        text = data.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=tuple)
+        if _SURROGATE.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a pair is no text, and raises
+        return parsed
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{where} is not valid JSON: {str(error)[:200]}") from error
 

@@ -217,10 +217,10 @@ class _Reading:
         for file in manifest.files:
             tensors = [tensor for tensor in manifest.tensors if tensor.file == file.name]
             try:
-                digests = self._read(folder / file.name, file, tensors)
-                problems += _check_file(folder, file, tensors, digests)
+                whole, digests = self._read(folder / file.name, file, tensors)
+                problems += _check_file(folder, file, tensors, whole, digests)
                 found |= digests
-                files.append(replace(file, digest=file.digest or digests[""]))
+                files.append(replace(file, digest=file.digest or whole))
             except (OSError, FairshardError) as error:
                 problems.append(Problem(directory=str(folder), what=file.name, reason=str(error)))
         for extra in manifest.extras:
@@ -232,8 +232,8 @@ class _Reading:
             write_manifest(replace(manifest, files=tuple(files), tensors=tensors_now), folder)
         return problems
 
-    def _read(self, path: Path, file: ShardFile, tensors: Sequence[ShardTensor]) -> dict[str, str]:
-        """Digests by tensor name, and of the whole file as ""; the sha256, where one is stated, as "sha256"."""
+    def _read(self, path: Path, file: ShardFile, tensors: Sequence[ShardTensor]) -> tuple[str, dict[str, str]]:
+        """The file's digest, and those of its tensors by name; its sha256 is compared where one is stated."""
         size = path.stat().st_size
         if size != file.size_bytes:
             raise InvalidCheckpoint(f"it has {size:,} bytes, not {file.size_bytes:,}")
@@ -257,22 +257,21 @@ class _Reading:
                 if tensor is not None:
                     digests[tensor.name] = f"blake3:{one.hexdigest()}"
                     at = max(at, tensor.end)
-        digests[""] = f"blake3:{whole.hexdigest()}"
         if sha256 is not None and sha256.hexdigest() != file.sha256:
             raise InvalidCheckpoint(f"its sha256 is {sha256.hexdigest()}, not {file.sha256}")
-        return digests
+        return f"blake3:{whole.hexdigest()}", digests
 
 
 def _check_file(
-    folder: Path, file: ShardFile, tensors: Sequence[ShardTensor], digests: Mapping[str, str]
+    folder: Path, file: ShardFile, tensors: Sequence[ShardTensor], whole: str, digests: Mapping[str, str]
 ) -> list[Problem]:
     problems = []
     for tensor in tensors:
         if tensor.digest not in {None, digests[tensor.name]}:
             reason = f"in {file.name} it is {digests[tensor.name]}, not {tensor.digest}"
             problems.append(Problem(directory=str(folder), what=tensor.name, reason=reason))
-    if file.digest not in {None, digests[""]}:
-        reason = f"it is {digests['']}, not {file.digest}"
+    if file.digest not in {None, whole}:
+        reason = f"it is {whole}, not {file.digest}"
         problems.append(Problem(directory=str(folder), what=file.name, reason=reason))
     with (folder / file.name).open("rb") as source:
         length = int.from_bytes(source.read(8), "little")

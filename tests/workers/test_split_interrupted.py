@@ -441,17 +441,58 @@ def test_a_whole_file_is_linked_and_digested_by_verify(tmp_path: Path) -> None:
         (("tensors", 0, "file"), "other.safetensors"),
         (("files", 0, "size_bytes"), "many"),
         (("files", 0, "digest"), []),
+        (("files", 0, "sha256"), 7),
+        (("tensors", 0, "file"), "config.json"),
+        (("tensors", 0, "name"), ["a"]),
+        (("tensors", 0, "source_begin"), "8"),
+        (("tensors", 0, "shape"), [1.5]),
+        (("source_files", "model.safetensors", "header_bytes"), -1),
+        (("source_files", "model.safetensors", "size_bytes"), float("inf")),
+        (("aliases", "x"), []),
+        (("twins",), ["x"]),
+        (("max_shard_bytes",), float("inf")),
+        (("nodes", "a"), 7),
+        (("layers",), [[]]),
     ],
 )
 def test_a_manifest_with_impossible_figures_is_refused(
-    tmp_path: Path, where: tuple[str, int, str], value: object
+    tmp_path: Path, where: tuple[str | int, ...], value: object
 ) -> None:
     source = resolve(checkpoint("llama"))
     profile = profile_of(source)
     split(source, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "a")
     manifest = json.loads((tmp_path / "a/manifest.json").read_bytes())
-    part, number, name = where
-    manifest[part][number][name] = value
+    *parts, name = where
+    holder = manifest
+    for part in parts:
+        holder = holder[part]
+    holder[name] = value
     (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(IntegrityError, match="no shard's manifest"):
         verify(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema_version": 1, "plan_id": ' * 50_000, "\xff", ""])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(IntegrityError):
+        verify(tmp_path)
+    assert not list(finished_shards(tmp_path.parent))
+
+
+def test_lines_of_a_journal_that_say_nothing_are_passed_over(large: Path, tmp_path: Path) -> None:
+    source = resolve(large)
+    profile, plan = prepared(source)
+
+    def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False, progress=cancel)
+    (partial,) = leftovers(tmp_path)
+    with (partial / "state.jsonl").open("ab") as file:
+        for line in ('{"f": "x", "b": Infinity, "e": 1, "d": ""}', "[" * 100_000, "[]", "7", '{"f": []}', "\0"):
+            file.write(line.encode() + b"\n")
+    split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
+    assert verify(tmp_path / "a").ok

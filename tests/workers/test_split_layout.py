@@ -349,3 +349,36 @@ def test_a_node_whose_layers_have_no_weights_still_gets_a_shard(tmp_path: Path) 
     assert read_manifest(tmp_path / "n1").tensors == ()
     assert raw_tensors(tmp_path / "n1") == {}
     assert verify([tmp_path / "n0", tmp_path / "n1"], checkpoint=source).complete
+
+
+def test_a_tensor_without_a_name_is_one(tmp_path: Path) -> None:
+    tensors = {"a.0.w": tensor("F32", 5, seed=1), "": tensor("F32", 3), "a.1.w": tensor("F32", 2)}
+    source = resolve(folder_of(tmp_path, tensors))
+    profile = profile_of(source)
+    plan = plan_of(profile, {"x": ["a.0", ""], "y": ["a.1"]})
+    folders = [tmp_path / node for node in plan.allocation]
+    for node in plan.allocation:
+        split(source, profile, plan, node_id=node, output=tmp_path / node)
+    assert verify(folders, checkpoint=source).complete
+    assert raw_tensors(*folders) == tensors
+    split(source, profile, plan_of(profile, {"n": ["a.0", "", "a.1"]}), node_id="n", output=tmp_path / "n")
+    assert verify(tmp_path / "n").ok, "linked, it is digested now"
+    assert verify(tmp_path / "n", checkpoint=source).complete
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, kind: str) -> None:
+    """Half a surrogate pair: JSON and pickles can say it, UTF-8 cannot."""
+    folder = folder_of(tmp_path, {"a.0.\ud800": tensor("F32", 2), "a.0.\U0001f600": tensor("F32", 2)})
+    if kind == "bin":
+        import torch
+
+        (folder / "model.safetensors").unlink()
+        torch.save({"a.0.\ud800": torch.ones(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match="surrogate"):
+        profile_of(resolve(folder))
+    shutil.rmtree(tmp_path / "own")
+    source = resolve(folder_of(tmp_path, {"a.0.\U0001f600": tensor("F32", 2), "a.1.w": tensor("F32", 2)}))
+    profile = profile_of(source)
+    split(source, profile, dealt(profile, ["n", "m"]), node_id="n", output=tmp_path / "n")
+    assert raw_tensors(tmp_path / "n").keys() == {"a.0.\U0001f600"}
