@@ -43,8 +43,11 @@ def whole(checkpoint: Path) -> None:
     """Answer the inputs of a handoff with the output of the undivided model."""
     import transformers
 
+    from workers.stage_weights import switch_caches_off
+
     architecture = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(checkpoint).eval()
+    switch_caches_off(model)  # stages keep none either, and some models cannot make theirs
     with torch.no_grad():
         output = model(**Handoff.from_bytes(_receive(sys.stdin.buffer)).inputs)
     _send(sys.stdout.buffer, save(_tensors(output)))

@@ -154,6 +154,10 @@ def _reason(error: Exception) -> str:
     """Why a model could not be traced, in a line."""
     if isinstance(error, NotImplementedError) and "data-independent" in str(error):
         return "the shapes within it depend on values, as those of Switch Transformers' experts do"
+    if "on meta tensors" in str(error):
+        return "its code looks at values on the way, as LLaVA's does at those of images"
+    if "expected device" in str(error):
+        return "its code makes tensors on the processor, wherever the others are, as XLNet's does"
     return first_line(error)
 
 

@@ -303,6 +303,53 @@ def test_the_example_runs_each_stage_in_its_own_process(tmp_path: Path) -> None:
     assert "equal to the whole model, bit for bit" in ran.stdout
 
 
+def test_the_example_compares_with_a_model_that_keeps_no_cache_either(tmp_path: Path) -> None:
+    """Jamba without an attention layer cannot make the cache that it asks for; its stages make none."""
+    import transformers
+
+    config = transformers.JambaConfig(
+        vocab_size=160, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_state=8, mamba_dt_rank=4, num_experts=2, use_mamba_kernels=False,
+    )  # fmt: skip
+    source = tmp_path / "own" / "jamba"
+    transformers.JambaForCausalLM(config).save_pretrained(source)
+    shards = cut(source, tmp_path / "shards", contiguous, 2)
+    script = Path(__file__).parents[2] / "examples" / "run_stages.py"
+    command = [sys.executable, *map(str, (script, *shards, "--ids", "5,17,3", "--check", source))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "equal to the whole model, bit for bit" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("llava", "its code looks at values"), ("xlnet", "its code makes tensors on the processor")],
+)
+def test_what_code_does_that_cannot_be_run_in_stages_is_said(model: str, reason: str, tmp_path: Path) -> None:
+    import transformers
+
+    source = tmp_path / "own" / model
+    if model == "xlnet":
+        made: Any = transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(vocab_size=160, d_model=32, n_layer=2, n_head=4, d_inner=64)
+        )
+        inputs = {"input_ids": torch.tensor([[5, 7, 8]])}
+    else:
+        vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64,
+                  "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4,
+                  "projection_dim": 32}  # fmt: skip
+        text = {"model_type": "llama", "vocab_size": 160, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+        made = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=150)
+        )
+        inputs = {"input_ids": torch.tensor([[5, 150, 150, 150, 150, 7]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    made.save_pretrained(source)
+    shards = cut(source, tmp_path / "shards", contiguous, 2, exact=True)
+    with pytest.raises(InvalidInput, match=reason):
+        chain([load_stage(shard) for shard in shards], inputs)
+
+
 _MEASURE = """
 import sys
 from workers.splitter import load_stage
