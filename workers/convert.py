@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 from planner.dtypes import bits
-from planner.errors import Conflict, InvalidCheckpoint, InvalidInput
-from workers.checkpoint import Checkpoint
+from planner.errors import InvalidCheckpoint, InvalidInput
+from workers.checkpoint import Checkpoint, CheckpointFile
 from workers.headers import weight_files
+from workers.journal import check_new, staged
+from workers.manifest import write_whole
 from workers.picklefile import Stored, read_views
 from workers.progress import Progress, silent
+from workers.room import check_fits
 
 _COPY_BYTES = 8 << 20
 #: Views of one storage are written out each: so much more than the files, and what small ones may take.
 _MOST_GROWTH = 4
 _SMALL_BYTES = 64 << 20
+_LARGEST_OTHER_BYTES = 100_000_000
 
 
 def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = silent) -> Path:
     """Write `checkpoint`, whose weights are `.bin` files, as safetensors.
 
-    Weights that share one storage are written once, under the first name; strided ones are written out plainly.
+    Each name has its own bytes, also where names share one storage; strided ones are written out plainly. The folder
+    is there whole or not at all.
 
     Args:
         checkpoint: What is converted; it stays as it is.
@@ -37,46 +43,48 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
         InvalidInput: If the weights are safetensors already.
         InvalidCheckpoint: If a `.bin` file is no state dict of tensors, or they are far larger than the files.
         Conflict: If the folder is not empty.
+        NodeFailure: If it cannot be written, or the disk lacks the room.
     """
     names, _ = weight_files(checkpoint)
     if names[0].endswith(".safetensors"):
         raise InvalidInput(
             f"{checkpoint.model_name} has safetensors already ({names[0]}); there is nothing to convert"
         )
-    if directory.exists() and any(directory.iterdir()):
-        raise Conflict(f"{directory} is not empty; name a new folder")
-    views = {name: _distinct(read_views(checkpoint, name)) for name in names}
+    check_new(directory)
+    views = {name: read_views(checkpoint, name) for name in names}
     total = sum(_size(each) for stored in views.values() for each in stored.values())
     _check_growth(total, sum(checkpoint.files[name].size_bytes for name in names))
-    directory.mkdir(parents=True, exist_ok=True)
-    done, weight_map = 0, {}
-    for name, stored in views.items():
-        target = _target(name)
-        weight_map.update(dict.fromkeys(stored, target))
-        partial = directory / f".{target}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(_header(stored))
+    headers = {name: _header(stored) for name, stored in views.items()}
+    weight_map = {tensor: _target(name) for name, stored in views.items() for tensor in stored}
+    index = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True
+    ).encode()
+    others = [other for other in checkpoint.files.values() if _is_other(other)]
+    weights = {name: len(headers[name]) + sum(map(_size, stored.values())) for name, stored in views.items()}
+    check_fits(directory, weights | {file.name: file.size_bytes for file in others} | {"index": len(index)})
+    done = 0
+    with staged(directory.absolute()) as folder:
+        for name, stored in views.items():
+            with (folder / _target(name)).open("wb") as file:
+                file.write(headers[name])
                 for each in stored.values():
                     for chunk in _data(checkpoint, name, each):
                         file.write(chunk)
                         done += len(chunk)
-                        progress(done, total, what=target)
-            partial.replace(directory / target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write(directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
-    for name, other in sorted(checkpoint.files.items()):
-        if (
-            "/" not in name
-            and other.size_bytes < 100_000_000
-            and not name.endswith((".bin", ".bin.index.json", ".pt"))
-        ):
-            _write(directory / name, checkpoint.read(name))
+                        progress(done, total, what=_target(name))
+                file.flush()
+                os.fsync(file.fileno())
+        if len(names) > 1:
+            write_whole(folder / "model.safetensors.index.json", index)
+        for other in others:
+            write_whole(folder / other.name, checkpoint.read(other.name))
     return directory
+
+
+def _is_other(file: CheckpointFile) -> bool:
+    """Whether it comes along as it is: config, tokenizer and the like."""
+    left_out = (".bin", ".bin.index.json", ".pt")
+    return "/" not in file.name and file.size_bytes < _LARGEST_OTHER_BYTES and not file.name.endswith(left_out)
 
 
 def _check_growth(total: int, stored: int) -> None:
@@ -93,18 +101,6 @@ def _check_growth(total: int, stored: int) -> None:
 def _target(name: str) -> str:
     stem = name.removesuffix(".bin")
     return f"{stem.replace('pytorch_model', 'model', 1)}.safetensors"
-
-
-def _distinct(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors, those left out whose values are another's."""
-    seen, kept = set(), {}
-    for name, each in stored.items():
-        view = each.view
-        place = (each.begin, view.dtype, view.offset, view.shape, view.stride)
-        if place not in seen or not _size(each):
-            seen.add(place)
-            kept[name] = each
-    return kept
 
 
 def _size(stored: Stored) -> int:
@@ -140,9 +136,3 @@ def _data(checkpoint: Checkpoint, name: str, stored: Stored) -> Iterator[bytes]:
     values = np.frombuffer(raw, dtype=f"V{width}")
     strided = np.lib.stride_tricks.as_strided(values, view.shape, [step * width for step in view.stride])
     yield np.ascontiguousarray(strided).tobytes()
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

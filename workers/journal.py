@@ -16,7 +16,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from planner.errors import NodeFailure
+from planner.errors import Conflict, NodeFailure
+from workers.digester import explained
+from workers.manifest import sync
 from workers.outputs import Output
 
 _STATE = "state.jsonl"
@@ -68,9 +70,10 @@ def open_journal(target: Path, *, key: str) -> Journal:
         target.parent.mkdir(parents=True, exist_ok=True)
         with install_lock(target):
             for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
-                journal = _take(folder, key)
-                if journal is not None:
-                    return journal
+                with contextlib.suppress(OSError):  # another user's, or gone
+                    journal = _take(folder, key)
+                    if journal is not None:
+                        return journal
             journal = None
             while journal is None:  # another process may take, or clear away, a folder before it is locked here
                 folder = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -102,12 +105,50 @@ def discard_partials(target: Path) -> None:
     folders = list(target.parent.glob(f".{target.name}.partial-*"))
     with install_lock(target) if folders else contextlib.nullcontext():
         for folder in folders:
-            journal = _take(folder, None)
-            if journal is not None:
-                journal.remove()
+            with contextlib.suppress(OSError):  # another user's, or on a disk that may not be written to
+                journal = _take(folder, None)
+                if journal is not None:
+                    journal.remove()
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all went well; what killed calls left of it is removed.
+
+    Raises:
+        Conflict: If `out` holds something.
+        NodeFailure: If it cannot be written.
+    """
+    check_new(out)
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        discard_partials(out)
+    journal = open_journal(out, key=uuid.uuid4().hex)  # locked, and never taken over
+    try:
+        with explained(out):
+            yield journal.folder
+            with install_lock(out):
+                check_new(out)
+                state_file(journal.folder).unlink()
+                journal.folder.rename(out)
+                sync(out.parent)
+    finally:
+        journal.remove()
+
+
+def check_new(out: Path) -> None:
+    """Check that `out` is not there yet, or is an empty folder.
+
+    Raises:
+        Conflict: If it holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Conflict(f"{out} holds something already; name a folder that is new or empty")
 
 
 def _take(folder: Path, key: str | None) -> Journal | None:
+    if folder.is_symlink():
+        return None  # none of ours: whoever planted it would have another folder emptied
     try:
         descriptor = os.open(folder / _STATE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     except FileNotFoundError:

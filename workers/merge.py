@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,12 +13,11 @@ from typing import IO
 from planner.errors import Conflict, IntegrityError, InvalidInput
 from planner.profile import Tensor
 from workers.copying import copy_range, write_all
-from workers.digester import explained
-from workers.journal import discard_partials, install_lock, open_journal, state_file
-from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, sync, write_whole
+from workers.journal import check_new, staged
+from workers.manifest import Manifest, ShardFile, ShardTensor, read_manifest, write_whole
 from workers.outputs import MAX_SHARD_BYTES, Output, pack
 from workers.progress import Progress, silent
-from workers.room import check_free, listing_bytes, needed_bytes
+from workers.room import check_fits, listing_bytes
 from workers.source import Source
 from workers.verify import source_parts, verify
 
@@ -51,32 +49,15 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
     if not folders:
         raise InvalidInput("name at least one shard's folder")
     out = out.absolute()
-    _check_new(out)
+    check_new(out)
     shards = [(folder, read_manifest(folder)) for folder in folders]
     _check_complete(shards)
     _check_room(shards, out)
     if check:
         verify(folders, progress=progress).check()
-    with explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        discard_partials(out)
-    journal = open_journal(out, key=uuid.uuid4().hex)  # locked, and never taken over: the next merge begins anew
-    try:
-        with explained(out):
-            _write(shards, journal.folder, progress)
-        with explained(out), install_lock(out):
-            _check_new(out)
-            state_file(journal.folder).unlink()
-            journal.folder.rename(out)
-            sync(out.parent)
-    finally:
-        journal.remove()
+    with staged(out) as folder:
+        _write(shards, folder, progress)
     return out
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Conflict(f"{out} holds something already; name a folder that does not exist yet")
 
 
 def _check_room(shards: list[tuple[Path, Manifest]], out: Path) -> None:
@@ -87,8 +68,7 @@ def _check_room(shards: list[tuple[Path, Manifest]], out: Path) -> None:
     for tensor in tensors.values():
         sizes[tensor.source_file] += tensor.end - tensor.begin
     sizes["model.safetensors.index.json"] = listing_bytes(list(tensors))
-    there = next(folder for folder in out.parents if folder.exists())
-    check_free(there, needed_bytes(out, sizes))
+    check_fits(out, sizes)
 
 
 def _extras(manifest: Manifest) -> Iterator[ShardFile]:

@@ -144,6 +144,15 @@ def needed_bytes(folder: Path, sizes: Mapping[str, int]) -> int:
     return total
 
 
+def check_fits(out: Path, sizes: Mapping[str, int]) -> None:
+    """Check that files of these sizes fit on the disk of the folder `out`, which need not exist.
+
+    Raises:
+        NodeFailure: If not; the message says by how much.
+    """
+    check_free(next(folder for folder in out.absolute().parents if folder.exists()), needed_bytes(out, sizes))
+
+
 def check_free(folder: Path, needed: int) -> None:
     """Check that the disk of `folder` has `needed` bytes free.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def delete_shard(folder: Path) -> int:
             if not folder.exists():
                 return 0
             folder.rename(gone)
-        shutil.rmtree(gone)
+        discard_partials(folder)  # under the lock: a split of the same plan must not begin in it meanwhile
     return freed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,10 @@ def snapshot(
         directory = checkpoint.cache / "snapshots" / checkpoint.revision
         wanted = [name for name in wanted if checkpoint.local_path(name) is None or not (directory / name).exists()]
     todo = [name for name in wanted if not _is_there(directory / name, checkpoint.files[name])]
+    if not todo:
+        with contextlib.suppress(OSError):  # it may be a disk that is only read
+            _note(checkpoint, directory)
+        return directory
     outputs = [_output(checkpoint.files[name]) for name in todo]
     journal = open_journal(directory.absolute(), key=f"{checkpoint.model_name} {checkpoint.revision} {todo}")
     try:
@@ -68,8 +73,7 @@ def snapshot(
                 within(directory, name, replaced=True).parent.mkdir(parents=True, exist_ok=True)
                 (journal.folder / name).replace(directory / name)
                 sync((directory / name).parent)
-            if isinstance(checkpoint, HubCheckpoint):
-                _note(checkpoint, directory)
+            _note(checkpoint, directory)
         journal.remove()
     except BaseException:
         journal.close()
@@ -103,7 +107,9 @@ def _check_git_id(path: Path, file: CheckpointFile) -> None:
         raise IntegrityError(f"{file.name} has the git id {found}, the Hub states {file.etag}; try again")
 
 
-def _note(checkpoint: HubCheckpoint, directory: Path) -> None:
+def _note(checkpoint: Checkpoint, directory: Path) -> None:
+    if not isinstance(checkpoint, HubCheckpoint):
+        return
     if directory == checkpoint.cache / "snapshots" / checkpoint.revision:
         if checkpoint.ref is not None:
             ref = checkpoint.cache / "refs" / checkpoint.ref

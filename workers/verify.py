@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -229,7 +230,8 @@ class _Reading:
                 problems.append(Problem(directory=str(folder), what=extra.name, reason="missing, or not as written"))
         if not problems and any(file.digest is None for file in manifest.files):
             tensors_now = tuple(replace(t, digest=t.digest or found[t.name]) for t in manifest.tensors)
-            write_manifest(replace(manifest, files=tuple(files), tensors=tensors_now), folder)
+            with contextlib.suppress(OSError):  # on a disk that may not be written to they are found each time
+                write_manifest(replace(manifest, files=tuple(files), tensors=tensors_now), folder)
         return problems
 
     def _read(self, path: Path, file: ShardFile, tensors: Sequence[ShardTensor]) -> tuple[str, dict[str, str]]:

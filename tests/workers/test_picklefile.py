@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import Memory
+from room_cases import disk
 from safetensors.torch import load_file
 
-from planner.errors import Conflict, FairshardError, InvalidCheckpoint, InvalidInput
+from planner.errors import Cancelled, Conflict, FairshardError, InvalidCheckpoint, InvalidInput, NodeFailure
 from workers.convert import convert
 from workers.folder import open_folder
 from workers.generator import generate
@@ -79,8 +80,9 @@ def test_conversion_is_bit_identical(legacy: bool, tmp_path: Path) -> None:
     folder = save({**state, **extra, "twin": state["lm_head.weight"]}, tmp_path / "in", legacy=legacy)
     out = convert(open_folder(folder), tmp_path / "out")
     converted = load_file(out / "model.safetensors")
-    assert converted.keys() == {*state, *extra}
-    for name, tensor in {**state, **extra}.items():
+    every = {**state, **extra, "twin": state["lm_head.weight"]}
+    assert converted.keys() == every.keys()
+    for name, tensor in every.items():
         assert converted[name].dtype == tensor.dtype
         assert torch.equal(converted[name], tensor), name
     read_headers(open_folder(out))
@@ -102,7 +104,7 @@ def test_what_is_safetensors_is_not_converted_and_nothing_is_overwritten(tmp_pat
     with pytest.raises(InvalidInput, match="safetensors already"):
         convert(open_folder(checkpoints.checkpoint("llama")), tmp_path / "out")
     folder = save({"a": torch.zeros(1)}, tmp_path / "in")
-    with pytest.raises(Conflict, match="not empty"):
+    with pytest.raises(Conflict, match="holds something"):
         convert(open_folder(folder), folder)
 
 
@@ -118,6 +120,30 @@ def test_tensors_far_larger_than_their_files_are_not_written_out(state: Any, tmp
     with pytest.raises(InvalidCheckpoint, match="written out, the files hold"):
         convert(open_folder(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_is_whole_or_not_there(tmp_path: Path) -> None:
+    folder = save(tensors_of("llama_bf16"), tmp_path / "in")
+    source, out = open_folder(folder), tmp_path / "out"
+
+    def stop(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done > 50_000:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        convert(source, out, progress=stop)
+    assert not out.exists()
+    (tmp_path / ".out.partial-killed").mkdir()
+    convert(source, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_conversion_that_will_not_fit_is_refused_before_the_first_byte(tmp_path: Path) -> None:
+    folder = save({"w": torch.zeros(2 << 20)}, tmp_path / "in")
+    with disk(tmp_path / "disk", 8 << 20) as place:
+        with pytest.raises(NodeFailure, match="too few"):
+            convert(open_folder(folder), place / "out")
+        assert not list(place.iterdir())
 
 
 def test_an_expanded_tensor_is_written_out(tmp_path: Path) -> None:

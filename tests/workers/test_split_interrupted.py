@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from planner.errors import Cancelled, Conflict, IntegrityError, NodeFailure
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
-from workers.downloader import resolve
+from workers.downloader import download, resolve
 from workers.room import check_room, used_bytes
 from workers.shards import finished_shards
-from workers.splitter import delete_shard, split, verify
+from workers.splitter import delete_shard, merge, split, verify
 
 MIB = 2**20
 #: Splits own/model for node "a" of two in a process of its own; the arguments are the source and the output.
@@ -496,3 +498,62 @@ def test_lines_of_a_journal_that_say_nothing_are_passed_over(large: Path, tmp_pa
             file.write(line.encode() + b"\n")
     split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
     assert verify(tmp_path / "a").ok
+
+
+def test_a_planted_link_is_neither_taken_over_nor_emptied(hub: TestHub, large: Path, tmp_path: Path) -> None:
+    """In a folder that others write to as well."""
+    hub.add_repo("own/model", large)
+    precious = tmp_path / "precious"
+    (precious / "below").mkdir(parents=True)
+    (precious / "letter.txt").write_text("dear")
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ("shard", "model", "whole"):
+        (place / f".{name}.partial-0000").symlink_to(precious)
+    source = resolve(large)
+    profile = profile_of(source)
+    split(source, profile, dealt(profile, ["a"]), node_id="a", output=place / "shard", link=False)
+    merge(place / "shard", place / "whole")
+    download(resolve("own/model"), place / "model")
+    delete_shard(place / "shard")
+    assert sorted(path.name for path in precious.iterdir()) == ["below", "letter.txt"]
+
+
+def test_a_shard_that_is_being_deleted_is_not_taken_over(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing takes a while; the same plan is asked for again meanwhile."""
+    source = resolve(large)
+    profile, plan = prepared(source)
+    split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
+    removing, rmtree = threading.Event(), shutil.rmtree
+
+    def slow(path: Any, **settings: Any) -> None:
+        if not removing.is_set():
+            removing.set()
+            time.sleep(0.5)
+        rmtree(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    with ThreadPoolExecutor() as pool:
+        gone = pool.submit(delete_shard, tmp_path / "a")
+        assert removing.wait(10)
+        made = pool.submit(split, source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
+        assert gone.result() > 16 * MIB
+        made.result()
+    assert verify(tmp_path / "a").ok
+    assert not leftovers(tmp_path)
+
+
+def test_a_disk_that_may_not_be_written_to_is_still_read(hub: TestHub, large: Path, small_disk: Path) -> None:
+    hub.add_repo("own/model", large)
+    source = resolve(large)
+    profile, plan = prepared(source)
+    held = split(source, profile, plan, node_id="a", output=small_disk / "a", digests=False, link=False)
+    (small_disk / ".a.partial-old").mkdir()
+    names = [name for name in source.files if not name.endswith(".safetensors")]
+    download(resolve("own/model"), small_disk / "model", names=names)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert split(source, profile, plan, node_id="a", output=small_disk / "a") == held
+    assert verify(small_disk / "a", checkpoint=source).ok
+    assert download(resolve("own/model"), small_disk / "model", names=names) == small_disk / "model"
