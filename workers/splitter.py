@@ -13,8 +13,9 @@ interrupted call left there is taken over by the next.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def split(
 
     Raises:
         NotFound: If the plan gives the node nothing, or the checkpoint lacks a file.
-        Conflict: If the revisions differ, or `output` holds something that is no shard.
+        Conflict: If the revisions differ, a file changes meanwhile, or `output` holds something that is no shard.
         InvalidMetadata, InvalidCheckpoint: If the profile or a header is wrong.
         NodeFailure: If the disk is full or cannot be written; the message names the numbers.
         IntegrityError: If bytes stay wrong however often they are fetched.
@@ -125,6 +126,7 @@ def split(
     doubted = output if paranoid else None
     sources = Origins(checkpoint, beside=output.parent, peers=peers, known=known_digests or {}, doubted=doubted)
     clone = link and _can_clone(checkpoint, output)
+    stamps = _stamps(checkpoint, checkpoint.files)
     layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
     key = _key(plan, node_id, layout, checkpoint.revision, paranoid=paranoid)
     journal = open_journal(output, key=key)
@@ -161,6 +163,9 @@ def split(
                 fetch_outputs(rest, segments, journal, wanted=wanted, progress=progress, connections=connections)
             )
         means = "fetch" if len(here) != len(local) else "reflink" if clone else "copy"
+        changed = [name for name, stamp in _stamps(checkpoint, layout.sources).items() if stamp != stamps.get(name)]
+        if changed:
+            raise Conflict(f"{changed[0]} of {checkpoint.model_name} changed while the shard was cut from it")
         how = linked | {item.name: "copy" if found[item.name] and clone else means for item in rest}
         return finish(
             layout,
@@ -223,6 +228,19 @@ def _key(plan: Plan, node_id: str, layout: Layout, revision: str | None, *, para
         digest.update(f"\0{item.name}\0{item.size_bytes}\0{item.whole}\0".encode() + item.header)
         digest.update(repr([(run.source, run.begin, run.end, run.target) for run in item.runs]).encode())
     return digest.hexdigest()
+
+
+def _stamps(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """What tells whether weight files of a folder were replaced or written to; those of the Hub have digests."""
+    stamps = {}
+    for name in names:
+        weights = name.endswith((".safetensors", ".bin")) and checkpoint.files[name].etag is None
+        path = checkpoint.local_path(name) if weights else None
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                stamps[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return stamps
 
 
 def _can_clone(checkpoint: Checkpoint, output: Path) -> bool:

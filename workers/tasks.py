@@ -86,6 +86,7 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     from workers.journal import discard_partials
     from workers.manifest import read_manifest
     from workers.peers import find_peers
+    from workers.shards import delete_shard
     from workers.splitter import split as cut
     from workers.verify import verify
 
@@ -121,7 +122,11 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
         )
         if any(file.digest is None for file in manifest.files):
             # A linked file was not read yet, and what nobody read nobody can vouch for.
-            verify(output, rebuild=False, progress=claim.progress).check()
+            try:
+                verify(output, rebuild=False, progress=claim.progress).check()
+            except IntegrityError:
+                delete_shard(output)  # or it would be taken for a finished one
+                raise
             manifest = read_manifest(output)
         claim.check()
     except Fenced:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from checkpoints import checkpoint
 from shard_cases import dealt, profile_of, raw_tensors
 
+from planner.errors import Conflict
 from workers.downloader import resolve
 from workers.splitter import merge, split, verify
 
@@ -30,3 +32,25 @@ def test_shards_together_are_the_checkpoint_bit_for_bit(tmp_path: Path, name: st
     merged = merge(folders, tmp_path / "merged")
     for path in checkpoint(name).glob("*.safetensors"):
         assert (merged / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["written into", "replaced"])
+def test_a_checkpoint_that_changes_meanwhile_makes_no_shard(tmp_path: Path, how: str) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "own/model")
+    source = resolve(folder)
+    profile = profile_of(source)
+    plan = dealt(profile, ["a", "b"])
+    path = folder / "model.safetensors"
+
+    def change(done: int, _total: int | None, /, *, what: str = "") -> None:
+        if done and how == "written into":
+            with path.open("rb+") as file:
+                file.seek(-5, 2)
+                file.write(b"?")
+        elif done:
+            other = shutil.copyfile(path, folder / "new")
+            other.replace(path)
+
+    with pytest.raises(Conflict, match="changed while"):
+        split(source, profile, plan, node_id="a", output=tmp_path / "a", progress=change)
+    assert not (tmp_path / "a").exists()

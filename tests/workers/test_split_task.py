@@ -18,7 +18,7 @@ from planner.plan import Plan, PlanOptions
 from planner.strategies import plan_for
 from planner.tasks import _split_steps
 from planner.wire import plan_to_json
-from workers.downloader import resolve
+from workers.downloader import download, resolve
 from workers.generator import generate
 from workers.manifest import read_manifest
 from workers.process_params import process_params
@@ -143,3 +143,16 @@ def test_paranoid_is_an_option_of_the_job(service: Service, flipped: Callable[..
     else:
         with pytest.raises(AssertionError):
             assert_right(folder)
+
+
+def test_a_damaged_copy_in_the_hubs_cache_leaves_no_shard(service: Service) -> None:
+    cached = download(resolve(MODEL)) / "model.safetensors"
+    damaged = bytearray(cached.read_bytes())
+    damaged[-5] ^= 1
+    target = cached.resolve()
+    target.chmod(0o644)
+    target.write_bytes(damaged)
+    plan = service.plan({"a": tuple(range(len(service.profile.layers)))})
+    with pytest.raises(AssertionError, match="sha256"):
+        service.run(plan, "a")
+    assert not list(service.nodes["a"].settings.shards_dir.glob("[!.]*"))
