@@ -21,7 +21,8 @@ from workers.digester import explained
 from workers.manifest import sync
 from workers.outputs import Output
 
-_STATE = "state.jsonl"
+#: No file of a repository can be named so, for `workers.paths` refuses a backslash.
+STATE = ".fairshard\\journal.jsonl"
 
 
 class Journal:
@@ -150,7 +151,7 @@ def _take(folder: Path, key: str | None) -> Journal | None:
     if folder.is_symlink():
         return None  # none of ours: whoever planted it would have another folder emptied
     try:
-        descriptor = os.open(folder / _STATE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(folder / STATE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     except FileNotFoundError:
         return None  # its owner has just finished
     try:
@@ -158,16 +159,16 @@ def _take(folder: Path, key: str | None) -> Journal | None:
     except OSError:
         os.close(descriptor)
         return None
-    if not (folder / _STATE).exists():
+    if not (folder / STATE).exists():
         os.close(descriptor)
         return None
     claims: dict[tuple[str, int, int], str] = {}
-    head, *lines = (folder / _STATE).read_bytes().split(b"\n")
+    head, *lines = (folder / STATE).read_bytes().split(b"\n")
     if key is not None and head != key.encode():
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != _STATE:
+            elif path.name != STATE:
                 path.unlink()
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{key}\n".encode())
@@ -185,4 +186,4 @@ def _take(folder: Path, key: str | None) -> Journal | None:
 
 def state_file(folder: Path) -> Path:
     """The journal's own file, which a finished shard does not keep."""
-    return folder / _STATE
+    return folder / STATE

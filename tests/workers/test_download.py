@@ -23,6 +23,8 @@ from planner.errors import (
 from workers.downloader import download, resolve
 from workers.folder import FolderCheckpoint
 from workers.hub import HubCheckpoint, open_hub
+from workers.journal import STATE
+from workers.paths import is_inner
 from workers.progress import silent
 from workers.retry import RetryPolicy
 from workers.settings import HubSettings
@@ -245,3 +247,10 @@ def test_progress_reaches_the_end_and_can_stop(hub: TestHub, tmp_path: Path) -> 
     assert not (tmp_path / "b").exists()
     download(resolve("own/model"), tmp_path / "b", progress=silent)
     assert os.listdir(tmp_path / "b")  # noqa: PTH208
+
+
+def test_a_file_named_as_a_journal_might_be_comes_through(hub: TestHub, tmp_path: Path) -> None:
+    hub.add_repo("own/model", FILES | {"state.jsonl": b"a line\n" * 100})
+    download(resolve("own/model"), tmp_path / "copy")
+    assert (tmp_path / "copy/state.jsonl").read_bytes() == b"a line\n" * 100
+    assert not is_inner(STATE), "or a repository could have such a file"

@@ -26,6 +26,7 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from workers.checkpoint import Checkpoint
 from workers.downloader import download, resolve
+from workers.journal import STATE
 from workers.room import check_room, used_bytes
 from workers.shards import finished_shards
 from workers.splitter import delete_shard, merge, split, verify
@@ -72,7 +73,8 @@ def start(source: str, output: Path) -> subprocess.Popen[str]:
 def journal_lines(output: Path) -> int:
     return sum(
         len(path.read_bytes().splitlines()) - 1
-        for path in output.parent.glob(f".{output.name}.partial-*/state.jsonl")
+        for folder in leftovers(output.parent)
+        if (path := folder / STATE).exists()
     )
 
 
@@ -101,11 +103,11 @@ def test_after_kill_9_only_what_is_missing_or_damaged_is_fetched(hub: TestHub, l
     assert not output.exists()
     kept = journal_lines(output)
     (partial,) = leftovers(tmp_path)
-    entry = json.loads((partial / "state.jsonl").read_bytes().splitlines()[1])
+    entry = json.loads((partial / STATE).read_bytes().splitlines()[1])
     with (partial / entry["f"]).open("rb+") as file:  # as a power cut may leave it
         file.seek(entry["b"] + 7)
         file.write(b"????")
-    with (partial / "state.jsonl").open("ab") as file:
+    with (partial / STATE).open("ab") as file:
         file.write(b'{"f": "model.safe')  # torn
     source = resolve("own/model")
     profile, plan = prepared(source)
@@ -493,7 +495,7 @@ def test_lines_of_a_journal_that_say_nothing_are_passed_over(large: Path, tmp_pa
     with pytest.raises(Cancelled):
         split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False, progress=cancel)
     (partial,) = leftovers(tmp_path)
-    with (partial / "state.jsonl").open("ab") as file:
+    with (partial / STATE).open("ab") as file:
         for line in ('{"f": "x", "b": Infinity, "e": 1, "d": ""}', "[" * 100_000, "[]", "7", '{"f": []}', "\0"):
             file.write(line.encode() + b"\n")
     split(source, profile, plan, node_id="a", output=tmp_path / "a", link=False)
