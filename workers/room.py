@@ -54,18 +54,17 @@ def _shared_bytes(path: str) -> int:
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            while True:
+            before, flags = -1, 0
+            while at > before and not flags & _LAST:
                 asked = struct.pack("=QQIIII", at, 2**64 - 1 - at, 0, 0, _EXTENTS, 0)
                 answer = bytearray(asked + bytes(_EXTENT.size * _EXTENTS))
                 fcntl.ioctl(descriptor, _FIEMAP, answer)
                 count = int.from_bytes(answer[20:24], "little")
-                flags = _LAST
+                before = at
                 for number in range(count):
                     begin, _, length, flags = _EXTENT.unpack_from(answer, len(asked) + number * _EXTENT.size)
                     at = begin + length
                     shared += length if flags & _SHARED else 0
-                if flags & _LAST:
-                    break
         finally:
             os.close(descriptor)
     return shared

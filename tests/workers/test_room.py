@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ import pytest
 from checkpoints import checkpoint
 from hub.server import TestHub
 from room_cases import disk, model, mounted
+from running import until
 from shard_cases import dealt, profile_of
 
 from planner.errors import Cancelled, NodeFailure
+from workers.copying import clone_range
 from workers.downloader import download, resolve
 from workers.room import used_bytes
 from workers.splitter import delete_shard, split, verify
@@ -89,6 +92,22 @@ def test_what_is_reflinked_takes_no_room(xfs: Path) -> None:
     assert delete_shard(xfs / "shards/plan0") < MIB
     with pytest.raises(NodeFailure, match="FAIRSHARD_DISK_QUOTA"):
         split(source, profile, plan, node_id="b", output=xfs / "shards/b", quota_bytes=MIB, link=False)
+
+
+def test_a_file_in_very_many_pieces_is_counted_to_its_end(xfs: Path) -> None:
+    (xfs / "shards").mkdir()
+    source, target = xfs / "source", xfs / "shards/target"
+    with source.open("wb") as file:
+        for number in range(1500):  # every second block is a hole
+            os.pwrite(file.fileno(), os.urandom(PAGE), 2 * number * PAGE)
+    assert clone_range(source, target, 0, source.stat().st_size, 0, whole=True)
+    assert used_bytes(xfs / "shards") < 100 * PAGE
+    with target.open("rb+") as file:
+        os.pwrite(file.fileno(), bytes(PAGE), 2 * 1400 * PAGE)
+        os.fsync(file.fileno())
+    assert used_bytes(xfs / "shards") >= PAGE
+    source.unlink()
+    until(lambda: used_bytes(xfs / "shards") >= 1500 * PAGE, what="XFS has let go of the other file's share")
 
 
 def test_what_an_interrupted_call_wrote_needs_no_second_room(hub: TestHub, tmp_path: Path) -> None:
