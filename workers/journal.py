@@ -121,6 +121,7 @@ def staged(out: Path) -> Iterator[Path]:
         NodeFailure: If it cannot be written.
     """
     check_new(out)
+    out = out.resolve()
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         discard_partials(out)
@@ -141,10 +142,14 @@ def check_new(out: Path) -> None:
     """Check that `out` is not there yet, or is an empty folder.
 
     Raises:
-        Conflict: If it holds something.
+        Conflict: If it holds something, or a folder beside it cannot be renamed to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Conflict(f"{out} holds something already; name a folder that is new or empty")
+    if out.resolve().is_mount():
+        raise Conflict(
+            f"a disk is mounted at {out}, and no finished folder can be renamed to that; name a folder in it"
+        )
 
 
 def _take(folder: Path, key: str | None) -> Journal | None:

@@ -149,7 +149,7 @@ def check_fits(out: Path, sizes: Mapping[str, int]) -> None:
     Raises:
         NodeFailure: If not; the message says by how much.
     """
-    check_free(next(folder for folder in out.absolute().parents if folder.exists()), needed_bytes(out, sizes))
+    check_free(next(folder for folder in out.resolve().parents if folder.exists()), needed_bytes(out, sizes))
 
 
 def check_free(folder: Path, needed: int) -> None:

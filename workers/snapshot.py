@@ -44,7 +44,10 @@ def snapshot(
             _note(checkpoint, directory)
         return directory
     outputs = [_output(checkpoint.files[name]) for name in todo]
-    journal = open_journal(directory.absolute(), key=f"{checkpoint.model_name} {checkpoint.revision} {todo}")
+    # On the same disk as the folder itself, or nothing could be renamed into it.
+    real = directory.resolve()
+    target = real / "download" if real.is_mount() else real
+    journal = open_journal(target, key=f"{checkpoint.model_name} {checkpoint.revision} {todo}")
     try:
         with explained(directory):
             for name in todo:

@@ -15,11 +15,11 @@ from room_cases import disk, model, mounted
 from running import until
 from shard_cases import dealt, profile_of
 
-from planner.errors import Cancelled, NodeFailure
+from planner.errors import Cancelled, Conflict, NodeFailure
 from workers.copying import clone_range
 from workers.downloader import download, resolve
 from workers.room import used_bytes
-from workers.splitter import delete_shard, split, verify
+from workers.splitter import delete_shard, merge, split, verify
 
 MIB = 2**20
 PAGE = 4096
@@ -140,3 +140,26 @@ def test_tiny_checkpoints_fit_into_tiny_quotas(tmp_path: Path) -> None:
     profile = profile_of(source)
     plan = dealt(profile, ["a", "b"])
     split(source, profile, plan, node_id="a", output=tmp_path / "a", quota_bytes=MIB)
+
+
+def test_a_disk_of_its_own_and_a_link_to_one_are_written_to(hub: TestHub, tmp_path: Path) -> None:
+    folder = model(tmp_path / "own/model", weights=MIB)
+    hub.add_repo("own/model", folder)
+    source, local = resolve("own/model"), resolve(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    profile = profile_of(local)
+    split(local, profile, dealt(profile, ["a"]), node_id="a", output=tmp_path / "a")
+    with disk(tmp_path / "disk", 8 * MIB) as place:
+        assert download(source, place) == place
+        assert (place / "model.safetensors").read_bytes() == weights
+        assert resolve(place).revision == source.revision
+        assert not list(place.glob(".*.partial-*"))
+    with disk(tmp_path / "other", 8 * MIB) as place:
+        with pytest.raises(Conflict, match="mounted"):
+            merge(tmp_path / "a", place)
+        for name in ("whole", "copy"):
+            (place / name).mkdir()
+            (tmp_path / name).symlink_to(place / name)
+            merge(tmp_path / "a", tmp_path / name) if name == "whole" else download(source, tmp_path / name)
+            assert (place / name / "model.safetensors").read_bytes() == weights
+        assert not list(place.glob(".*.partial-*"))
