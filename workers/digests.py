@@ -13,6 +13,9 @@ from workers.outputs import Output
 
 _BUFFER_BYTES = 1024 * 1024
 
+#: What to do where two nodes found different digests of one tensor.
+WHICH_IS_WRONG = "'fairshard verify SHARD --source MODEL' tells whose is wrong, 'fairshard delete PLAN' removes it"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digests:

@@ -18,7 +18,7 @@ from planner.errors import FairshardError, IntegrityError
 from workers.copying import own, reserve, send_to_disk, write_all
 from workers.crew import Crew
 from workers.digester import Digester, Wanted, explained
-from workers.digests import Digests, FileDigest
+from workers.digests import WHICH_IS_WRONG, Digests, FileDigest
 from workers.http_ranges import RangeReader, Server, Sink
 from workers.journal import Journal
 from workers.manifest import sync
@@ -298,6 +298,7 @@ class _Fetch:
             text = f"{name} has sha256 {found.sha256}, the Hub states {stated}"
             if stated is None or stated == found.sha256:
                 text = f"{wrong[0]} is {found.tensors[wrong[0]]}, elsewhere it is {self._wanted.known.get(wrong[0])}"
+                text += f" ({WHICH_IS_WRONG})"
             raise IntegrityError(f"{text}: fetched {ROUNDS} times", details={"tensors": list(wrong)[:20]})
         bad = set(wrong)
         spans = [(p.begin, p.end) for p in file.output.placed if p.tensor.name in bad]

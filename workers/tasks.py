@@ -83,6 +83,7 @@ def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
 def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
     from planner.wire import plan_from_json
+    from workers.digests import WHICH_IS_WRONG
     from workers.journal import discard_partials
     from workers.manifest import read_manifest
     from workers.peers import find_peers
@@ -139,7 +140,8 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
     wrong = [name for name, digest in found.items() if known.get(name, digest) != digest]
     if wrong:
         raise IntegrityError(
-            f"{wrong[0]} is {found[wrong[0]]} here, on another node {known[wrong[0]]} ({len(wrong)} tensors differ)",
+            f"{wrong[0]} is {found[wrong[0]]} here, on another node {known[wrong[0]]} ({len(wrong)} tensors "
+            f"differ; {WHICH_IS_WRONG})",
             details={"tensors": wrong[:20]},
         )
     with contextlib.suppress(Unavailable):  # the shard is no worse for it
