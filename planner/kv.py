@@ -40,12 +40,16 @@ def with_kv_dtype(profile: ModelProfile, kv_dtype: str) -> ModelProfile:
         terms = layer.kv_terms
         if terms is None:
             return replace(layer, kv_cache_bytes=-(-layer.kv_cache_bytes * new_bits // old_bits))
+        told = terms.bytes_at(profile.batch_size, profile.sequence_length)
         terms = KvTerms(
             fixed_bytes=terms.fixed_bytes,
             bytes_per_token=-(-terms.bytes_per_token * new_bits // old_bits),
             window_tokens=terms.window_tokens,
+            bytes_per_later_token=-(-terms.bytes_per_later_token * new_bits // old_bits),
         )
         at = terms.bytes_at(profile.batch_size, profile.sequence_length)
+        # Where no formula holds, what was counted is more or less than it says.
+        at += (layer.kv_cache_bytes - told) * new_bits // old_bits
         return replace(layer, kv_terms=terms, kv_cache_bytes=at)
 
     return replace(profile, layers=tuple(scaled(layer) for layer in profile.layers))

@@ -47,18 +47,24 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvTerms:
-    """KV cache of one layer: `B * (fixed_bytes + bytes_per_token * min(S, window_tokens))` bytes."""
+    """KV cache of one layer: `B * (fixed_bytes + bytes_per_token * T + bytes_per_later_token * (S - T))` bytes.
+
+    T = min(S, window_tokens).
+    """
 
     #: State that does not grow with the sequence (state space, cross attention), in bytes for one sequence.
     fixed_bytes: int = 0
     bytes_per_token: int = 0
     #: Sliding window, in tokens; None where every token is kept.
     window_tokens: int | None = None
+    #: Of each token beyond the window (cross attention and compressed keys beside a window).
+    bytes_per_later_token: int = 0
 
     def bytes_at(self, batch_size: int, sequence_length: int) -> int:
         """Bytes for `batch_size` sequences of `sequence_length` tokens."""
         kept = sequence_length if self.window_tokens is None else min(sequence_length, self.window_tokens)
-        return batch_size * (self.fixed_bytes + self.bytes_per_token * kept)
+        later = self.bytes_per_later_token * (sequence_length - kept)
+        return batch_size * (self.fixed_bytes + self.bytes_per_token * kept + later)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +126,7 @@ class Layer:
     compute_terms: Terms | None = None
     #: Likewise, of FLOP that a pass executes once whatever its batch (tables of positions); added to the former.
     once_terms: Terms | None = None
-    #: Sequence lengths [first, last] between which `compute_terms` is exact; None: all of them.
+    #: Sequence lengths [first, last] between which `compute_terms` and `kv_terms` are exact; None: all of them.
     terms_range: tuple[int, int | None] | None = None
     kv_terms: KvTerms | None = None
     #: FLOP by sub-part ("attention", "mlp", "experts", "router", "norm", ...).
@@ -228,15 +234,17 @@ class ModelProfile:
 
         Where a layer's terms are not exact there, `approximate` says so.
         """
-        if (batch_size, sequence_length) == (self.batch_size, self.sequence_length):
-            return self
         length = min(sequence_length, self.longest_sequence or sequence_length)
+        now = min(self.sequence_length, self.longest_sequence or self.sequence_length)
+        if (batch_size, length) == (self.batch_size, now):
+            # What was counted is kept: where no formula holds, none would find it again.
+            return replace(self, sequence_length=sequence_length)
         layers = tuple(
             layer.at(
                 batch_size=batch_size,
                 sequence_length=length,
                 from_batch=self.batch_size,
-                from_sequence=min(self.sequence_length, self.longest_sequence or self.sequence_length),
+                from_sequence=now,
             )
             for layer in self.layers
         )
@@ -258,8 +266,8 @@ def outside(layers: Sequence[Layer], sequence_length: int, *, batched: bool) -> 
         if not first <= sequence_length <= (last or sequence_length) or (batched and first == last):
             left[first, last] += 1
     return [
-        f"FLOP of {count} layers follow no polynomial: counted at {first} tokens, they are estimates elsewhere"
+        f"FLOP or KV cache of {count} layers follow no formula: counted at {first} tokens, estimates elsewhere"
         if first == last
-        else f"FLOP of {count} layers are exact from {first} tokens to {last or 'any'}, and extrapolated outside"
+        else f"FLOP and KV cache of {count} layers are exact from {first} to {last or 'any'} tokens, extrapolated outside"
         for (first, last), count in sorted(left.items(), key=str)
     ]

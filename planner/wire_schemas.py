@@ -40,6 +40,7 @@ class KvTermsSchema(Lenient):
     fixed_bytes = Integer(load_default=0)
     bytes_per_token = Integer(load_default=0)
     window_tokens = Integer(low=1, load_default=None, allow_none=True)
+    bytes_per_later_token = Integer(load_default=0)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> KvTerms:

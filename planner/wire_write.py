@@ -197,6 +197,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
             "fixed_bytes": kv.fixed_bytes,
             "bytes_per_token": kv.bytes_per_token,
             "window_tokens": kv.window_tokens,
+            "bytes_per_later_token": kv.bytes_per_later_token,
         },
         "parts": {name: _number(flop) for name, flop in layer.parts.items()},
         "part_terms": {name: _terms(terms) for name, terms in layer.part_terms.items()},

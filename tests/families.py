@@ -77,6 +77,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                                                            "n_heads": 4, "max_position_embeddings": 64}),
     "deberta_v2": ("deberta-v2", "DebertaV2Model", {**_SIZES, "relative_attention": True, "position_buckets": 8,
                                                     "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}),
+    "deepseek_v4": (
+        "deepseek_v4",
+        "DeepseekV4ForCausalLM",
+        {**_SIZES, "moe_intermediate_size": 16, "num_key_value_heads": 1, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "q_lora_rank": 16, "qk_rope_head_dim": 8, "sliding_window": 8,
+         "num_hash_layers": 1,
+         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}},
+    ),
+    "t5gemma": (
+        "t5gemma",
+        "T5GemmaForConditionalGeneration",
+        {"encoder": {**_SIZES, "sliding_window": 8},
+         "decoder": {**_SIZES, "sliding_window": 8, "cross_attention_hidden_size": 32}},
+    ),
     "modernbert": ("modernbert", "ModernBertForMaskedLM", {**_SIZES, "local_attention": 8, "cls_token_id": 1,
                                                            "sep_token_id": 2}),
     "whisper": (

@@ -70,7 +70,10 @@ def _layer(
         if is_parameter:
             num_params += stored.values
             active += stored.values * share
-    kv = kv_terms(traced, kv_dtype)
+    kv, width = kv_terms(traced, kv_dtype), kv_bits(traced, kv_dtype)
+    kv_bytes = kv.bytes_at(batch, length) if kv else 0
+    if counted := traced.exact.get(f"{batch}x{length}"):
+        kv_bytes = -(-counted.kv_values * width // 8) + batch * traced.state_bytes
     tied_values = sum(logical[tensor.name].values for _, stored in tied for tensor in stored)
     flop, parts = flop_at(traced, batch, length)
     return Layer(
@@ -80,7 +83,7 @@ def _layer(
         num_params=num_params,
         active_params=round(active) + tied_values,
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        kv_cache_bytes=kv.bytes_at(batch, length) if kv else 0,
+        kv_cache_bytes=kv_bytes,
         activation_bytes=round(batch * max(0, value(traced.activation, length))),
         peak_bytes=round(batch * max(0, value(traced.peak, length))),
         compute_required=flop,
@@ -117,11 +120,17 @@ def flop_at(traced: LayerTrace, batch: int, length: int) -> tuple[float, dict[st
 
 def kv_terms(traced: LayerTrace, kv_dtype: str | None) -> KvTerms | None:
     """The layer's KV cache; None where it keeps nothing."""
-    if not (traced.kv_fixed or traced.kv_per_token or traced.state_bytes):
+    if not (traced.kv_fixed or traced.kv_per_token or traced.kv_per_later_token or traced.state_bytes):
         return None
-    width = traced.kv_value_bytes * 8 if kv_dtype is None else bits(canonical(kv_dtype) or "") or 16
+    width = kv_bits(traced, kv_dtype)
     return KvTerms(
         fixed_bytes=-(-traced.kv_fixed * width // 8) + traced.state_bytes,
         bytes_per_token=-(-traced.kv_per_token * width // 8),
         window_tokens=traced.kv_window,
+        bytes_per_later_token=-(-traced.kv_per_later_token * width // 8),
     )
+
+
+def kv_bits(traced: LayerTrace, kv_dtype: str | None) -> int:
+    """Bits of a cached key's or value's value."""
+    return traced.kv_value_bytes * 8 if kv_dtype is None else bits(canonical(kv_dtype) or "") or 16

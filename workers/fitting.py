@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from planner.profile import MaskTerms, Terms, value
+from planner.profile import KvTerms, MaskTerms, Terms, value
 from workers.counting import Counts
 from workers.grouping import Group
 from workers.kv import Kept
 from workers.masks import EVERYTHING, Sight
-from workers.trace import ZERO, LayerTrace
+from workers.trace import ZERO, Exact, LayerTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,11 @@ class Pass:
     #: Layer -> what its attention's mask lets see.
     sights: Mapping[int, Sight]
 
-    def flop(self, layer: int) -> int:
-        """What a layer cost."""
-        return sum(self.parts.get(layer, {}).values())
+    def exact(self, layer: int) -> Exact:
+        """What a layer cost and kept."""
+        parts = self.parts.get(layer, {})
+        kept = sum(each.values for each in self.kept.get(layer, ()))
+        return Exact(flop=sum(parts.values()), parts=dict(parts), kv_values=kept)
 
 
 def fit_layer(
@@ -59,6 +61,7 @@ def fit_layer(
         once_parts={part: terms for part, terms in once_parts.items() if any(terms)},
         kv_fixed=kept.fixed,
         kv_per_token=kept.per_token,
+        kv_per_later_token=kept.per_later_token,
         kv_value_bytes=kept.value_bytes,
         kv_window=kept.window,
         state_bytes=kept.state_bytes,
@@ -90,12 +93,22 @@ def _plain(number: Fraction | float) -> float:
 
 
 def agrees(layer: LayerTrace, check: Pass, at: int) -> bool:
-    """Whether a pass cost what the polynomials of the layer and of each of its parts say."""
+    """Whether a pass cost what the polynomials of the layer and of each of its parts say, and kept what it should."""
     counted, length = check.parts.get(at, {}), check.sequence_length
+    kept, batch = check.kept.get(at, ()), check.batch_size
+    cache = KvTerms(
+        fixed_bytes=layer.kv_fixed,
+        bytes_per_token=layer.kv_per_token,
+        window_tokens=layer.kv_window,
+        bytes_per_later_token=layer.kv_per_later_token,
+    )
+    if sum(each.values for each in kept) != cache.bytes_at(batch, length):
+        return False
+    if sum(each.state_bytes for each in kept) != batch * layer.state_bytes:
+        return False
     return all(
         counted.get(part, 0)
-        == check.batch_size * value(layer.parts.get(part, ZERO), length)
-        + value(layer.once_parts.get(part, ZERO), length)
+        == batch * value(layer.parts.get(part, ZERO), length) + value(layer.once_parts.get(part, ZERO), length)
         for part in {*counted, *layer.parts}
     )
 
@@ -136,9 +149,10 @@ def _crossing(counts: Counts, order: Sequence[int], at: int) -> int:
 class _Kept:
     """A layer's cache for each sequence of the batch."""
 
-    #: Values, whatever the length; for each token; bytes of one.
+    #: Values, whatever the length; for each token; for each beyond the window; bytes of one.
     fixed: int = 0
     per_token: int = 0
+    per_later_token: int = 0
     value_bytes: int = 2
     #: Tokens kept.
     window: int | None = None
@@ -146,16 +160,23 @@ class _Kept:
 
 
 def _cache(lengths: Sequence[int], kept: Sequence[Sequence[Kept]]) -> _Kept:
-    """A layer's cache out of what passes of two lengths left."""
+    """A layer's cache out of what passes of a few lengths left; whether it is right, a check tells (`agrees`)."""
     if not any(kept):
         return _Kept()
-    windows = [each.window_tokens for each in kept[0] if each.window_tokens is not None]
+    window = max((each.window_tokens for each in kept[0] if each.window_tokens is not None), default=None)
     value_bytes = next((each.value_bytes for each in kept[0] if each.values), 2)
     state = sum(each.state_bytes for each in kept[0])
-    totals = [sum(each.values for each in layer) for layer in kept]
-    if windows:
-        window = max(windows)
-        per_token = totals[0] // min(lengths[0], window) if window else 0
-        return _Kept(0, per_token, value_bytes, window, state)
-    per_token = (totals[1] - totals[0]) // (lengths[1] - lengths[0])
-    return _Kept(totals[0] - per_token * lengths[0], per_token, value_bytes, None, state)
+    fixed = per_token = later = 0
+    for parts in zip(*kept, strict=False):
+        values = [each.values for each in parts]
+        growth = (values[-1] - values[-2]) // (lengths[-1] - lengths[-2])
+        if window is not None and parts[0].window_tokens is not None:
+            within = [min(length, window) for length in lengths]
+            if all(each * within[0] == values[0] * kept for each, kept in zip(values, within, strict=True)):
+                growth = 0
+            per_token += (values[0] - growth * (lengths[0] - within[0])) // within[0]
+        else:
+            fixed += values[-1] - growth * lengths[-1]
+            per_token += growth
+        later += growth
+    return _Kept(fixed, per_token, later if window is not None else 0, value_bytes, window, state)

@@ -39,7 +39,8 @@ class Kept:
 def read_layer(layer: Any) -> Kept:
     """What one cache layer (`transformers.cache_utils.CacheLayerMixin`) holds now."""
     values, value_bytes, state_bytes = 0, 2, 0
-    for name, tensor in _tensors(layer):
+    # Keys that serve as values, too, are one tensor.
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in _tensors(layer)}.values():
         if not tensor.is_floating_point():
             continue
         if name in _STATES:

@@ -17,10 +17,12 @@ ZERO: Terms = (0, 0, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exact:
-    """What was counted at one batch size and sequence length, for layers that no polynomial describes."""
+    """What was counted at one batch size and sequence length, for layers that no formula describes."""
 
     flop: float
     parts: Mapping[str, float]
+    #: Cached keys and values, in values.
+    kv_values: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +37,18 @@ class LayerTrace:
     terms: Terms = ZERO
     #: FLOP that a pass executes once, whatever the batch (tables of positions).
     once: Terms = ZERO
-    #: Sequence lengths [first, last] between which `terms` is exact; None: all.
+    #: Sequence lengths [first, last] between which `terms` and the KV cache's are exact; None: all.
     terms_range: tuple[int, int | None] | None = None
     #: `terms` and `once` by sub-part.
     parts: Mapping[str, Terms] = field(default_factory=dict)
     once_parts: Mapping[str, Terms] = field(default_factory=dict)
     #: What the mask of `parts["attention"]` hides.
     mask: MaskTerms | None = None
-    #: Cached keys and values: values for each sequence, fixed and for each token; bytes of one; tokens kept.
+    #: Cached keys and values: values for each sequence, fixed, for each token and each beyond the window; bytes of
+    #: one; tokens that the window keeps.
     kv_fixed: int = 0
     kv_per_token: int = 0
+    kv_per_later_token: int = 0
     kv_value_bytes: int = 2
     kv_window: int | None = None
     #: Bytes of state of a fixed dtype for each sequence.
@@ -53,7 +57,7 @@ class LayerTrace:
     activation: Terms = ZERO
     #: Largest bytes alive beside weights and KV cache, for each sequence.
     peak: Terms = ZERO
-    #: Whether scans pad to a chunk, so that `terms` is exact at multiples of it only.
+    #: Whether no formula describes it at all lengths: scans that pad to a chunk are exact at multiples of it only.
     chunked: bool = False
     #: At batch and sequence ("1x512") where `terms` is not exact.
     exact: Mapping[str, Exact] = field(default_factory=dict)
@@ -86,7 +90,7 @@ def to_json(trace: ModelTrace) -> dict[str, Any]:
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "exact"}
             | {"parts": dict(layer.parts), "once_parts": dict(layer.once_parts)}
             | {"mask": None if layer.mask is None else asdict(layer.mask)}
-            | {"exact": {at: {"flop": e.flop, "parts": dict(e.parts)} for at, e in layer.exact.items()}}
+            | {"exact": {at: {**asdict(e), "parts": dict(e.parts)} for at, e in layer.exact.items()}}
             for layer in trace.layers
         ],
         "tensors": {name: list(place) for name, place in trace.tensors.items()},
@@ -124,6 +128,6 @@ def _layer(values: Mapping[str, Any]) -> LayerTrace:
     }
     for name in ("parts", "once_parts"):
         given[name] = {part: tuple(terms) for part, terms in values[name].items()}
-    given["exact"] = {at: Exact(flop=e["flop"], parts=e["parts"]) for at, e in values["exact"].items()}
+    given["exact"] = {at: Exact(**e) for at, e in values["exact"].items()}
     given["mask"] = None if values["mask"] is None else MaskTerms(**values["mask"])
     return LayerTrace(**given)

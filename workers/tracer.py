@@ -6,6 +6,7 @@ lengths fix a polynomial, a batch of two tells what a pass executes once, and fu
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -26,7 +27,7 @@ from workers.memo import count
 from workers.model_config import ModelConfig
 from workers.parts import part_of
 from workers.skeleton import NotTraceable, build, first_line, quiet
-from workers.trace import ZERO, Exact, LayerTrace, ModelTrace
+from workers.trace import ZERO, LayerTrace, ModelTrace
 from workers.tree import Tree, look_through
 
 #: Sequence lengths that fix the polynomial: small, for models that loop over tokens.
@@ -37,7 +38,7 @@ _LONGEST_ASKED = 65_536
 #: Lengths that chunked scans need not pad.
 _FIT_CHUNKED = (256, 512, 1024)
 #: Lengths to check at: no multiples of a chunk; the first beyond most windows and tables of positions.
-_CHECKS = (1153, 509, 97, 29, 23)
+_CHECKS = (10_007, 1153, 509, 97, 29, 23)
 _CHECK_LOOPING = 97
 #: Not the batch of two that tells what a pass executes once: contrastive heads cost the square of it.
 _CHECK_BATCH = 3
@@ -90,7 +91,7 @@ class _Tracer:
         order = self._order(fits[0].counts.order)
         # A polynomial says what it was made from at the lengths that it was made of: only others can confirm it.
         fitted = {each.sequence_length for each in fits}
-        wanted = [_CHECK_LOOPING, _CHECKS[-1]] if looping else _CHECKS
+        wanted = (_CHECK_LOOPING, _CHECKS[-1]) if looping else (_beyond_windows(fits[0]), *_CHECKS)
         lengths = sorted({min(n, limit or n) for n in wanted} - fitted, reverse=True)
         layers = {at: fit_layer(self.grouping.groups[at], at, order, fits, ()) for at in order}
         wrong, checks = self._check(layers, list(layers), lengths, limit)
@@ -104,6 +105,8 @@ class _Tracer:
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
             reasons += self._chunked(layers, wrong, order, (batch_size, asked), limit)
+        if looping or any(layer.state_bytes for layer in layers.values()):
+            self._check_one_token(layers)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
         layers = {at: replace(layer, mask=mask_terms(layer.parts, sights.get(at))) for at, layer in layers.items()}
@@ -238,6 +241,14 @@ class _Tracer:
             longest_run = longest_run or length
         return wrong, done
 
+    def _check_one_token(self, layers: dict[int, LayerTrace]) -> None:
+        """Take one token out of the range of layers that it costs less or more: some scans take it as generated."""
+        with contextlib.suppress(NotTraceable):
+            one = self._pass(_CHECK_BATCH, 1)
+            for at, layer in layers.items():
+                if not agrees(layer, one, at):
+                    layers[at] = replace(layer, terms_range=(2, layer.terms_range[1] if layer.terms_range else None))
+
     def _checked(self, done: list[Pass], length: int) -> Pass | None:
         """Add a pass of a larger batch; None where a table of positions ends before its length."""
         try:
@@ -264,7 +275,9 @@ class _Tracer:
             fits = [self._pass(1, each) for each in _distinct(_FIT_CHUNKED, limit)]
             asked = self._pass(batch, length)
         except NotTraceable as error:
-            return [f"FLOP of {len(wrong)} layers follow no polynomial, and cannot be counted at {length}: {error}"]
+            return [
+                f"FLOP or KV cache of {len(wrong)} layers follow no formula, nor can be counted at {length}: {error}"
+            ]
         for at in wrong:
             anew = fit_layer(self.grouping.groups[at], at, order, fits, ())
             layers[at] = replace(
@@ -273,10 +286,13 @@ class _Tracer:
                 once=ZERO,
                 parts=anew.parts,
                 once_parts={},
+                kv_fixed=anew.kv_fixed,
+                kv_per_token=anew.kv_per_token,
+                kv_per_later_token=anew.kv_per_later_token,
                 activation=anew.activation,
                 peak=anew.peak,
                 chunked=True,
-                exact={f"{batch}x{length}": Exact(flop=asked.flop(at), parts=dict(asked.parts.get(at, {})))},
+                exact={f"{batch}x{length}": asked.exact(at)},
             )
         return []
 
@@ -313,6 +329,12 @@ class _Tracer:
                 if name not in stored and mine is not None and its is not None and mine != its:
                     ties.add((position[mine], position[its], stored[holder]))
         return tuple(sorted(ties))
+
+
+def _beyond_windows(counted: Pass) -> int:
+    """A length to check at that no window of the KV cache reaches."""
+    windows = [each.window_tokens or 0 for kept in counted.kept.values() for each in kept]
+    return max([0, *windows]) // _CHECKS[0] * _CHECKS[0] + _CHECKS[0]
 
 
 def _distinct(lengths: tuple[int, int, int], limit: int | None) -> tuple[int, int, int]:
