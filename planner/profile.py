@@ -268,6 +268,6 @@ def outside(layers: Sequence[Layer], sequence_length: int, *, batched: bool) -> 
     return [
         f"FLOP or KV cache of {count} layers follow no formula: counted at {first} tokens, estimates elsewhere"
         if first == last
-        else f"FLOP and KV cache of {count} layers are exact from {first} to {last or 'any'} tokens, extrapolated outside"
+        else f"FLOP and KV cache of {count} layers are exact at {first} to {last or 'any'} tokens, else extrapolated"
         for (first, last), count in sorted(left.items(), key=str)
     ]

@@ -77,6 +77,27 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                                                            "n_heads": 4, "max_position_embeddings": 64}),
     "deberta_v2": ("deberta-v2", "DebertaV2Model", {**_SIZES, "relative_attention": True, "position_buckets": 8,
                                                     "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}),
+    # These carry buffers in their checkpoints, but for the second: there the same name is a parameter's.
+    "minimax": ("minimax", "MiniMaxForCausalLM", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                                  "block_size": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        {**_SIZES, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        {**_SIZES, **_MOE, "num_experts": 4, "num_dense_layers": 1, "conv_L_cache": 3,
+         "layer_types": ["conv", "full_attention"] * 2},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        {**_SIZES, "sliding_window": 8, "global_head_dim": 8, "num_kv_shared_layers": 2,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+         "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "deepseek_v4": (
         "deepseek_v4",
         "DeepseekV4ForCausalLM",

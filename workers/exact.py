@@ -47,7 +47,7 @@ def exact_layers(
         for index, traced in enumerate(trace.layers)
     ]
     if members[-1]:
-        layers.append(unused_layer(members[-1], contents.logical, len(layers)))
+        layers.append(unused_layer(members[-1], contents, len(layers)))
     return layers
 
 

@@ -17,12 +17,20 @@ from workers.model_config import ModelConfig, read_config
 from workers.progress import Progress, silent
 from workers.quantised import Stored, logical_tensors
 
-#: Names of buffers that older checkpoints carry; they cost bytes and are no parameters.
+#: Names of the buffers that checkpoints carry; they cost bytes and are no parameters.
 _BUFFERS = (
     ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
     "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
-    "e_score_correction_bias", "final_logits_bias",
+    "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
+    ".diagonal_decay", ".act_fn.beta", ".act_fn.eps",
 )  # fmt: skip
+#: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
+_BALANCES = ("e_score_correction_bias", ".expert_bias")
+_BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
+    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text"), (*_BALANCES, ".gate.bias")),
+    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
+}
+_NOTHING: Mapping[str, bool] = {}
 _WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
 #: Architectures that end in a head over the vocabulary.
 _WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
@@ -46,6 +54,20 @@ class Contents:
     #: Most common dtype of the weights by bytes.
     dtype: str
 
+    def parameters(self, tensor: Tensor, known: Mapping[str, bool] = _NOTHING) -> int:
+        """Parameters that a stored tensor holds: all its values, unless it is a buffer.
+
+        Args:
+            tensor: Of this checkpoint.
+            known: Whether it is one, by logical name; else its own name tells.
+        """
+        name, stored = tensor.name, self.logical[tensor.name]
+        is_buffer = stored.logical == name and (
+            name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
+            or (tensor.dtype in _WHOLE_NUMBERS and not name.endswith("weight") and stored.values <= tensor.size_bytes)
+        )
+        return stored.values if known.get(stored.logical, not is_buffer) else 0
+
 
 def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:
     """Read a checkpoint's config and headers; no torch, numpy or Hub client is loaded for a folder.
@@ -65,8 +87,15 @@ def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Con
     )
 
 
-def general_layers(contents: Contents, *, kv_dtype: str | None = None) -> tuple[list[Layer], list[str]]:
+def general_layers(
+    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, bool] = _NOTHING
+) -> tuple[list[Layer], list[str]]:
     """Layers by the checkpoint's own names, their costs at batch 1 and one token by the general rule.
+
+    Args:
+        contents: The checkpoint's.
+        kv_dtype: Dtype of the cached keys and values; default the model's.
+        known: Which tensors are parameters, by logical name, where the model's code told.
 
     Returns:
         The layers, and the reasons why their FLOP and KV bytes are approximate.
@@ -87,12 +116,12 @@ def general_layers(contents: Contents, *, kv_dtype: str | None = None) -> tuple[
     cache_dtype = canonical(kv_dtype) if kv_dtype else float_dtype(contents)
     assert cache_dtype is not None
     layers = [
-        _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype)
+        _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known)
         for index, group in enumerate(grouping.groups)
     ]
     layers = _with_tied_head(layers, contents)
     if members.get(len(grouping.groups)):
-        layers.append(unused_layer(members[len(grouping.groups)], logical, len(layers)))
+        layers.append(unused_layer(members[len(grouping.groups)], contents, len(layers)))
     reasons = [
         "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
     ]
@@ -109,15 +138,6 @@ def float_dtype(contents: Contents) -> str:
     if contents.dtype in {"F32", "F16", "BF16", "F64"}:
         return contents.dtype
     return "BF16" if any(tensor.dtype == "BF16" for tensor in contents.headers.tensors) else "F16"
-
-
-def parameters(tensor: Tensor, stored: Stored) -> int:
-    """Parameters that a stored tensor holds, by the general rule: all its values, unless it is a buffer's name."""
-    if stored.logical == tensor.name and tensor.name.endswith(_BUFFERS):
-        return 0
-    if stored.logical == tensor.name and tensor.dtype in _WHOLE_NUMBERS and not tensor.name.endswith("weight"):
-        return 0
-    return stored.values
 
 
 def check_depth(grouping: Grouping, config: ModelConfig) -> None:
@@ -151,10 +171,16 @@ def _extra_layers(names: Mapping[str, int], config: ModelConfig) -> tuple[str, .
 
 
 def _general_layer(
-    group: Group, tensors: tuple[Tensor, ...], contents: Contents, *, index: int, kv_dtype: str
+    group: Group,
+    tensors: tuple[Tensor, ...],
+    contents: Contents,
+    *,
+    index: int,
+    kv_dtype: str,
+    known: Mapping[str, bool],
 ) -> Layer:
     config, dtype = contents.config, float_dtype(contents)
-    values = [parameters(tensor, contents.logical[tensor.name]) for tensor in tensors]
+    values = [contents.parameters(tensor, known) for tensor in tensors]
     terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
     share = rules.expert_share(config)
     kv = None
@@ -221,13 +247,13 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
     return [head if layer is old else layer for layer in layers]
 
 
-def unused_layer(tensors: Sequence[Tensor], logical: Mapping[str, Stored], index: int) -> Layer:
+def unused_layer(tensors: Sequence[Tensor], contents: Contents, index: int) -> Layer:
     """The entry that holds what no layer uses."""
     return Layer(
         name="unused",
         index=index,
         layer_type="unused",
-        num_params=sum(parameters(tensor, logical[tensor.name]) for tensor in tensors),
+        num_params=sum(contents.parameters(tensor) for tensor in tensors),
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
         tensors=tuple(tensors),
     )

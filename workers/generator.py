@@ -7,6 +7,7 @@ then the profile says so in `approximate`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def generate(
     if kv_dtype is not None and canonical(kv_dtype) is None:
         raise InvalidInput(f"kv_dtype {kv_dtype[:40]!r} is not known; bfloat16, float16, float8_e4m3fn ... are")
     contents = read_contents(checkpoint, progress=progress)
-    trace, reasons = (None, []) if not compute else _trace(contents, cache_dir, batch_size, sequence_length)
+    trace, reasons, known = _trace(contents, cache_dir, batch_size, sequence_length) if compute else (None, [], {})
     if trace is None:
-        layers, approximate = general_layers(contents, kv_dtype=kv_dtype)
+        layers, approximate = general_layers(contents, kv_dtype=kv_dtype, known=known)
         layers = [
             layer.at(batch_size=batch_size, sequence_length=sequence_length, from_batch=1, from_sequence=1)
             for layer in layers
@@ -93,8 +94,8 @@ def generate(
 
 def _trace(
     contents: Contents, cache_dir: Path | None, batch_size: int, sequence_length: int
-) -> tuple[ModelTrace | None, list[str]]:
-    """The model's trace, from the cache or made now; or None and why it cannot be had.
+) -> tuple[ModelTrace | None, list[str], Mapping[str, bool]]:
+    """The model's trace, from the cache or made now; or None, why it cannot be had, and which tensors are parameters.
 
     Raises:
         InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
@@ -108,16 +109,16 @@ def _trace(
     cache = TraceCache(cache_dir, contents.config, sizes)
     cached = cache.read()
     if cached is not None and cached.covers(batch_size, sequence_length):
-        return cached, []
+        return cached, [], {}
     try:
         from workers.skeleton import NotTraceable
         from workers.tracer import trace
     except ModuleNotFoundError as error:
-        return None, [f"torch and transformers are not installed: {error.name} is missing"]
+        return None, [f"torch and transformers are not installed: {error.name} is missing"], {}
     except ImportError as error:
-        return None, [f"the installed torch and transformers do not do: {error}"[:300]]
+        return None, [f"the installed torch and transformers do not do: {error}"[:300]], {}
     try:
         made = trace(contents.config, sizes, batch_size=batch_size, sequence_length=sequence_length)
     except NotTraceable as error:
-        return None, [str(error)]
-    return cache.write(made, cached), []
+        return None, [str(error)], error.known
+    return cache.write(made, cached), [], {}

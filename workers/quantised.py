@@ -33,7 +33,9 @@ _BESIDE_WEIGHT = (
 _BESIDE_MODULE = {
     "qzeros", "scales", "g_idx", "SCB", "weight_format", "input_scale", "output_scale", "input_global_scale",
     "input_zero_point", "output_zero_point", "k_scale", "v_scale", "q_scale", "activation_scale", "scb",
+    "input_scale_ub", "pre_quant_scale", "qscale_weight", "qscale_act",
 }  # fmt: skip
+_SMALL = {"F8_E4M3", "F8_E5M2", "I8", "U8", "F4"}
 #: Stored names of a module's packed weight, beside the plain `weight`.
 _PACKED = ("qweight", "weight_packed")
 #: Methods whose packing the suffixes below tell in full.
@@ -141,6 +143,8 @@ def _stored(tensor: Tensor, found: Mapping[str, Tensor], states: set[str], bits:
             return Stored(name, count * 2)
         if method == "bitnet" and last == "weight":
             return Stored(name, count * 4)
+    if tensor.dtype == "I8" and method == "fp8" and (f"{module}.scale" in found or f"{name}_scale_inv" in found):
+        return Stored(name, count * 2)  # of FP4, two in a byte
     return Stored(name, count)
 
 
@@ -159,4 +163,8 @@ def _accompanied(name: str, module: str, last: str, found: Mapping[str, Tensor])
                 return f"{module}.weight"
         if last in {"k_scale", "v_scale", "q_scale"}:
             return f"{module}.{last}"
+    # Models have scales of their own, too, but none beside a weight of a byte or less a value.
+    weight = found.get(f"{module}.weight")
+    if last == "scale" and weight is not None and weight.dtype in _SMALL:
+        return weight.name
     return None

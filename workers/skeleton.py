@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ _FALLBACKS = (
 
 class NotTraceable(Exception):
     """Why a model cannot be counted exactly; the text becomes an entry of `ModelProfile.approximate`."""
+
+    #: Whether each tensor is a parameter, by logical name, as far as the model that cannot be run tells.
+    known: Mapping[str, bool] = {}
 
 
 def build(config: ModelConfig) -> PreTrainedModel:

@@ -62,7 +62,13 @@ def trace(
         InvalidCheckpoint: If the tensors are not those of the config's model.
     """
     with _LOCK, quiet(), uncollected():
-        return _Tracer(config).run(tensors, batch_size, sequence_length)
+        tracer = _Tracer(config)
+        places = tracer.place(tensors)
+        try:
+            return tracer.run(places, batch_size, sequence_length)
+        except NotTraceable as error:
+            error.known = {name: each.parameter is not None for name, each in places.items() if each.layer >= 0}
+            raise
 
 
 class _Tracer:
@@ -81,11 +87,16 @@ class _Tracer:
         self.parts: dict[tuple[int, str], str] = {}
         self.subject = Subject(self.tree, self.layer_of)
 
-    def run(self, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
+    def place(self, tensors: Mapping[str, int]) -> dict[str, Place]:
+        """Where each tensor belongs, checked."""
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
         places = place_tensors(self.tree, tensors, self.grouping, self.layer_of, rename)
         check_stacks(self.tree, tensors, places, self.grouping, rename)
         check_sizes(self.parameters, tensors, places)
+        return places
+
+    def run(self, places: Mapping[str, Place], batch_size: int, sequence_length: int) -> ModelTrace:
+        """Count, at several batch sizes and lengths."""
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
         order = self._order(fits[0].counts.order)

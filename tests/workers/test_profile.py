@@ -313,6 +313,26 @@ def _linear(layout: str, rows: int, columns: int) -> dict[str, tuple[str, list[i
             }
         case "fp8":
             return {"weight": ("F8_E4M3", [rows, columns]), "weight_scale_inv": ("F32", [1, 1])}
+        case "fp8_scale":  # DeepSeek-V4
+            return {"weight": ("F8_E4M3", [rows, columns]), "scale": ("F8_E8M0", [1, 1])}
+        case "fp4":  # its experts
+            return {"weight": ("I8", [rows, columns // 2]), "scale": ("F8_E8M0", [rows, 1])}
+        case "fp8_qscale":  # Mistral Large
+            return {
+                "weight": ("F8_E4M3", [rows, columns]),
+                "qscale_weight": ("BF16", [1]),
+                "qscale_act": ("BF16", [1]),
+            }
+        case "fbgemm":
+            return {
+                "weight": ("F8_E4M3", [rows, columns]),
+                "weight_scale": ("F32", [rows, 1]),
+                "input_scale_ub": ("F32", [1]),
+            }
+        case "eetq":
+            return {"weight": ("I8", [rows, columns]), "weight_scales": ("F16", [rows])}
+        case "modelopt_awq":
+            return {**_linear("modelopt", rows, columns), "pre_quant_scale": ("BF16", [columns])}
         case _:
             return {"weight": ("BF16", [rows, columns])}
 
@@ -328,6 +348,12 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "nvfp4": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "fp8_scale": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+    "fp4": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+    "fp8_qscale": {"quant_method": "fp8", "activation_scheme": "static"},
+    "fbgemm": {"quant_method": "fbgemm_fp8"},
+    "eetq": {"quant_method": "eetq"},
+    "modelopt_awq": {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
 }
 
 
@@ -350,6 +376,13 @@ def test_quantised_repositories_have_their_true_parameters_and_stored_bytes(layo
     assert profile.total_bytes == len(checkpoint.contents["model.safetensors"]) - 8 - header
     assert all(layer.layer_type != "unused" for layer in profile.layers)
     assert profile.approximate == plain.approximate
+
+
+def test_experts_of_two_values_a_byte_are_parameters_by_name_alone() -> None:
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {experts: ("I8", [2, 8, 4]), f"{experts}_scale_inv": ("F8_E8M0", [2, 8, 1])}
+    config = {"model_type": "new", "num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8"}}
+    assert generate(memory(config, tensors), compute=False).total_params == 2 * 8 * 8
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from workers.folder import open_folder
 from workers.generator import generate
 from workers.headers import read_headers
 from workers.inputs import make_inputs
-from workers.skeleton import quiet
+from workers.skeleton import NotTraceable, quiet
 
 BATCH, LENGTH = 2, 24
 
@@ -47,6 +47,8 @@ def test_every_tensor_is_in_one_layer_and_every_layer_has_its_own(name: str) -> 
         config = transformers.AutoConfig.from_pretrained(folder)
         model, info = getattr(transformers, config.architectures[0]).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
+    # Without the model's code, too: the buffers that its checkpoint carries are told by their names.
+    assert generate(open_folder(folder), compute=False).total_params == profile.total_params
     # What the loaded model holds below a layer's name, tied weights once, is what the profile says that it has.
     assert profile.total_params == sum(each.numel() for each in model.parameters())
     counted: set[int] = set()
@@ -96,7 +98,9 @@ _ESTIMATED = {
     "clip": _LENGTHS,
     "qwen3_next": _LENGTHS,
     "deepseek_v4": _LENGTHS,
+    "minimax": _LENGTHS,
     "mamba": (1,),
+    "lfm2_moe": (1,),
     "jamba": (1,),
 }
 
@@ -110,6 +114,20 @@ def test_cost_and_cache_at_other_lengths_are_right_or_said_to_be_estimates(name:
         told = profile.total_compute, sum(layer.kv_cache_bytes for layer in profile.layers)
         if not profile.approximate or length not in _ESTIMATED.get(name, ()):
             assert (told, profile.approximate) == ((flop, cached_bytes(output)), ()), length
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "ernie4_5_moe"])
+def test_a_model_that_cannot_be_run_still_tells_its_parameters_from_its_buffers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise NotTraceable("no")
+
+    monkeypatch.setattr("workers.tracer._Tracer.run", refuse)
+    monkeypatch.setattr("workers.general._BALANCES_OF", {})
+    profile = generate(open_folder(folder_of(name)))
+    assert profile.approximate[-1] == "no"
+    assert profile.total_params == profiled(name).total_params
 
 
 def test_kv_dtype_shrinks_keys_and_values_but_no_state() -> None:

@@ -18,7 +18,7 @@ from workers.inputs import make_inputs
 from workers.skeleton import quiet
 
 #: Their scans are padded to a chunk, so that no polynomial is exact at other lengths.
-_CHUNKED = {"mamba2", "qwen3_next", "deepseek_v4"}
+_CHUNKED = {"mamba2", "qwen3_next", "deepseek_v4", "minimax"}
 
 
 #: The product of all texts with all images grows with the square of the batch.
