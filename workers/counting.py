@@ -71,7 +71,35 @@ class Subject:
         self.structures: dict[Any, int] = {}
 
 
-_BOOL, _ITEM, _INDEX = Tensor.__bool__, Tensor.item, torch.ops.aten.index
+_BOOL, _ITEM, _INDEX = Tensor.__bool__, Tensor.item, torch.ops.aten.index.Tensor
+#: Operators whose FLOP follow from their operands' shapes.
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+_Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
+#: Operator's identity (torch hashes one in Python) -> the operator and its rule.
+_RULES: dict[int, tuple[Any, _Rule | None]] = {}
+
+
+def _rule(func: Any) -> _Rule | None:
+    """Give torch's own rule for an operator's FLOP, from operands, keywords and result."""
+    known = _RULES.get(id(func))
+    if known is not None:
+        return known[1]
+    packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
+    registered: Any = flop_registry.get(packet)
+    rule: _Rule | None = None
+    if packet in _PRODUCTS and hasattr(registered, "__wrapped__"):
+        # torch would look for tensors in nested arguments first, which takes longer than all else.
+        def rule(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+            shapes = [value.shape for value in args]
+            return int(registered.__wrapped__(*shapes, out_shape=out.shape, **kwargs))
+
+    elif registered is not None:
+
+        def rule(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+            return int(registered(*args, **kwargs, out_val=out))
+
+    _RULES[id(func)] = func, rule
+    return rule
 
 
 class Truth(TorchFunctionMode):
@@ -120,10 +148,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
-        packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
-        rule = flop_registry.get(packet)
+        rule = _rule(func)
         if rule is not None:
-            counts.flop[self.layer, self._stack[-1] if self._stack else ""] += rule(*args, **kwargs, out_val=out)
+            counts.flop[self.layer, self._stack[-1] if self._stack else ""] += rule(args, kwargs, out)
         weighted = False
         if self.masks:
             self._sees(args, out, rule is None)
@@ -134,7 +161,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for each in value:
                     if isinstance(each, Tensor):
                         weighted |= self.reads(each)
-        if packet is _INDEX and self._gathers(args, out):
+        if func is _INDEX and self._gathers(args, out):
             return out
         if isinstance(out, Tensor):
             self.makes(out, weighted)
@@ -258,8 +285,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with real tensors (grids of image patches) made meta where they meet meta tensors."""
+    for value in args:
+        if isinstance(value, Tensor) and not value.is_meta and value.ndim:
+            break
+    else:
+        return args
     real = [at for at, value in enumerate(args) if isinstance(value, Tensor) and not value.is_meta and value.ndim]
-    if not real or not any(value.is_meta for value in tensors_in(args)):
+    if not any(value.is_meta for value in tensors_in(args)):
         return args
     return tuple(value.to("meta") if at in real else value for at, value in enumerate(args))
 

@@ -6,6 +6,7 @@ No formula per architecture: grouped, latent, sliding, cross and linear attentio
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def watch(updated: Callable[[Any, int], None]) -> Iterator[None]:
     originals = {name: method for name, method in vars(Cache).items() if name.startswith("update")}
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(method)
+        signature = _signature(method)
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             index = signature.bind(self, *args, **kwargs).arguments.get("layer_idx")
@@ -92,6 +93,9 @@ def watch(updated: Callable[[Any, int], None]) -> Iterator[None]:
     finally:
         for name, method in originals.items():
             setattr(Cache, name, method)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _holds(cache: Any, index: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ class _Zeros(TorchFunctionMode):
 
 def sight_of(mask_function: Callable[..., Any]) -> Sight | None:
     """What a mask function lets see; None where it cannot be asked."""
+    return _causal() if mask_function is causal_mask_function else _asked(mask_function)
+
+
+@cache
+def _causal() -> Sight | None:
+    return _asked(causal_mask_function)
+
+
+def _asked(mask_function: Callable[..., Any]) -> Sight | None:
     none = torch.zeros(1, 1, dtype=torch.long)
 
     def sees(query: int, keys: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a few operators make of meta tensors, without torch's own reference code in Python.
 
 Half the time of a pass goes into that code for operators whose result is plain: element-wise ones (of the operands'
-common shape and dtype, laid out as they are), means, concatenations and ranges. Everything else is left to torch.
+common shape and dtype, laid out as they are), products, means, concatenations and ranges. Everything else is left
+to torch.
 """
 
 from __future__ import annotations
@@ -23,19 +24,29 @@ _WHOLE = {_aten.add.Tensor, _aten.mul.Tensor, _aten.where.self}
 _COMPARISONS = {_aten.le.Tensor, _aten.lt.Tensor, _aten.ge.Tensor, _aten.gt.Tensor, _aten.ge.Scalar, _aten.gt.Scalar}
 _BITS = {_aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor}
 _MEAN, _CAT, _ARANGE, _WHERE = _aten.mean.dim, _aten.cat.default, _aten.arange.default, _aten.where.self
+_PRODUCTS = {_aten.mm.default, _aten.bmm.default}
 _META = torch.device("meta")
-_KNOWN = _ARITHMETIC | _COMPARISONS | _BITS | {_WHERE}
+_ELEMENTWISE = _ARITHMETIC | _COMPARISONS | _BITS | {_WHERE}
+# By identity: torch hashes an operator in Python.
+_KINDS = {id(func): kind for kind in (_ELEMENTWISE, _PRODUCTS, {_MEAN}, {_CAT}, {_ARANGE}) for func in kind}
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The operator's result, or None where torch must tell."""
-    if func in _KNOWN and not kwargs:
+    kind = _KINDS.get(id(func))
+    if kind is None:
+        return None
+    if func is _ARANGE:
+        return _arange(args[0], kwargs)
+    if kwargs:
+        return None
+    if kind is _ELEMENTWISE:
         return _elementwise(func, args)
-    if func is _CAT and not kwargs:
+    if kind is _PRODUCTS:
+        return _product(*args)
+    if func is _CAT:
         return _cat(*args)
-    if func is _MEAN and not kwargs and len(args) == 3:
-        return _mean(*args)
-    return _arange(args[0], kwargs) if func is _ARANGE else None
+    return _mean(*args) if len(args) == 3 else None
 
 
 def _elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
@@ -144,6 +155,16 @@ def _arange(end: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if type(end) is not int or end < 0 or given != {"device": _META}:
         return None
     return torch.empty((end,), dtype=dtype, device="meta")
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor | None:
+    """Of two matrices, or of several pairs."""
+    sizes, others = one.shape, other.shape
+    if not (one.is_meta and other.is_meta and one.dtype == other.dtype) or len(sizes) != len(others):
+        return None
+    if sizes[:-2] != others[:-2] or sizes[-1] != others[-2]:
+        return None
+    return torch.empty((*sizes[:-1], others[-1]), dtype=one.dtype, device="meta")
 
 
 def _mean(tensor: Tensor, dims: list[int], keepdim: bool) -> Tensor | None:

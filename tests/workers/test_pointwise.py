@@ -107,3 +107,13 @@ def test_what_does_not_fit_is_left_to_torch_to_refuse() -> None:
     assert pointwise(_aten.add.Tensor, (one, other), {}) is None
     assert pointwise(_aten.cat.default, ([one, other],), {}) is None
     assert pointwise(_aten.add.Tensor, (torch.ones(2), one), {}) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), batch=st.sampled_from([(), (2,)]))
+def test_products(data: st.DataObject, batch: tuple[int, ...]) -> None:
+    func = _aten.bmm.default if batch else _aten.mm.default
+    one = data.draw(tensors(shape=(*batch, 3, 4), dtype=torch.float32))
+    assert same(func, one, data.draw(tensors(shape=(*batch, 4, 5), dtype=torch.float32)))
+    assert pointwise(func, (one, data.draw(tensors(shape=(*batch, 3, 5), dtype=torch.float32))), {}) is None
+    assert pointwise(func, (one, data.draw(tensors(shape=(*batch, 4, 5), dtype=torch.bfloat16))), {}) is None
