@@ -19,6 +19,7 @@ from workers.kv import watch
 from workers.masks import Sight, watch_masks
 
 _SCALARS = (bool, int, float, str, type(None))
+_PLAIN = set(_SCALARS)
 #: Attributes that differ between layers that cost the same.
 _POSITIONS = {"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "block_idx", "index"}
 
@@ -188,11 +189,11 @@ def _structure(module: nn.Module, entries: Any) -> Any:
 def _settings(module: nn.Module, path: str, found: list[Any]) -> None:
     found.append((path, type(module)))
     for name, value in module.__dict__.items():
-        if name[0] != "_" and name not in _POSITIONS and _is_setting(value):
+        if name[0] != "_" and (type(value) in _PLAIN or _is_setting(value)) and name not in _POSITIONS:
             found.append((name, tuple(value) if isinstance(value, list) else value))
     for kept in (module._parameters, module._buffers):  # noqa: SLF001 (parameters() would recurse)
         for name, tensor in kept.items():
-            found.append((name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)))
+            found.append((name, None if tensor is None else (tensor.shape, tensor.dtype)))
     for name, child in module._modules.items():  # noqa: SLF001
         if child is not None:
             _settings(child, f"{path}.{name}", found)

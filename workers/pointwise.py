@@ -1,8 +1,8 @@
 """What a few operators make of meta tensors, without torch's own reference code in Python.
 
 Half the time of a pass goes into that code for operators whose result is plain: element-wise ones (of the operands'
-common shape and dtype, laid out as they are), products, means, concatenations and ranges. Everything else is left
-to torch.
+common shape and dtype, laid out as they are), products, means, shares, look-ups, concatenations and ranges.
+Everything else is left to torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ _WHOLE = {_aten.add.Tensor, _aten.mul.Tensor, _aten.where.self}
 _COMPARISONS = {_aten.le.Tensor, _aten.lt.Tensor, _aten.ge.Tensor, _aten.gt.Tensor, _aten.ge.Scalar, _aten.gt.Scalar}
 _BITS = {_aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor}
 _MEAN, _CAT, _ARANGE, _WHERE = _aten.mean.dim, _aten.cat.default, _aten.arange.default, _aten.where.self
+_SHARES, _LOOK_UP = _aten._softmax.default, _aten.embedding.default  # noqa: SLF001 (the operator's name)
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default}
 _META = torch.device("meta")
 _ELEMENTWISE = _ARITHMETIC | _COMPARISONS | _BITS | {_WHERE}
 # By identity: torch hashes an operator in Python.
-_KINDS = {id(func): kind for kind in (_ELEMENTWISE, _PRODUCTS, {_MEAN}, {_CAT}, {_ARANGE}) for func in kind}
+_OTHERS = {_MEAN, _CAT, _ARANGE, _SHARES, _LOOK_UP}
+_KINDS = {id(func): kind for kind in (_ELEMENTWISE, _PRODUCTS, _OTHERS) for func in kind}
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -46,7 +48,11 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return _product(*args)
     if func is _CAT:
         return _cat(*args)
-    return _mean(*args) if len(args) == 3 else None
+    if func is _LOOK_UP:
+        return _look_up(*args[:2])
+    if len(args) != 3:
+        return None
+    return _shares(*args) if func is _SHARES else _mean(*args)
 
 
 def _elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
@@ -165,6 +171,20 @@ def _product(one: Tensor, other: Tensor) -> Tensor | None:
     if sizes[:-2] != others[:-2] or sizes[-1] != others[-2]:
         return None
     return torch.empty((*sizes[:-1], others[-1]), dtype=one.dtype, device="meta")
+
+
+def _look_up(table: Tensor, rows: Tensor) -> Tensor | None:
+    """Rows of a table by their numbers."""
+    if not (table.is_meta and rows.is_meta) or table.ndim != 2:
+        return None
+    return torch.empty((*rows.shape, table.shape[1]), dtype=table.dtype, device="meta")
+
+
+def _shares(tensor: Tensor, dim: int, widened: bool) -> Tensor | None:
+    """A softmax."""
+    if widened or not (tensor.is_meta and tensor.is_contiguous() and -tensor.ndim <= dim < tensor.ndim):
+        return None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _mean(tensor: Tensor, dims: list[int], keepdim: bool) -> Tensor | None:

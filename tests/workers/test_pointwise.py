@@ -117,3 +117,22 @@ def test_products(data: st.DataObject, batch: tuple[int, ...]) -> None:
     assert same(func, one, data.draw(tensors(shape=(*batch, 4, 5), dtype=torch.float32)))
     assert pointwise(func, (one, data.draw(tensors(shape=(*batch, 3, 5), dtype=torch.float32))), {}) is None
     assert pointwise(func, (one, data.draw(tensors(shape=(*batch, 4, 5), dtype=torch.bfloat16))), {}) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(one=tensors(dtype=torch.float32), dim=st.integers(-1, 3))
+def test_shares(one: torch.Tensor, dim: int) -> None:
+    if dim < one.ndim and (one.ndim or dim == -1):
+        assert same(_aten._softmax.default, one, dim, False) or not one.is_contiguous()
+    else:
+        assert pointwise(_aten._softmax.default, (one, dim, False), {}) is None
+    assert pointwise(_aten._softmax.default, (one, dim, True), {}) is None
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_look_ups(shape: tuple[int, ...]) -> None:
+    short = pointwise(_aten.embedding.default, tuple(torch.empty(s, device="meta") for s in ((7, 5), shape)), {})
+    wanted = _aten.embedding.default(torch.empty(7, 5), torch.zeros(shape, dtype=torch.long))
+    assert short is not None
+    assert (short.shape, short.stride(), short.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+    assert pointwise(_aten.embedding.default, (torch.empty(7, 5), torch.zeros(shape, dtype=torch.long)), {}) is None
