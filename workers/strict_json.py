@@ -32,7 +32,7 @@ def pairs(value: Any, where: str) -> tuple[tuple[str, Any], ...]:
     """`value` if it is a JSON object without a doubled key."""
     if not isinstance(value, tuple):
         raise InvalidCheckpoint(f"{where} must be a JSON object, got {show(value)}")
-    if len({key for key, _ in value}) != len(value):
+    if len(dict(value)) != len(value):
         seen: set[str] = set()
         doubled = sorted({key for key, _ in value if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
         raise InvalidCheckpoint(f"{where}: key written twice: {some(doubled)}", details={"keys": doubled[:20]})
