@@ -72,6 +72,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
          "use_mamba_kernels": False},
     ),
+    # Its four layers are one that is run four times, which is what its checkpoint holds.
+    "albert": ("albert", "AlbertForMaskedLM", {**_SIZES, "embedding_size": 16, "num_hidden_groups": 1}),
     "roberta": ("roberta", "RobertaForMaskedLM", {**_SIZES, "max_position_embeddings": 66}),
     "distilbert": ("distilbert", "DistilBertForMaskedLM", {**_LAYERS, "dim": 32, "hidden_dim": 48, "n_layers": 2,
                                                            "n_heads": 4, "max_position_embeddings": 64}),

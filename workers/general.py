@@ -146,7 +146,8 @@ def check_depth(grouping: Grouping, config: ModelConfig) -> None:
     Raises:
         InvalidCheckpoint: If it has more or fewer.
     """
-    wanted = config.number("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    # Layers that share their weights are stored once.
+    wanted = config.number("num_hidden_groups", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     stacks = grouping.stacks
     if wanted is None or len(stacks) != 1 or config.text is not config.values:
         return
