@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,6 +168,11 @@ def test_the_kv_cache_scales_with_its_dtype_and_fixed_states_do_not() -> None:
     assert [layer.kv_cache_bytes for layer in half.layers] == [100 + 4 * 10, 17]
     assert with_kv_dtype(profile, "float32").layers[0].kv_cache_bytes == 100 + 16 * 10
     assert with_kv_dtype(profile, "torch.bfloat16") == profile
+    # Beyond a window, and where what was counted is not what the terms say.
+    terms = KvTerms(bytes_per_token=16, window_tokens=4, bytes_per_later_token=2)
+    layer = replace(profile.layers[0], kv_terms=terms, kv_cache_bytes=terms.bytes_at(1, 10) + 8)
+    (wide,) = with_kv_dtype(replace(profile, batch_size=1, sequence_length=10, layers=(layer,)), "F32").layers
+    assert wide.kv_cache_bytes == 2 * (4 * 16 + 6 * 2) + 16
     with pytest.raises(InvalidInput, match="is not known"):
         with_kv_dtype(profile, "F7")
     with pytest.raises(InvalidInput, match="dtype is U8, which does not tell"):
