@@ -22,12 +22,12 @@ _BUFFERS = (
     ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
     "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
     "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
-    ".diagonal_decay", ".act_fn.beta", ".act_fn.eps",
+    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps",
 )  # fmt: skip
 #: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
 _BALANCES = ("e_score_correction_bias", ".expert_bias")
 _BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
-    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text"), (*_BALANCES, ".gate.bias")),
+    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
     **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
 }
 _NOTHING: Mapping[str, bool] = {}

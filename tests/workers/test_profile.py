@@ -378,6 +378,26 @@ def test_quantised_repositories_have_their_true_parameters_and_stored_bytes(layo
     assert profile.approximate == plain.approximate
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "params"),
+    [
+        ("deepseek_v4", "model.layers.0.ffn.gate.bias", 0),
+        ("inkling_mm_model", "model.llm.layers.0.mlp.gate.bias", 0),
+        ("qwen9", "model.layers.0.mlp.gate.bias", 4),
+        ("hy_v3", "model.layers.0.mlp.expert_bias", 0),
+        ("afmoe", "model.layers.0.mlp.expert_bias", 4),
+        ("mistral_large4", "lerope.alpha", 0),
+        ("apertus", "model.layers.0.mlp.act_fn.beta", 0),
+    ],
+)
+def test_what_balances_and_scales_is_a_buffer_by_its_name_where_it_is_one(
+    model_type: str, name: str, params: int
+) -> None:
+    tensors: dict[str, tuple[str, list[int]]] = {name: ("F32", [4]), "model.layers.0.a.weight": ("F32", [2, 2])}
+    profile = generate(memory({"model_type": model_type, "num_hidden_layers": 1}, tensors), compute=False)
+    assert profile.total_params == 4 + params
+
+
 def test_experts_of_two_values_a_byte_are_parameters_by_name_alone() -> None:
     experts = "model.layers.0.mlp.experts.gate_up_proj"
     tensors = {experts: ("I8", [2, 8, 4]), f"{experts}_scale_inv": ("F8_E8M0", [2, 8, 1])}
