@@ -50,7 +50,8 @@ def greedy_once(problem: Problem) -> Found:
     def solve_way(work: Work) -> Found:
         found = solve(work, problem.rate, budget_s=problem.options.time_budget_s)
         if found is None:
-            return None, math.inf if is_exact(work) else lower_bound_s(work)
+            thorough = problem.options.time_budget_s != math.inf
+            return None, math.inf if is_exact(work) else lower_bound_s(work, thorough=thorough)
         return work.layers(found.assignment), found.lower_bound_s
 
     return _best_way(problem, solve_way)
@@ -203,9 +204,9 @@ def best_answer(problem: Problem, strategy: str, once: Once) -> Answer:
             return _balanced(problem, best, once)
         return best
 
-    def solver(changed: Problem) -> float | None:
+    def solver(changed: Problem) -> Ints | None:
         answer = attempt(changed, once)
-        return changed.bottleneck_s(answer.nodes) if isinstance(answer, Answer) else None
+        return answer.nodes if isinstance(answer, Answer) else None
 
     raise infeasible(problem, solver, strategy=strategy, proven=best, fastest_s=fastest)
 

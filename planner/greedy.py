@@ -56,7 +56,7 @@ def solve(work: Work, rate: Floats, *, budget_s: float | None = None) -> Solutio
     Returns:
         The best found, or None if none was found: `exact` work then has none.
     """
-    bound = lower_bound_s(work, thorough=not is_exact(work))
+    bound = lower_bound_s(work, thorough=not is_exact(work) and budget_s != math.inf)
     if len(work.kind) == 0:
         empty = np.zeros(0, dtype=np.int64)
         return Solution(assignment=empty, bottleneck_s=bound, lower_bound_s=bound, exact=True)
@@ -97,18 +97,19 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     best: Ints | None = None
     reached = math.inf
     large = len(work.kind) * len(work.base_s) > 200_000
+    anything = budget_s == math.inf
 
     def consider(assignment: Ints | None, *, steps: int = 40 if large else 400) -> None:
         nonlocal best, reached
         if assignment is None:
             return
-        refined = refine(work, assignment, target_s=bound, steps=steps)
+        refined = refine(work, assignment, target_s=bound, steps=0 if anything else steps)
         seconds = float(work.loads_s(refined).max())
         if seconds < reached * (1 - SLACK):
             best, reached = refined, seconds
 
     consider(earliest_finish(work, by_compute(work)))
-    if best is None or not large:
+    if best is None or not (large or anything):
         consider(earliest_finish(work, by_tightness(work, bound)))
     if best is None:
         consider(best_fit(work, by_tightness(work, math.inf), math.inf))
@@ -119,7 +120,7 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         consider(mend(work, start, math.inf, steps=600))
     if best is None:
         return None
-    if budget_s is not None and math.isinf(budget_s):
+    if anything:
         return Solution(assignment=best, bottleneck_s=reached, lower_bound_s=bound, exact=False)
     low, high = bound, reached
     for _ in range(3 if large else 10):

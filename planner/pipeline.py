@@ -152,14 +152,14 @@ def _drop_idle(counts: Counts, hosting: Hosting) -> Hosting:
 
 
 def solve_pipeline(problem: Problem, *, budget_s: float | None = None) -> Found:
-    """Contiguous stages with the smallest bottleneck, or with the fewest nodes within `budget_s`.
+    """Contiguous stages with the smallest bottleneck, or with the fewest nodes within `budget_s`; any if infinite.
 
     Returns:
         ((L,) nodes or None, lower bound in seconds); the bound is infinite where it is proven that there is no plan.
     """
     work = build_work(problem)
     run = in_order(problem, work)
-    bound = lower_bound_s(work, thorough=run is None)
+    bound = lower_bound_s(work, thorough=run is None and budget_s != math.inf)
     if run is not None:
         return _solve_run(*run, bound, budget_s)
     return _solve_sequence(problem, bound, budget_s)

@@ -146,6 +146,12 @@ def _usable(cluster: Cluster, options: PlanOptions) -> tuple[list[Node], dict[st
     return nodes, left_out
 
 
+def usable_bytes(node: Node, options: PlanOptions, peak_bytes: int) -> int:
+    """What a node's memory leaves for layers: its share of it, less the reserve and working sets."""
+    share = options.max_memory_share.get(node.node_id, 1.0)
+    return max(0, math.floor(node.memory_bytes * share) - options.reserve_bytes - peak_bytes)
+
+
 def _kinds(columns: Sequence[NDArray[np.generic]]) -> tuple[Ints, Ints]:
     """(first layer of each kind, kind of each layer), kinds by first appearance."""
     order: dict[tuple[object, ...], int] = {}
@@ -230,18 +236,7 @@ def build(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Prob
             dtype=np.int64,
         ),
         weightless=(flop == 0) & (traffic == 0) & (memory == 0) & (tied_bytes == 0),
-        capacity=np.array(
-            [
-                max(
-                    0,
-                    math.floor(node.memory_bytes * options.max_memory_share.get(node.node_id, 1.0))
-                    - options.reserve_bytes
-                    - peak,
-                )
-                for node in nodes
-            ],
-            dtype=np.int64,
-        ),
+        capacity=np.array([usable_bytes(node, options, peak) for node in nodes], dtype=np.int64),
         flop_cap=np.array(
             [
                 options.max_compute_share[node.node_id] * total

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from planner.plan import NodeReport
 from planner.problem import SLACK, Floats, Ints, Problem
 
 
-def gib(size_bytes: float) -> str:
-    """Bytes for people."""
+def gib(size_bytes: float, *, to: Callable[[float], float] = round) -> str:
+    """Bytes for people; `to` (round, math.ceil, math.floor) says which of two short numbers is taken."""
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+            return f"{to(size * 10) / 10:.1f} {unit}" if unit != "B" else f"{to(size)} B"
         size /= 1024
-    return f"{size:,.2f} GiB"
+    return f"{to(size * 100) / 100:,.2f} GiB"
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds for people."""
+def need_text(size_bytes: int) -> str:
+    """Bytes that are needed, for people: no fewer than there are."""
+    return gib(size_bytes, to=math.ceil)
+
+
+def have_text(size_bytes: int) -> str:
+    """Bytes that are to be had, for people: no more than there are."""
+    return gib(size_bytes, to=math.floor)
+
+
+def seconds_text(seconds: float, *, up: bool = False) -> str:
+    """Seconds for people, with four digits; `up`: no fewer than there are."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{seconds * factor:.4g} {unit}"
+        size = seconds * factor
+        if size >= 1 or unit == "us":
+            text = f"{size:.4g}"
+            if up and float(text) < size * (1 - SLACK):
+                text = f"{size + 10.0 ** (math.floor(math.log10(size)) - 3) / 2:.4g}"
+            return f"{text} {unit}"
     raise AssertionError
 
 

@@ -11,13 +11,13 @@ from planner.answers import attempt, baseline, best_answer, greedy_once, pipelin
 from planner.arrange import by_links
 from planner.baselines import by_memory, equal_parts
 from planner.cluster import Cluster
-from planner.diagnose import MOST_TOKENS, longest_context
 from planner.errors import Infeasible, InvalidInput
 from planner.megaphone import megaphone, runs
 from planner.placement import Answer
 from planner.plan import Plan, PlanOptions, Prediction, plan_id
-from planner.problem import SLACK, Problem, build
+from planner.problem import SLACK, Ints, Problem, build
 from planner.profile import ModelProfile
+from planner.remedies import MOST_TOKENS, longest_context
 from planner.reports import node_reports, seconds_text
 
 Strategy = Callable[[Problem], Answer]
@@ -78,23 +78,23 @@ def max_context(
 ) -> int | None:
     """The largest sequence length for which the strategy finds a plan, in tokens; None if none at all fits.
 
-    At the profile's batch size, with its KV cache. No more than `profile.longest_sequence`; `diagnose.MOST_TOKENS`
+    At the profile's batch size, with its KV cache. No more than `profile.longest_sequence`; `remedies.MOST_TOKENS`
     means at least as many, since longer ones are not tried.
     """
     strategy = _known(options.strategy)
 
-    def solver(problem: Problem) -> float | None:
+    def solver(problem: Problem) -> Ints | None:
         try:
-            return problem.bottleneck_s(strategy(problem).nodes)
+            return strategy(problem).nodes
         except Infeasible:
             return None
 
     once = {"greedy": greedy_once, "pipeline": pipeline_once}.get(options.strategy)
     if once is not None:
 
-        def quick(problem: Problem) -> float | None:
+        def quick(problem: Problem) -> Ints | None:
             answer = attempt(problem, once)
-            return problem.bottleneck_s(answer.nodes) if isinstance(answer, Answer) else None
+            return answer.nodes if isinstance(answer, Answer) else None
 
         return longest_context(profile, cluster, options, quick)
     return longest_context(profile, cluster, options, solver)

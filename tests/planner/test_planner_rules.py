@@ -10,11 +10,11 @@ import planning
 import pytest
 
 from planner.cluster import Cluster, Link, Node
-from planner.diagnose import MOST_TOKENS
 from planner.errors import Infeasible, InvalidInput
 from planner.explain import explain
 from planner.plan import Objective, Phase, Plan, PlanOptions
 from planner.profile import KvTerms, Layer, ModelProfile
+from planner.remedies import MOST_TOKENS
 from planner.replan import replan
 from planner.strategies import compare, make_plan, max_context, plan_for
 
