@@ -22,8 +22,12 @@ from planner.plan import Plan, PlanOptions
 from planner.problem import SLACK, Ints, Problem, build
 from planner.profile import ModelProfile
 from planner.reports import gib
+from planner.returning import give_back, priced
 from planner.strategies import accept, answer_for
 from planner.ties import ways_to_tie
+
+#: Plans within the tolerance that layers are given back in, those first that move least.
+_GIVEN_BACK = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +103,33 @@ def replan(
     candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
         candidates.append(keep_labels(problem, best.nodes, old))
+    must = max(_must_move(moving, old, within), in_order)
     fitting: list[tuple[int, float, int, Ints]] = []
-    for nodes in candidates:
+
+    def consider(nodes: Ints) -> None:
         if (nodes < 0).any() or not problem.fits(nodes):
-            continue
+            return
         seconds = value(nodes)
         if budget is not None and problem.bottleneck_s(nodes) > budget * (1 + SLACK):
-            continue
+            return
         if seconds <= allowed * (1 + 2 * SLACK) or (budget is not None and not latency):
             fitting.append((int(moving.fetched(nodes).sum()), seconds, len(fitting), nodes))
-    moved, seconds, _, nodes = min(fitting, key=lambda entry: entry[:3])
-    must = max(_must_move(moving, old, within), in_order)
+
+    def improve() -> tuple[int, float, int, Ints]:
+        for moved, _, _, nodes in sorted(fitting, key=lambda entry: entry[:3])[:_GIVEN_BACK]:
+            if moved > must:
+                consider(give_back(moving, nodes, allowed if latency else within))
+        return min(fitting, key=lambda entry: entry[:3])
+
+    for nodes in candidates:
+        consider(nodes)
+    moved, seconds, _, nodes = improve()
+    if latency and moved > must:
+        cheaper, at_least = priced(moving, [best.nodes, *(entry[3] for entry in fitting)], allowed)
+        must = max(must, math.ceil(at_least - 1e-6))
+        for nodes in cheaper:
+            consider(nodes)
+        moved, seconds, _, nodes = improve()
     accepted = accept(
         problem, Answer(nodes=nodes, lower_bound_s=min(best.lower_bound_s, seconds)), generated_at=generated_at
     )
@@ -122,20 +142,21 @@ def replan(
         objective_s=seconds,
         best_objective_s=least,
         reason=_reason(
-            moved, min(must, moved), seconds, least, len(moves), contiguous=options.strategy == "pipeline"
+            moved,
+            min(must, moved),
+            seconds,
+            least,
+            len(moves),
+            limit="tolerance" if budget is None else "time budget",
         ),
     )
 
 
-def _reason(moved: int, must: int, seconds: float, least: float, layers: int, *, contiguous: bool) -> str:
+def _reason(moved: int, must: int, seconds: float, least: float, layers: int, *, limit: str) -> str:
     text = f"{layers} layers move, {gib(moved)}, of which {gib(must)} have to; "
     text += f"{seconds / least - 1:.2%} above the best plan" if least > 0 else "as good as the best plan"
-    if moved > 1.2 * must:
-        text += "; more than has to moves because " + (
-            "stages must stay contiguous, so that their borders shift along the chain"
-            if contiguous
-            else "whole layers must make room for others within memory and the tolerance"
-        )
+    if moved > must:
+        text += f"; more than is known to have to move, because no plan within the {limit} was found that moves less"
     return text
 
 
