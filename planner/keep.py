@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as Several
+from itertools import permutations
 
 import numpy as np
 
@@ -15,8 +18,10 @@ from planner.problem import SLACK, Floats, Ints, Problem
 from planner.sequence import Sequence
 from planner.staying import least_moved
 
-#: Orders of nodes that are tried for a pipeline.
-MAX_ORDERS = 160
+#: Orders of nodes that are tried for a pipeline, exchanges in the best of them, and nodes of which all orders are.
+MAX_ORDERS, MAX_EXCHANGES, MOST_EVERY = 160, 600, 5
+#: Exchanges times nodes times layers squared.
+MOST_CELLS = 200_000_000
 #: Layers up to which cuts of a pipeline are refitted.
 MAX_LAYERS = 1_500
 
@@ -170,23 +175,22 @@ def _shed(work: Work, homes: Ints, budget_s: float) -> None:
             held = np.delete(held, at)
 
 
-def keep_stages(problem: Problem, memory: Ints, moving: Moving, budget_s: float) -> tuple[list[Ints], float]:
-    """Contiguous stages within the budget that move fewest bytes, over orders close to the present one.
+def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list[Ints], float]:
+    """Contiguous stages within the budget that move fewest bytes, over orders close to the present and the best one.
 
     Args:
-        problem: What to plan.
-        memory: (L,) bytes that a node holds for each layer.
         moving: Who holds what now.
         budget_s: Seconds that no stage may exceed.
+        best_nodes: (L,) nodes of the best plan.
 
     Returns:
         (at most one plan's (L,) nodes, bytes that any contiguous plan within the budget moves).
     """
-    old = moving.held
+    problem, old = moving.problem, moving.held
     length = len(old)
     if length > MAX_LAYERS:
         return [], 0.0
-    sequence = Sequence(problem, memory)
+    sequence = Sequence(problem)
     reach = sequence.reach(budget_s)
     class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
     present: list[int] = []
@@ -241,11 +245,43 @@ def keep_stages(problem: Problem, memory: Ints, moving: Moving, budget_s: float)
                     consider(swapped)
     known = float(lost.max(axis=0).sum()) if best is None else best[0]
     least = moving.least().astype(np.float64)
-    bound, orders = least_moved(problem, memory, least, within_s=budget_s, known=known)
+    bound, orders = least_moved(problem, least, within_s=budget_s, known=known)
     for order in orders:
         consider(order)
         consider(order + [node for node in present if node not in order])
+    consider(list(dict.fromkeys([*best_nodes.tolist(), *present, *absent])))
+    if len(problem.nodes) <= MOST_EVERY:
+        bound = math.inf
+        for every in permutations(range(len(problem.nodes))):
+            consider(list(every))
+            found = _fixed_order([reach[class_of[node]] for node in every], least[list(every)])
+            bound = bound if found is None else min(bound, found[0])
+    elif best is not None and best[0] > bound:
+        _exchange(best[2], consider, min(MAX_EXCHANGES, MOST_CELLS // lost.size // length))
+    if not sequence.exact_bytes or math.isinf(bound):
+        bound = 0.0
     return [] if best is None else [best[1]], bound
+
+
+def _exchange(order: list[int], consider: Callable[[list[int]], bool], left: int) -> None:
+    """Nodes moved to another place in the order, near ones first, as long as that is better."""
+    improved = True
+    while improved:
+        improved = False
+        for distance in range(1, len(order)):
+            for at in range(len(order) - distance):
+                for source, target in ((at, at + distance), (at + distance, at)):
+                    left -= 1
+                    if left < 0:
+                        return
+                    trial = order[:source] + order[source + 1 :]
+                    trial.insert(target, order[source])
+                    swapped = list(order)
+                    swapped[source], swapped[target] = order[target], order[source]
+                    for changed in (trial, swapped) if source < target else (trial,):
+                        if consider(changed):
+                            order, improved = changed, True
+                            break
 
 
 def _gap(old: Ints, order: Several[int]) -> int:
@@ -257,7 +293,7 @@ def _gap(old: Ints, order: Several[int]) -> int:
     return sum(1 for node in order if node in before)
 
 
-def _fixed_order(reach: Several[Ints], lost: Ints) -> tuple[float, Ints] | None:
+def _fixed_order(reach: Several[Ints], lost: Floats | Ints) -> tuple[float, Ints] | None:
     """The cuts of nodes in a fixed order that lose least: (what, (L,) place in that order)."""
     length = lost.shape[1]
     positions = np.arange(length + 1)

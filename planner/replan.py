@@ -99,7 +99,7 @@ def replan(
     allowed = least * (1 + tolerance)
     budget = options.time_budget_s
     within = budget if budget is not None else (math.inf if latency else allowed)
-    staying, in_order = _candidates(moving, old, within)
+    staying, in_order = _candidates(moving, old, within, best.nodes)
     candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
         candidates.append(keep_labels(problem, best.nodes, old))
@@ -175,22 +175,17 @@ def _holders(plan: Plan, problem: Problem) -> Ints:
     return old
 
 
-def _candidates(moving: Moving, old: Ints, within_s: float) -> tuple[list[Ints], int]:
+def _candidates(moving: Moving, old: Ints, within_s: float, best: Ints) -> tuple[list[Ints], int]:
     """Plans that keep much, and bytes that every plan moves because stages are contiguous (0 if they need not be)."""
     problem = moving.problem
     found: list[Ints] = []
-    bounds: list[float] = []
     if (old >= 0).all():
         found.append(old)
-    contiguous = problem.options.strategy == "pipeline"
-    ways: tuple[Ties, ...] = ("shared", "copied") if contiguous else ("shared", *ways_to_tie(problem)[0])
+    if problem.options.strategy == "pipeline":
+        stages, bound = keep_stages(moving, within_s, best)
+        return found + stages, math.ceil(bound * (1 - 1e-9))
+    ways: tuple[Ties, ...] = ("shared", *ways_to_tie(problem)[0])
     for way in ways if (problem.tied_to >= 0).any() else ways[:1]:
-        if contiguous:
-            held = problem.memory + (problem.tied_bytes if way == "copied" else 0)
-            stages, bound = keep_stages(problem, held, moving, within_s)
-            found += stages
-            bounds.append(bound)
-            continue
         work = build_work(problem, way)
         if work is None:
             continue
@@ -203,7 +198,7 @@ def _candidates(moving: Moving, old: Ints, within_s: float) -> tuple[list[Ints],
         kept = keep_items(work, old, within_s)
         if kept is not None:
             found.append(kept)
-    return found, math.ceil(min(bounds, default=0.0) * (1 - 1e-9))
+    return found, 0
 
 
 def _must_move(moving: Moving, old: Ints, within_s: float) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 
@@ -26,12 +25,11 @@ BEAM = 64
 class Sequence:
     """All layers of a problem in execution order, and classes of nodes that are alike."""
 
-    def __init__(self, problem: Problem, memory: Ints | None = None, *, reverse: bool = False) -> None:
+    def __init__(self, problem: Problem, *, reverse: bool = False) -> None:
         """Lay out the layers.
 
         Args:
             problem: What to plan.
-            memory: (L,) bytes that each layer takes wherever it is; None: what it adds to its stage.
             reverse: From the last layer to the first.
         """
         self.problem = problem
@@ -56,8 +54,9 @@ class Sequence:
         zero = np.zeros((len(heads), 1))
         #: (C, L + 1) seconds, (L + 1,) bytes and FLOP before each position.
         self.before_s = np.concatenate((zero, np.cumsum(problem.seconds[heads][:, kinds], axis=1)), axis=1)
-        alone = problem if memory is None else replace(problem, memory=memory, tied_to=np.full_like(order, -1))
-        self._bytes = StageBytes(alone, order)
+        self._bytes = StageBytes(problem, order)
+        #: Whether shared weights are counted once a stage, or the bytes of stages are at most those counted.
+        self.exact_bytes = self._bytes.exact
         self._before_flop = np.concatenate(([0.0], np.cumsum(problem.flop[order])))
         self.limit = self._limits(heads, problem.pinned[order])
         self.counts = [len(nodes) for nodes in self.classes]

@@ -15,14 +15,11 @@ from planner.sequence import Sequence
 _MOST, _ROUNDS = 1_000_000, 60
 
 
-def least_moved(
-    problem: Problem, memory: Ints, lost: Floats, *, within_s: float, known: float
-) -> tuple[float, list[list[int]]]:
+def least_moved(problem: Problem, lost: Floats, *, within_s: float, known: float) -> tuple[float, list[list[int]]]:
     """Bytes that any contiguous plan within `within_s` moves, and orders of nodes that come near.
 
     Args:
         problem: What to plan.
-        memory: (L,) bytes that a node holds for each layer.
         lost: (N, L) bytes that holding each layer takes each node.
         within_s: The budget.
         known: Bytes that a plan is known to move.
@@ -30,7 +27,7 @@ def least_moved(
     nodes, length = lost.shape
     if length * length * nodes > _MOST:
         return 0.0, []
-    sequence = Sequence(problem, memory)
+    sequence = Sequence(problem)
     class_of = {node: at for at, members in enumerate(sequence.classes) for node in members}
     reach = sequence.reach(within_s)[[class_of[node] for node in range(nodes)]]
     moved = np.concatenate((np.zeros((nodes, 1)), np.cumsum(lost, axis=1)), axis=1)

@@ -88,7 +88,9 @@ class StageBytes:
         shares[owners] = True
         marks = np.flatnonzero(shares[order])
         memory = problem.memory
-        if len(marks) > _MOST_MARKS:
+        #: Whether copies are counted once a stage.
+        self.exact = len(marks) <= _MOST_MARKS
+        if not self.exact:
             marks, memory = marks[:0], memory + problem.tied_bytes
         #: (L + 1,) bytes without copies before each position.
         self._before: Ints = np.concatenate(([0], np.cumsum(memory[order]))).astype(np.int64)
