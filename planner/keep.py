@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as Several
-from itertools import permutations
 
 import numpy as np
 
 from planner.counts import Hosting, assign_any_order, in_any_order
 from planner.greedy import is_exact
+from planner.mend import mend
 from planner.moving import Moving
 from planner.packing import best_fit
 from planner.placement import Work
 from planner.problem import SLACK, Floats, Ints, Problem
-from planner.sequence import Sequence
-from planner.staying import least_moved
 
-#: Orders of nodes that are tried for a pipeline, exchanges in the best of them, and nodes of which all orders are.
-MAX_ORDERS, MAX_EXCHANGES, MOST_EVERY = 160, 600, 5
-#: Exchanges times nodes times layers squared.
-MOST_CELLS = 200_000_000
-#: Layers up to which cuts of a pipeline are refitted.
-MAX_LAYERS = 1_500
+#: Prices of room tried for layers in runs; groups of odd layers beyond which fewer are.
+PRICES, MANY_GROUPS = 12, 512
+#: Items times nodes up to which an allocation is mended that has no room for what lost its node, and steps of that.
+MOST_MENDED, MEND_STEPS = 100_000, 1_000
 
 
 def keep_labels(problem: Problem, nodes: Ints, old: Ints) -> Ints:
@@ -46,22 +40,30 @@ def keep_labels(problem: Problem, nodes: Ints, old: Ints) -> Ints:
     return kept
 
 
-def keep_counts(problem: Problem, work: Work, old: Ints, budget_s: float) -> list[Ints]:
-    """Hostings within the budget that keep most bytes where they are, for layers in runs; may be empty."""
+def keep_counts(moving: Moving, work: Work, old: Ints, budget_s: float) -> tuple[list[Ints], float]:
+    """Hostings within the budget that keep most bytes where they are, for layers in runs.
+
+    Room for the run has a price: the higher it is, the more of it nodes are given and the less stays. Each price
+    bounds what can stay (Lagrange).
+
+    Returns:
+        ((L,) nodes of each plan, perhaps none; bytes that any allocation of these items within the budget moves).
+    """
     if not is_exact(work) or len(work.kind) == 0:
-        return []
+        return [], 0.0
     counts = in_any_order(work)
     caps = counts.caps(budget_s)
     if (caps[:, 0] < 0).any():
-        return []
-    held = np.zeros((len(problem.nodes), len(work.count)), dtype=np.int64)
+        return [], 0.0
+    held = np.zeros((len(caps), len(work.count)), dtype=np.int64)
     homes = old[work.layer]
     np.add.at(held, (homes[homes >= 0], work.kind[homes >= 0]), 1)
     odd = [kind for kind in range(len(work.count)) if kind != counts.main]
-    weight = np.array(
-        [int(problem.memory[work.layer[np.flatnonzero(work.kind == kind)[0]]]) for kind in range(len(work.count))],
-        dtype=np.float64,
-    )
+    size = moving.anywhere()
+    sizes = size[work.layer]
+    for item, others in work.followers.items():
+        sizes[item] += size[list(others)].sum()
+    weight = np.array([int(sizes[work.kind == kind].min()) for kind in range(len(work.count))], dtype=np.float64)
     quantities = [int(work.count[kind]) + 1 for kind in odd]
     groups = len(counts.groups.memory)
     state_counts = (
@@ -69,24 +71,33 @@ def keep_counts(problem: Problem, work: Work, old: Ints, budget_s: float) -> lis
     )
     stays = np.minimum(state_counts[None, :, :], held[:, odd][:, None, :]) @ weight[odd]
     stays = stays + np.minimum(np.maximum(caps, 0), held[:, counts.main][:, None]) * weight[counts.main]
-    results = []
-    for price in (0.0, 0.25, 1.0, 4.0):
-        value = np.where(caps < 0, -1e30, stays + price * weight[counts.main] * caps)
+    results, bound, unit = [], 0.0, max(1.0, float(weight[counts.main]))
+    low, high, price = 0.0, math.inf, 0.0
+    for _ in range(PRICES if groups <= MANY_GROUPS else PRICES // 3):
+        value = np.where(caps < 0, -1e30, stays + price * unit * caps)
         state = _best_states(counts.groups.without, value)
         if state is None:
-            continue
-        most = caps[np.arange(len(caps)), state].astype(np.int64)
+            break
+        rows = np.arange(len(caps))
+        most = caps[rows, state].astype(np.int64)
+        can_stay = float(value[rows, state].sum()) - price * unit * counts.run
+        bound = max(bound, float(weight @ work.count) - can_stay)
         if int(most.sum()) < counts.run:
-            continue
-        main = np.minimum(most, held[:, counts.main])
-        missing = counts.run - int(main.sum())
-        # The rest goes to the fastest nodes that have room; those already in use first.
-        for node in np.lexsort((np.arange(len(main)), counts.main_s, main == 0)).tolist():
-            added = min(missing, int(most[node] - main[node]))
-            main[node] += added
-            missing -= added
-        results.append(work.layers(assign_any_order(counts, Hosting(state=state, main=main))))
-    return results
+            low = price
+        else:
+            high = price
+            main = np.minimum(most, held[:, counts.main])
+            missing = counts.run - int(main.sum())
+            # The rest goes to the fastest nodes that have room; those already in use first.
+            for node in np.lexsort((np.arange(len(main)), counts.main_s, main == 0)).tolist():
+                added = min(missing, int(most[node] - main[node]))
+                main[node] += added
+                missing -= added
+            results.append(work.layers(assign_any_order(counts, Hosting(state=state, main=main))))
+            if price == 0:
+                break
+        price = (low + high) / 2 if math.isfinite(high) else max(0.25, 4 * price)
+    return results, bound
 
 
 def _best_states(without: Ints, value: Floats) -> Ints | None:
@@ -140,7 +151,17 @@ def keep_items(work: Work, old: Ints, budget_s: float) -> Ints | None:
         if packed is not None:
             homes[open_items] = packed
             return work.layers(homes)
-    return None
+    if np.isfinite(work.room_flop).any() or len(work.kind) * len(base) > MOST_MENDED:
+        return None
+    # No room without exchanges: start with everything at home, what has none where that is done first, and mend it.
+    homes = old[work.layer].copy()
+    loads = work.base_s.copy()
+    np.add.at(loads, homes[homes >= 0], work.seconds[homes[homes >= 0], work.kind[homes >= 0]])
+    for item in [item for item in np.argsort(-work.flop[work.kind], kind="stable").tolist() if homes[item] < 0]:
+        homes[item] = int((loads + work.seconds[:, work.kind[item]]).argmin())
+        loads[homes[item]] += work.seconds[homes[item], work.kind[item]]
+    mended = mend(work, homes, budget_s, steps=MEND_STEPS)
+    return None if mended is None else work.layers(mended)
 
 
 def _shed(work: Work, homes: Ints, budget_s: float) -> None:
@@ -173,149 +194,3 @@ def _shed(work: Work, homes: Ints, budget_s: float) -> None:
             room += int(work.memory[kinds[at]])
             share += float(work.flop[kinds[at]])
             held = np.delete(held, at)
-
-
-def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list[Ints], float]:
-    """Contiguous stages within the budget that move fewest bytes, over orders close to the present and the best one.
-
-    Args:
-        moving: Who holds what now.
-        budget_s: Seconds that no stage may exceed.
-        best_nodes: (L,) nodes of the best plan.
-
-    Returns:
-        (at most one plan's (L,) nodes, bytes that any contiguous plan within the budget moves).
-    """
-    problem, old = moving.problem, moving.held
-    length = len(old)
-    if length > MAX_LAYERS:
-        return [], 0.0
-    sequence = Sequence(problem)
-    reach = sequence.reach(budget_s)
-    class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
-    present: list[int] = []
-    for node in old.tolist():
-        if node >= 0 and node not in present:
-            present.append(node)
-    absent = [node for node in range(len(problem.nodes)) if node not in present]
-    absent.sort(key=lambda node: (-int((reach[class_of[node]] - np.arange(length + 1)).max()), node))
-    # Of equal bytes the fewest layers.
-    lost = moving.alone() + (old[None, :] != np.arange(len(problem.nodes))[:, None])
-    tried = 0
-    best: tuple[float, Ints, list[int]] | None = None
-
-    def consider(order: list[int]) -> bool:
-        nonlocal tried, best
-        tried += 1
-        found = _fixed_order([reach[class_of[node]] for node in order], lost[order])
-        if found is not None:
-            found = found[0], np.array(order, dtype=np.int64)[found[1]]
-        if found is not None and (best is None or found[0] < best[0] - 0.5):
-            best = (*found, order)
-            return True
-        return False
-
-    consider(present)
-    # Insert what is not in use yet, one after the other, where it helps most; then exchange neighbours.
-    base = present
-    for _ in range(4):
-        start = base if best is None else best[2]
-        before = best
-        for node in [node for node in absent if node not in start][:8]:
-            for at in range(len(start) + 1):
-                if tried < MAX_ORDERS:
-                    consider([*start[:at], node, *start[at:]])
-        if best is before:
-            if best is not None:
-                break
-            # Nothing fits yet: add the roomiest where the sequence has its largest gap, and go on.
-            left = [node for node in absent if node not in base]
-            if not left:
-                break
-            gap = _gap(old, base)
-            base = [*base[:gap], left[0], *base[gap:]]
-            consider(base)
-    if best is not None:
-        order = best[2]
-        for at in range(len(order) - 1):
-            if tried < 2 * MAX_ORDERS:
-                swapped = list(best[2])
-                if at + 1 < len(swapped):
-                    swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
-                    consider(swapped)
-    known = float(lost.max(axis=0).sum()) if best is None else best[0]
-    least = moving.least().astype(np.float64)
-    bound, orders = least_moved(problem, least, within_s=budget_s, known=known)
-    for order in orders:
-        consider(order)
-        consider(order + [node for node in present if node not in order])
-    consider(list(dict.fromkeys([*best_nodes.tolist(), *present, *absent])))
-    if len(problem.nodes) <= MOST_EVERY:
-        bound = math.inf
-        for every in permutations(range(len(problem.nodes))):
-            consider(list(every))
-            found = _fixed_order([reach[class_of[node]] for node in every], least[list(every)])
-            bound = bound if found is None else min(bound, found[0])
-    elif best is not None and best[0] > bound:
-        _exchange(best[2], consider, min(MAX_EXCHANGES, MOST_CELLS // lost.size // length))
-    if not sequence.exact_bytes or math.isinf(bound):
-        bound = 0.0
-    return [] if best is None else [best[1]], bound
-
-
-def _exchange(order: list[int], consider: Callable[[list[int]], bool], left: int) -> None:
-    """Nodes moved to another place in the order, near ones first, as long as that is better."""
-    improved = True
-    while improved:
-        improved = False
-        for distance in range(1, len(order)):
-            for at in range(len(order) - distance):
-                for source, target in ((at, at + distance), (at + distance, at)):
-                    left -= 1
-                    if left < 0:
-                        return
-                    trial = order[:source] + order[source + 1 :]
-                    trial.insert(target, order[source])
-                    swapped = list(order)
-                    swapped[source], swapped[target] = order[target], order[source]
-                    for changed in (trial, swapped) if source < target else (trial,):
-                        if consider(changed):
-                            order, improved = changed, True
-                            break
-
-
-def _gap(old: Ints, order: Several[int]) -> int:
-    """Where in `order` a node fits that takes over the longest stretch of layers without a home."""
-    orphans = np.flatnonzero(old < 0)
-    if len(orphans) == 0:
-        return len(order)
-    before = set(old[: int(orphans[0])].tolist())
-    return sum(1 for node in order if node in before)
-
-
-def _fixed_order(reach: Several[Ints], lost: Floats | Ints) -> tuple[float, Ints] | None:
-    """The cuts of nodes in a fixed order that lose least: (what, (L,) place in that order)."""
-    length = lost.shape[1]
-    positions = np.arange(length + 1)
-    best = np.full(length + 1, np.inf)
-    best[0] = 0.0
-    starts = np.empty((len(lost), length + 1), dtype=np.int64)
-    after = positions[None, :] > positions[:, None]
-    for at, row in enumerate(lost):
-        moved = np.concatenate(([0.0], np.cumsum(row)))
-        open_cut = after & (positions[None, :] <= reach[at][:, None])
-        value = np.where(open_cut, (best - moved)[:, None], np.inf)
-        start = value.argmin(axis=0)
-        taken = value[start, positions] + moved
-        use = taken < best
-        starts[at] = np.where(use, start, -1)
-        best = np.where(use, taken, best)
-    if not np.isfinite(best[length]):
-        return None
-    nodes, at = np.empty(length, dtype=np.int64), length
-    for step in range(len(lost) - 1, -1, -1):
-        start_at = int(starts[step, at])
-        if start_at >= 0:
-            nodes[start_at:at] = step
-            at = start_at
-    return (float(best[length]), nodes) if at == 0 else None

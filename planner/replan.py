@@ -15,7 +15,7 @@ import numpy as np
 from planner.arrange import fewest_hops
 from planner.cluster import Cluster
 from planner.errors import InvalidInput
-from planner.keep import keep_counts, keep_items, keep_labels, keep_stages
+from planner.keep import keep_counts, keep_items, keep_labels
 from planner.moving import Moving
 from planner.placement import Answer, Ties, build_work
 from planner.plan import Plan, PlanOptions
@@ -23,6 +23,7 @@ from planner.problem import SLACK, Ints, Problem, build
 from planner.profile import ModelProfile
 from planner.reports import gib
 from planner.returning import give_back, priced
+from planner.staying import keep_stages
 from planner.strategies import accept, answer_for
 from planner.ties import ways_to_tie
 
@@ -99,11 +100,11 @@ def replan(
     allowed = least * (1 + tolerance)
     budget = options.time_budget_s
     within = budget if budget is not None else (math.inf if latency else allowed)
-    staying, in_order = _candidates(moving, old, within, best.nodes)
+    staying, known = _candidates(moving, old, within, best.nodes)
     candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
         candidates.append(keep_labels(problem, best.nodes, old))
-    must = max(_must_move(moving, old, within), in_order)
+    must = max(_must_move(moving, old, within), known)
     fitting: list[tuple[int, float, int, Ints]] = []
 
     def consider(nodes: Ints) -> None:
@@ -176,7 +177,7 @@ def _holders(plan: Plan, problem: Problem) -> Ints:
 
 
 def _candidates(moving: Moving, old: Ints, within_s: float, best: Ints) -> tuple[list[Ints], int]:
-    """Plans that keep much, and bytes that every plan moves because stages are contiguous (0 if they need not be)."""
+    """Plans that keep much, and bytes that every plan moves, as far as it is known."""
     problem = moving.problem
     found: list[Ints] = []
     if (old >= 0).all():
@@ -185,11 +186,15 @@ def _candidates(moving: Moving, old: Ints, within_s: float, best: Ints) -> tuple
         stages, bound = keep_stages(moving, within_s, best)
         return found + stages, math.ceil(bound * (1 - 1e-9))
     ways: tuple[Ties, ...] = ("shared", *ways_to_tie(problem)[0])
+    bound = 0.0
     for way in ways if (problem.tied_to >= 0).any() else ways[:1]:
         work = build_work(problem, way)
         if work is None:
             continue
-        for nodes in keep_counts(problem, work, old, within_s):
+        plans, least = keep_counts(moving, work, old, within_s)
+        if way == "shared":  # as if a copy were free: a bound for every way
+            bound = least
+        for nodes in plans:
             labelled = keep_labels(problem, nodes, old)
             found.append(labelled)
             # Layers without a home are free to be arranged; those that stay are not.
@@ -198,7 +203,7 @@ def _candidates(moving: Moving, old: Ints, within_s: float, best: Ints) -> tuple
         kept = keep_items(work, old, within_s)
         if kept is not None:
             found.append(kept)
-    return found, 0
+    return found, math.ceil(bound * (1 - 1e-9))
 
 
 def _must_move(moving: Moving, old: Ints, within_s: float) -> int:

@@ -21,6 +21,8 @@ from planner.shortest import least_layers_s
 
 #: Prices tried; nodes times layers up to which they are; layers of all changes looked at in a round; rounds.
 _PRICES, _MOST_CELLS, _MOST_CHANGES, _ROUNDS = 8, 1_200, 400_000, 40
+#: Ends of runs that are looked at.
+_MOST_POINTS = 400
 #: Layers up to which runs of any length are given back; beyond that, only such as end where stages do.
 _SHORT = 24
 
@@ -117,20 +119,20 @@ def give_back(moving: Moving, nodes: Ints, within_s: float) -> Ints:
 
 
 def _runs(held: Ints, nodes: Ints) -> Ints:
-    """(C, L) `nodes` with one run of layers given to a node that holds some of them now and is not to have them."""
+    """(C, L) `nodes` with a run of layers given to a node that holds some of them now and is not to have them."""
     length = len(nodes)
     points = np.arange(length + 1)
     if length > _SHORT:
         edges = np.flatnonzero((np.diff(held) != 0) | (np.diff(nodes) != 0)) + 1
-        points = np.unique(np.concatenate(([0, length], edges - 1, edges, edges + 1)))
+        points = np.unique(np.concatenate(([0, length], edges - 1, edges, edges + 1)))[:_MOST_POINTS]
     wanted = (nodes != held) & (held >= 0)
+    spans = [(start, end) for start in points.tolist() for end in points[points > start].tolist()]
     found: list[Ints] = []
-    for start in points.tolist():
-        for end in points[points > start].tolist():
-            if (len(found) + 1) * length > _MOST_CHANGES:
-                break
-            for node in np.unique(held[start:end][wanted[start:end]]).tolist():
-                changed = nodes.copy()
-                changed[start:end] = node
-                found.append(changed)
+    for start, end in [*((at, at + 1) for at in np.flatnonzero(wanted).tolist()), *spans]:
+        if (len(found) + 1) * length > _MOST_CHANGES:
+            break
+        for node in np.unique(held[start:end][wanted[start:end]]).tolist():
+            changed = nodes.copy()
+            changed[start:end] = node
+            found.append(changed)
     return np.array(found, dtype=np.int64).reshape(-1, length)

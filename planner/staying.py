@@ -1,4 +1,4 @@
-"""How few bytes contiguous stages can move at all, and the order of nodes in which that nearly happens.
+"""Contiguous stages that keep what nodes already hold, and how few bytes such stages can move at all.
 
 Were a node to be had more than once, the fewest bytes would follow from a programme over positions alone. A price for
 each use of a node beyond its first makes that a bound (Lagrange), raised by subgradient steps as long as it grows.
@@ -6,11 +6,23 @@ each use of a node beyond its first makes that a bound (Lagrange), raised by sub
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from itertools import permutations
+
 import numpy as np
 
+from planner.moving import Moving
 from planner.problem import Floats, Ints, Problem
 from planner.sequence import Sequence
 
+#: Orders of nodes that are tried for a pipeline, exchanges in the best of them, and nodes of which all orders are.
+MAX_ORDERS, MAX_EXCHANGES, MOST_EVERY = 160, 600, 5
+#: Exchanges times nodes times layers squared.
+MOST_CELLS = 200_000_000
+#: Layers up to which cuts of a pipeline are refitted.
+MAX_LAYERS = 1_500
 #: Layers squared times nodes up to which the bound is worked out, and its steps.
 _MOST, _ROUNDS = 1_000_000, 60
 
@@ -77,3 +89,149 @@ def _cheapest(moved: Floats, first: Ints, price: Floats) -> tuple[float, list[in
         path.append(int(came[at, 0]))
         at = int(came[at, 1])
     return value, path[::-1]
+
+
+def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list[Ints], float]:
+    """Contiguous stages within the budget that move fewest bytes, over orders close to the present and the best one.
+
+    Args:
+        moving: Who holds what now.
+        budget_s: Seconds that no stage may exceed.
+        best_nodes: (L,) nodes of the best plan.
+
+    Returns:
+        (at most one plan's (L,) nodes, bytes that any contiguous plan within the budget moves).
+    """
+    problem, old = moving.problem, moving.held
+    length = len(old)
+    if length > MAX_LAYERS:
+        return [], 0.0
+    sequence = Sequence(problem)
+    reach = sequence.reach(budget_s)
+    class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
+    present: list[int] = []
+    for node in old.tolist():
+        if node >= 0 and node not in present:
+            present.append(node)
+    absent = [node for node in range(len(problem.nodes)) if node not in present]
+    absent.sort(key=lambda node: (-int((reach[class_of[node]] - np.arange(length + 1)).max()), node))
+    # Of equal bytes the fewest layers.
+    lost = moving.alone() + (old[None, :] != np.arange(len(problem.nodes))[:, None])
+    tried = 0
+    best: tuple[float, Ints, list[int]] | None = None
+
+    def consider(order: list[int]) -> bool:
+        nonlocal tried, best
+        tried += 1
+        found = _fixed_order([reach[class_of[node]] for node in order], lost[order])
+        if found is not None:
+            found = found[0], np.array(order, dtype=np.int64)[found[1]]
+        if found is not None and (best is None or found[0] < best[0] - 0.5):
+            best = (*found, order)
+            return True
+        return False
+
+    consider(present)
+    # Insert what is not in use yet, one after the other, where it helps most; then exchange neighbours.
+    base = present
+    for _ in range(4):
+        start = base if best is None else best[2]
+        before = best
+        for node in [node for node in absent if node not in start][:8]:
+            for at in range(len(start) + 1):
+                if tried < MAX_ORDERS:
+                    consider([*start[:at], node, *start[at:]])
+        if best is before:
+            if best is not None:
+                break
+            # Nothing fits yet: add the roomiest where the sequence has its largest gap, and go on.
+            left = [node for node in absent if node not in base]
+            if not left:
+                break
+            gap = _gap(old, base)
+            base = [*base[:gap], left[0], *base[gap:]]
+            consider(base)
+    if best is not None:
+        order = best[2]
+        for at in range(len(order) - 1):
+            if tried < 2 * MAX_ORDERS:
+                swapped = list(best[2])
+                if at + 1 < len(swapped):
+                    swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
+                    consider(swapped)
+    known = float(lost.max(axis=0).sum()) if best is None else best[0]
+    least = moving.least().astype(np.float64)
+    bound, orders = least_moved(problem, least, within_s=budget_s, known=known)
+    for order in orders:
+        consider(order)
+        consider(order + [node for node in present if node not in order])
+    consider(list(dict.fromkeys([*best_nodes.tolist(), *present, *absent])))
+    if len(problem.nodes) <= MOST_EVERY:
+        bound = math.inf
+        for every in permutations(range(len(problem.nodes))):
+            consider(list(every))
+            found = _fixed_order([reach[class_of[node]] for node in every], least[list(every)])
+            bound = bound if found is None else min(bound, found[0])
+    elif best is not None and best[0] > bound:
+        _exchange(best[2], consider, min(MAX_EXCHANGES, MOST_CELLS // lost.size // length))
+    if not sequence.exact_bytes or math.isinf(bound):
+        bound = 0.0
+    return [] if best is None else [best[1]], bound
+
+
+def _exchange(order: list[int], consider: Callable[[list[int]], bool], left: int) -> None:
+    """Nodes moved to another place in the order, near ones first, as long as that is better."""
+    improved = True
+    while improved:
+        improved = False
+        for distance in range(1, len(order)):
+            for at in range(len(order) - distance):
+                for source, target in ((at, at + distance), (at + distance, at)):
+                    left -= 1
+                    if left < 0:
+                        return
+                    trial = order[:source] + order[source + 1 :]
+                    trial.insert(target, order[source])
+                    swapped = list(order)
+                    swapped[source], swapped[target] = order[target], order[source]
+                    for changed in (trial, swapped) if source < target else (trial,):
+                        if consider(changed):
+                            order, improved = changed, True
+                            break
+
+
+def _gap(old: Ints, order: Several[int]) -> int:
+    """Where in `order` a node fits that takes over the longest stretch of layers without a home."""
+    orphans = np.flatnonzero(old < 0)
+    if len(orphans) == 0:
+        return len(order)
+    before = set(old[: int(orphans[0])].tolist())
+    return sum(1 for node in order if node in before)
+
+
+def _fixed_order(reach: Several[Ints], lost: Floats | Ints) -> tuple[float, Ints] | None:
+    """The cuts of nodes in a fixed order that lose least: (what, (L,) place in that order)."""
+    length = lost.shape[1]
+    positions = np.arange(length + 1)
+    best = np.full(length + 1, np.inf)
+    best[0] = 0.0
+    starts = np.empty((len(lost), length + 1), dtype=np.int64)
+    after = positions[None, :] > positions[:, None]
+    for at, row in enumerate(lost):
+        moved = np.concatenate(([0.0], np.cumsum(row)))
+        open_cut = after & (positions[None, :] <= reach[at][:, None])
+        value = np.where(open_cut, (best - moved)[:, None], np.inf)
+        start = value.argmin(axis=0)
+        taken = value[start, positions] + moved
+        use = taken < best
+        starts[at] = np.where(use, start, -1)
+        best = np.where(use, taken, best)
+    if not np.isfinite(best[length]):
+        return None
+    nodes, at = np.empty(length, dtype=np.int64), length
+    for step in range(len(lost) - 1, -1, -1):
+        start_at = int(starts[step, at])
+        if start_at >= 0:
+            nodes[start_at:at] = step
+            at = start_at
+    return (float(best[length]), nodes) if at == 0 else None

@@ -105,7 +105,7 @@ def test_a_replan_moves_little_more_than_it_must_and_says_why(
     for result, least in found:
         assert result.must_move_bytes <= least <= result.moved_bytes
         assert ("because no plan" in result.reason) == (result.moved_bytes > result.must_move_bytes)
-    if strategy == "pipeline" and objective == "throughput":  # so few nodes are tried in every order
+    if objective == "throughput":
         assert all(result.moved_bytes == result.must_move_bytes for result, _ in found)
     assert sum(result.moved_bytes > 1.2 * least for result, least in found) <= 1
     assert sum(result.moved_bytes > least for result, least in found) <= 2
@@ -124,3 +124,21 @@ def test_stages_are_looked_for_in_the_best_plans_order_too() -> None:
         result = replan(plan, model, left, options, tolerance=_TOLERANCE)
         ratios.append(result.moved_bytes / result.must_move_bytes)
     assert np.mean(ratios) < 1.4
+
+
+@pytest.mark.parametrize(("layers", "nodes", "most"), [(130, 64, 40), (40, 16, 14)])
+def test_where_all_layers_differ_not_all_move(layers: int, nodes: int, most: int) -> None:
+    # Every node is nearly as busy as it may be, so that what a lost node held goes nowhere without exchanges.
+    draw = random.Random(1)
+    model = planning.profile(
+        [draw.uniform(5, 15) for _ in range(layers)], [draw.randint(50, 150) for _ in range(layers)]
+    )
+    need = sum(layer.weight_bytes for layer in model.layers)
+    rates = [draw.uniform(1, 10) for _ in range(nodes)]
+    machines = planning.cluster(rates, [int(need / nodes * draw.uniform(1, 2.5)) + 150 for _ in range(nodes)])
+    plan = planning.outcome(model, machines, PlanOptions())
+    assert isinstance(plan, Plan)
+    gone = list(plan.allocation)[1]
+    left = dataclasses.replace(machines, nodes=tuple(node for node in machines.nodes if node.node_id != gone))
+    result = replan(plan, model, left)
+    assert len(result.moves) <= most
