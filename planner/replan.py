@@ -27,8 +27,9 @@ from planner.staying import keep_stages
 from planner.strategies import accept, answer_for
 from planner.ties import ways_to_tie
 
-#: Plans within the tolerance that layers are given back in, those first that move least.
-_GIVEN_BACK = 6
+#: Plans within the tolerance that layers are given back in, those first that move least; nodes times layers up to
+#: which they are.
+_GIVEN_BACK, _MOST_CELLS = 6, 40_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,9 @@ def replan(
 
     def improve() -> tuple[int, float, int, Ints]:
         for moved, _, _, nodes in sorted(fitting, key=lambda entry: entry[:3])[:_GIVEN_BACK]:
-            if moved > must:
+            if moved <= must:
+                break
+            if len(problem.nodes) * len(nodes) <= _MOST_CELLS:
                 consider(give_back(moving, nodes, allowed if latency else within))
         return min(fitting, key=lambda entry: entry[:3])
 

@@ -95,11 +95,14 @@ def give_back(moving: Moving, nodes: Ints, within_s: float) -> Ints:
             tried = tried[stages == 1 + np.count_nonzero(np.diff(np.sort(tried, axis=1), axis=1), axis=1)]
         saved = float(lost[best, layers].sum()) - lost[tried, layers].sum(axis=1)
         tried, saved = tried[saved > 0.5], saved[saved > 0.5]
-        if math.isfinite(longest):
-            slowest = np.zeros(len(tried))
-            for node in range(len(problem.nodes)):
-                load = np.where(tried == node, problem.seconds[node, problem.kind], 0.0).sum(axis=1)
-                np.maximum(slowest, load, out=slowest)
+        if math.isfinite(longest) and len(tried):
+            place = tried + len(problem.nodes) * np.arange(len(tried))[:, None]
+            loads = np.bincount(
+                place.ravel(),
+                weights=problem.seconds[tried, problem.kind].ravel(),
+                minlength=len(tried) * len(problem.nodes),
+            )
+            slowest = loads.reshape(len(tried), -1).max(axis=1)
             keeps = slowest <= longest * (1 + SLACK)
             tried, saved = tried[keeps], saved[keeps]
         seconds = np.zeros(len(tried))
