@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.plan import Plan
+from planner.problem import SLACK
 from planner.reports import gib, seconds_text
 
 _MOST = 12
@@ -15,10 +16,12 @@ def explain(plan: Plan) -> str:
     left_out = [report for report in plan.nodes if not report.used]
     what = "one request" if plan.objective == "latency" else "the slowest node's part of a pass"
     value = predicted.latency_s if plan.objective == "latency" else predicted.bottleneck_s
+    # Within a time budget the fewest nodes are taken, and the bound is that of just these.
+    few = plan.objective == "throughput" and plan.time_budget_s > predicted.bottleneck_s * (1 + SLACK)
     proof = (
-        "which is proven to be the best"
+        f"which is proven to be the best{' of just these nodes' if few else ''}"
         if predicted.exact
-        else f"at most {predicted.gap:.2%} above the best there can be "
+        else f"at most {predicted.gap:.2%} above the best {'of just these nodes' if few else 'there can be'} "
         f"(proven bound {seconds_text(predicted.lower_bound_s)})"
     )
     lines = [

@@ -126,12 +126,16 @@ def _reason(
     common = f"{seconds_text(load_s)} of {seconds_text(budget_s)}, {gib(used_bytes)} of {gib(capacity)}"
     if held == 0:
         if limit == "memory":
-            return f"left out: {gib(capacity)} hold no layer"
+            least = int(problem.memory[~problem.weightless & (problem.pinned < 0)].min())
+            what = "no layer" if capacity < least else "none of the layers that are most"
+            return f"left out: {have_text(capacity)} hold {what}"
         if limit == "compute":
-            return "left out: one layer alone would take it longer than the slowest node of this plan"
+            return f"left out: one layer alone would take it longer than {seconds_text(budget_s)}"
         if limit == "share":
             return "left out: its share of the compute is less than one layer"
-        return "left out: the other nodes reach the same time without it, with fewer hops"
+        if problem.options.objective == "latency":
+            return "left out: no plan with it was found in which one request takes less"
+        return f"left out: the other nodes keep {seconds_text(budget_s)} without it"
     pinned = int((problem.pinned == at).sum())
     tail = {
         "memory": "no memory for one more layer",

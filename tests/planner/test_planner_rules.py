@@ -417,6 +417,22 @@ def test_the_explanation_names_the_limits_and_the_proof() -> None:
     assert "n2: left out" in text
 
 
+def test_reasons_say_no_more_than_is_known() -> None:
+    model, machines = planning.profile([1.0, 1.0, 1.0, 1.0], [2, 9, 9, 9]), planning.cluster([4, 1, 1], [40, 5, 40])
+    reasons = {report.node_id: report.reason for report in make_plan(model, machines).nodes}
+    assert reasons["n1"] == "left out: 5 B hold none of the layers that are most"
+    # Within a budget the fewest nodes are taken: all together would be faster, and nothing is proven of them.
+    short = make_plan(model, machines, PlanOptions(time_budget_s=2.0))
+    reasons = {report.node_id: report.reason for report in short.nodes}
+    assert reasons["n2"] == "left out: the other nodes keep 2 s without it"
+    assert "proven to be the best of just these nodes" in explain(short)
+    # One request is fastest on the fastest node alone.
+    reasons = {
+        report.node_id: report.reason for report in make_plan(model, machines, PlanOptions(objective="latency")).nodes
+    }
+    assert reasons["n2"] == "left out: no plan with it was found in which one request takes less"
+
+
 def test_the_planner_loads_no_torch_no_celery_no_flask() -> None:
     code = (
         "import sys, planner.strategies, planner.replan, planner.explain\n"
