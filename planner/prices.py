@@ -82,5 +82,5 @@ def price_nodes(reach: Ints, counts: Several[int], start: Floats | None = None) 
             step, since, worth = step * 0.6, 0, best_worth
         worth = worth * np.exp(step * np.clip(used / available - 1, -1.0, 3.0) * 0.3)
         worth /= float(worth @ available)
-    finite = np.where(np.isfinite(best_left), best_left, best * 2)
+    finite = np.where(np.isfinite(best_left), best_left, best * 2 if np.isfinite(best) else 2.0)
     return Prices(worth=best_worth, covered=finite[0] - finite, impossible=best > _DEARER)

@@ -225,3 +225,13 @@ def test_a_node_more_takes_no_id_that_is_there() -> None:
     error = planning.outcome(model, Cluster(nodes=nodes), PlanOptions())
     assert isinstance(error, Infeasible)
     assert _remedies(error)["node"]["like"] == "a"
+
+
+def test_a_pin_that_no_stage_can_hold_among_many_different_nodes_is_refused_without_a_warning() -> None:
+    model = planning.profile([1.0] * 20, [10] * 20)
+    machines = planning.cluster([*range(1, 19)], [5, *range(21, 38)])
+    options = PlanOptions(strategy="pipeline", pins={"layers.3": "n0", "layers.4": "n0"})
+    error = planning.outcome(model, machines, options)
+    assert isinstance(error, Infeasible)
+    assert _remedies(error)["memory"] == {"change": "memory", "node_id": "n0", "extra_bytes": 15}
+    assert _remedies(error)["pins"] == {"change": "pins", "layers": ["layers.3", "layers.4"]}
