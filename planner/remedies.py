@@ -1,12 +1,14 @@
-"""Changes with which a request fits that does not: more bytes, a node more, fewer pins, a shorter context.
+"""Changes with which a request fits that does not: more bytes, a node more, fewer pins or shares, a shorter context.
 
 Each was tried: a change is only offered if the plan with it was found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +22,12 @@ from planner.reports import need_text
 
 #: Answers a problem with the (L,) node of each layer, or None where it finds no plan.
 Solver = Callable[[Problem], Ints | None]
+_Change = tuple[dict[str, Any], str]
 
 #: Contexts are searched up to this many tokens.
 MOST_TOKENS = 16_777_216
+#: Seconds that a refusal may take to look for what would help.
+_LONGEST_S = 2.0
 #: Nodes up to which each is tried in every way; with more those that may need least.
 _FEW = 16
 #: Sums of layers' bytes up to which a node's memory is looked for among them. Where there are more, layers are too
@@ -46,40 +51,111 @@ def overfull(problem: Problem) -> dict[int, int]:
     return found
 
 
+class _TooLong(Exception):
+    """The caller has waited long enough for a refusal."""
+
+
 def remedies(problem: Problem, solver: Solver) -> list[tuple[dict[str, Any], str]]:
-    """Changes that were tried and work, as data and in words: more bytes, a node more, fewer pins or tokens."""
-    found: list[tuple[dict[str, Any], str]] = []
-    extra = _more_bytes(problem, solver)
-    if extra:
-        change: dict[str, Any] = {"change": "memory", "extra_bytes_by_node": extra}
-        if len(extra) == 1:
-            change = {"change": "memory", "node_id": next(iter(extra)), "extra_bytes": next(iter(extra.values()))}
-        text = " and ".join(f"{need_text(size)} more memory on {node_id}" for node_id, size in extra.items())
-        found.append((change, text))
-    twin = _one_node_more(problem, solver)
-    if twin is not None:
-        found.append(
-            (
-                {"change": "node", "like": twin.node_id, "memory_bytes": twin.memory_bytes},
-                f"one more node like {twin.node_id} ({need_text(twin.memory_bytes)})",
-            )
-        )
-    pins = _pins_to_lift(problem, solver)
-    if pins:
-        few = ", ".join(f"{name} on {problem.options.pins[name]}" for name in pins[:3])
-        text = f"{few} not pinned" if len(pins) <= 3 else f"{few} and {len(pins) - 3} others not pinned"
-        found.append(({"change": "pins", "layers": pins}, text))
-    asked = problem.profile.sequence_length
-    if any(layer.kv_cache_bytes for layer in problem.profile.layers):
-        context = longest_context(problem.profile, problem.cluster, problem.options, solver, too_long=asked)
-        if context:
-            found.append(
-                (
-                    {"change": "sequence_length", "sequence_length": context},
-                    f"a context of {context:,} tokens at most (asked: {asked:,})",
-                )
-            )
+    """Changes that were tried and work, as data and in words.
+
+    The smallest of each sort, unless that takes more than `_LONGEST_S`: then one that is enough, or none.
+    """
+    deadline = time.monotonic() + _LONGEST_S
+
+    def timely(changed: Problem) -> Ints | None:
+        if time.monotonic() > deadline:
+            raise _TooLong
+        return solver(changed)
+
+    found = []
+    for look in (_memory, _node, _pins, _shares, _context):
+        with contextlib.suppress(_TooLong):
+            change = look(problem, timely)
+            if change is not None:
+                found.append(change)
     return found
+
+
+def _memory(problem: Problem, solver: Solver) -> _Change | None:
+    extra = _more_bytes(problem, solver)
+    if not extra:
+        return None
+    text = " and ".join(f"{need_text(size)} more memory on {node_id}" for node_id, size in extra.items())
+    if len(extra) > 1:
+        return {"change": "memory", "extra_bytes_by_node": extra}, text
+    ((node_id, size),) = extra.items()
+    return {"change": "memory", "node_id": node_id, "extra_bytes": size}, text
+
+
+def _node(problem: Problem, solver: Solver) -> _Change | None:
+    twin = _one_node_more(problem, solver)
+    if twin is None:
+        return None
+    text = f"one more node like {twin.node_id} ({need_text(twin.memory_bytes)})"
+    return {"change": "node", "like": twin.node_id, "memory_bytes": twin.memory_bytes}, text
+
+
+def _pins(problem: Problem, solver: Solver) -> _Change | None:
+    over = overfull(problem)
+    pinned = np.flatnonzero(problem.pinned >= 0).tolist()
+    pinned.sort(key=lambda layer: (int(problem.pinned[layer]) not in over, -int(problem.memory[layer]), layer))
+
+    def works(lifted: list[int]) -> bool:
+        pins = problem.pinned.copy()
+        pins[lifted] = -1
+        return solver(dataclasses.replace(problem, pinned=pins)) is not None
+
+    lifted = _needed(pinned, works)
+    if not lifted:
+        return None
+    names = [problem.profile.layers[layer].name for layer in lifted]
+    few = ", ".join(f"{name} on {problem.options.pins[name]}" for name in names[:3])
+    text = f"{few} not pinned" if len(names) <= 3 else f"{few} and {len(names) - 3} others not pinned"
+    return {"change": "pins", "layers": names}, text
+
+
+def _shares(problem: Problem, solver: Solver) -> _Change | None:
+    capped = np.flatnonzero(np.isfinite(problem.flop_cap)).tolist()
+    capped.sort(key=lambda node: (-float(problem.rate[node]), node))
+
+    def works(lifted: list[int]) -> bool:
+        caps = problem.flop_cap.copy()
+        caps[lifted] = math.inf
+        return solver(dataclasses.replace(problem, flop_cap=caps)) is not None
+
+    lifted = _needed(capped, works)
+    if not lifted:
+        return None
+    ids = [problem.nodes[node].node_id for node in lifted]
+    few = ", ".join(ids[:3]) if len(ids) <= 3 else f"{', '.join(ids[:3])} and {len(ids) - 3} others"
+    return {"change": "max_compute_share", "node_ids": ids}, f"no limit to the compute of {few}"
+
+
+def _context(problem: Problem, solver: Solver) -> _Change | None:
+    asked = problem.profile.sequence_length
+    if not any(layer.kv_cache_bytes for layer in problem.profile.layers):
+        return None
+    tokens = longest_context(problem.profile, problem.cluster, problem.options, solver, too_long=asked)
+    if not tokens:
+        return None
+    text = f"a context of {tokens:,} tokens at most (asked: {asked:,})"
+    return {"change": "sequence_length", "sequence_length": tokens}, text
+
+
+def _needed(limits: list[int], works: Callable[[list[int]], bool]) -> list[int]:
+    """Which of the user's limits to lift, none of them in vain, ascending; none if that is not what is in the way."""
+    if not limits or not works(limits):
+        return []
+    low, high = 1, len(limits)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if works(limits[:middle]) else (middle + 1, high)
+    lifted = limits[:high]
+    for one in limits[:high] if high <= _FEW else []:
+        fewer = [other for other in lifted if other != one]
+        if fewer and works(fewer):
+            lifted = fewer
+    return sorted(lifted)
 
 
 def _sums(problem: Problem) -> Ints | None:
@@ -131,7 +207,10 @@ def _more_bytes(problem: Problem, solver: Solver) -> dict[str, int]:
         if alike in seen and not (problem.pinned == node).any():
             continue
         seen.add(alike)
-        held = _fewest_bytes(problem, solver, node, sums, (int(least[node]), limit))
+        try:
+            held = _fewest_bytes(problem, solver, node, sums, (int(least[node]), limit))
+        except _TooLong:
+            break
         if held is not None:
             best = (node, _extra(problem, node, held))
     return {} if best is None else {problem.nodes[best[0]].node_id: best[1]}
@@ -178,7 +257,10 @@ def _fewest_bytes(
             if first >= last:
                 break
             middle = int(sums[(first + last - 1) // 2])
-        used = held(middle)
+        try:
+            used = held(middle)
+        except _TooLong:
+            return high
         if used is None:
             low = middle + 1
         else:
@@ -207,31 +289,6 @@ def _one_node_more(problem: Problem, solver: Solver) -> Node | None:
         middle = (low + high) // 2
         low, high = (low, middle) if works(nodes[middle]) else (middle + 1, high)
     return nodes[high]
-
-
-def _pins_to_lift(problem: Problem, solver: Solver) -> list[str]:
-    """Pins without which a plan is found, none of which may stay; empty if pins are not what is in the way."""
-    over = overfull(problem)
-    pinned = np.flatnonzero(problem.pinned >= 0).tolist()
-    pinned.sort(key=lambda layer: (int(problem.pinned[layer]) not in over, -int(problem.memory[layer]), layer))
-
-    def works(lifted: list[int]) -> bool:
-        pins = problem.pinned.copy()
-        pins[lifted] = -1
-        return solver(dataclasses.replace(problem, pinned=pins)) is not None
-
-    if not pinned or not works(pinned):
-        return []
-    low, high = 1, len(pinned)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if works(pinned[:middle]) else (middle + 1, high)
-    lifted = pinned[:high]
-    for layer in pinned[:high] if high <= _FEW else []:
-        fewer = [other for other in lifted if other != layer]
-        if fewer and works(fewer):
-            lifted = fewer
-    return [problem.profile.layers[layer].name for layer in sorted(lifted)]
 
 
 def longest_context(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import planning
 import pytest
 
+import planner.remedies
 from planner.cluster import Cluster
 from planner.cost import node_memory_bytes
 from planner.errors import Infeasible
@@ -139,6 +142,18 @@ def _faults(model: ModelProfile, machines: Cluster, options: PlanOptions, error:
             again = {**kept, name: options.pins[name]}
             if _fits(model, machines, dataclasses.replace(options, pins=again)):
                 faults.append(f"the pin of {name} may stay")
+    if "max_compute_share" in remedies:
+        ids = remedies["max_compute_share"]["node_ids"]
+        assert isinstance(ids, list)
+        shares = {node_id: share for node_id, share in options.max_compute_share.items() if node_id not in ids}
+        if not _fits(model, machines, dataclasses.replace(options, max_compute_share=shares)):
+            faults.append("without these shares it does not fit either")
+        for each in ids:
+            raised = {**shares, each: options.max_compute_share[each]}
+            if _fits(model, machines, dataclasses.replace(options, max_compute_share=raised)):
+                faults.append(f"the share of {each} may stay")
+    elif _fits(model, machines, dataclasses.replace(options, max_compute_share={})):
+        faults.append("without shares it would fit, and that is not offered")
     return faults
 
 
@@ -208,6 +223,39 @@ def test_what_is_pinned_to_several_nodes_names_the_bytes_of_each_and_the_pins() 
     }
     assert "5 B more memory on n0 and 3 B more memory on n1" in str(error)
     assert "layers.0 on n0, layers.3 on n1 not pinned" in str(error)
+
+
+def test_a_request_that_only_the_shares_of_compute_refuse_names_those_to_raise() -> None:
+    model, machines = planning.profile([1.0] * 4, [10] * 4), planning.cluster([1, 2, 3], [100] * 3)
+    options = PlanOptions(max_compute_share={"n0": 0.25, "n1": 0.25, "n2": 0.25})
+    error = planning.outcome(model, machines, options)
+    assert isinstance(error, Infeasible)
+    assert error.details["limit"] == "share"
+    assert set(_remedies(error)) == {"node", "max_compute_share"}
+    assert _remedies(error)["max_compute_share"] == {"change": "max_compute_share", "node_ids": ["n2"]}
+    assert "or with no limit to the compute of n2" in str(error)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3, 5, 8])
+def test_a_refusal_that_would_take_long_offers_what_it_found(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(planner.remedies, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(planner.remedies, "_LONGEST_S", calls)
+    # All different, so that the bytes are searched for in many steps.
+    model, machines = (
+        planning.profile([1.0] * 5, [10**9, 10**8, 10**6, 10**7, 7]),
+        planning.cluster([1, 1], [500] * 2),
+    )
+    error = planning.outcome(model, machines, PlanOptions())
+    assert isinstance(error, Infeasible)
+    found = _remedies(error)
+    assert (found == {}) == (calls == 0)
+    if "memory" in found:
+        assert _fits(
+            model,
+            _with_bytes(machines, str(found["memory"]["node_id"]), int(str(found["memory"]["extra_bytes"]))),
+            PlanOptions(),
+        )
 
 
 def test_a_pinned_node_among_many_is_looked_at() -> None:
