@@ -19,8 +19,8 @@ from planner.sequence import Sequence
 
 #: Orders of nodes that are tried for a pipeline, exchanges in the best of them, and nodes of which all orders are.
 MAX_ORDERS, MAX_EXCHANGES, MOST_EVERY = 160, 600, 5
-#: Exchanges times nodes times layers squared.
-MOST_CELLS = 200_000_000
+#: Orders times nodes times layers, exchanges times both; that many orders are tried whatever the size.
+_ORDER_CELLS, _EXCHANGE_CELLS, _LEAST_ORDERS = 8_000_000, 3_000_000, 8
 #: Layers up to which cuts of a pipeline are refitted.
 MAX_LAYERS = 1_500
 #: Layers squared times nodes up to which the bound is worked out, and its steps.
@@ -108,6 +108,7 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
         return [], 0.0
     sequence = Sequence(problem)
     reach = sequence.reach(budget_s)
+    windows = [_Window(row) for row in reach]
     class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
     present: list[int] = []
     for node in old.tolist():
@@ -117,13 +118,16 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
     absent.sort(key=lambda node: (-int((reach[class_of[node]] - np.arange(length + 1)).max()), node))
     # Of equal bytes the fewest layers.
     lost = moving.alone() + (old[None, :] != np.arange(len(problem.nodes))[:, None])
-    tried = 0
+    no_less = float(lost.min(axis=0).sum())
+    most, tried = max(_LEAST_ORDERS, min(MAX_ORDERS, _ORDER_CELLS // lost.size)), 0
     best: tuple[float, Ints, list[int]] | None = None
 
     def consider(order: list[int]) -> bool:
         nonlocal tried, best
+        if best is not None and best[0] < no_less + 0.5:
+            return False
         tried += 1
-        found = _fixed_order([reach[class_of[node]] for node in order], lost[order])
+        found = _fixed_order([windows[class_of[node]] for node in order], lost[order])
         if found is not None:
             found = found[0], np.array(order, dtype=np.int64)[found[1]]
         if found is not None and (best is None or found[0] < best[0] - 0.5):
@@ -139,7 +143,7 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
         before = best
         for node in [node for node in absent if node not in start][:8]:
             for at in range(len(start) + 1):
-                if tried < MAX_ORDERS:
+                if tried < most:
                     consider([*start[:at], node, *start[at:]])
         if best is before:
             if best is not None:
@@ -154,7 +158,7 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
     if best is not None:
         order = best[2]
         for at in range(len(order) - 1):
-            if tried < 2 * MAX_ORDERS:
+            if tried < 2 * most:
                 swapped = list(best[2])
                 if at + 1 < len(swapped):
                     swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
@@ -170,10 +174,10 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
         bound = math.inf
         for every in permutations(range(len(problem.nodes))):
             consider(list(every))
-            found = _fixed_order([reach[class_of[node]] for node in every], least[list(every)])
+            found = _fixed_order([windows[class_of[node]] for node in every], least[list(every)])
             bound = bound if found is None else min(bound, found[0])
     elif best is not None and best[0] > bound:
-        _exchange(best[2], consider, min(MAX_EXCHANGES, MOST_CELLS // lost.size // length))
+        _exchange(best[2], consider, min(MAX_EXCHANGES, _EXCHANGE_CELLS // lost.size))
     if not sequence.exact_bytes or math.isinf(bound):
         bound = 0.0
     return [] if best is None else [best[1]], bound
@@ -209,29 +213,50 @@ def _gap(old: Ints, order: Several[int]) -> int:
     return sum(1 for node in order if node in before)
 
 
-def _fixed_order(reach: Several[Ints], lost: Floats | Ints) -> tuple[float, Ints] | None:
+class _Window:
+    """Where the stages of a node can begin, by where they end: positions [low, end) of the layers."""
+
+    def __init__(self, reach: Ints) -> None:
+        """Of the (L + 1,) furthest ends of stages from each position."""
+        ends = np.arange(len(reach))
+        self.low: Ints = np.searchsorted(reach, ends)
+        self.any = self.low < ends
+        width = np.where(self.any, ends - self.low, 1)
+        # A window's least is that of two overlapping ones, each as long as the largest power of two within.
+        level = np.frexp(width)[1] - 1
+        self.levels = int(level.max()) + 1
+        self.left = level, np.where(self.any, self.low, 0)
+        self.right = level, np.where(self.any, ends - (1 << level), 0)
+
+    def least(self, values: Floats) -> Floats:
+        """(L + 1,) least of `values` within each window; infinity where there is none."""
+        table = np.full((self.levels, len(values)), np.inf)
+        table[0] = values
+        for level in range(1, self.levels):
+            half = 1 << (level - 1)
+            table[level, :-half] = np.minimum(table[level - 1, :-half], table[level - 1, half:])
+        return np.where(self.any, np.minimum(table[self.left], table[self.right]), np.inf)
+
+
+def _fixed_order(windows: Several[_Window], lost: Floats | Ints) -> tuple[float, Ints] | None:
     """The cuts of nodes in a fixed order that lose least: (what, (L,) place in that order)."""
-    length = lost.shape[1]
-    positions = np.arange(length + 1)
+    nodes, length = lost.shape
+    moved = np.concatenate((np.zeros((nodes, 1)), np.cumsum(lost, axis=1)), axis=1)
+    ahead, used = np.empty(moved.shape), np.empty(moved.shape, dtype=np.bool_)
     best = np.full(length + 1, np.inf)
     best[0] = 0.0
-    starts = np.empty((len(lost), length + 1), dtype=np.int64)
-    after = positions[None, :] > positions[:, None]
-    for at, row in enumerate(lost):
-        moved = np.concatenate(([0.0], np.cumsum(row)))
-        open_cut = after & (positions[None, :] <= reach[at][:, None])
-        value = np.where(open_cut, (best - moved)[:, None], np.inf)
-        start = value.argmin(axis=0)
-        taken = value[start, positions] + moved
-        use = taken < best
-        starts[at] = np.where(use, start, -1)
-        best = np.where(use, taken, best)
+    for at, window in enumerate(windows):
+        ahead[at] = best - moved[at]
+        taken = window.least(ahead[at]) + moved[at]
+        used[at] = taken < best
+        best = np.minimum(best, taken)
     if not np.isfinite(best[length]):
         return None
-    nodes, at = np.empty(length, dtype=np.int64), length
-    for step in range(len(lost) - 1, -1, -1):
-        start_at = int(starts[step, at])
-        if start_at >= 0:
-            nodes[start_at:at] = step
-            at = start_at
-    return (float(best[length]), nodes) if at == 0 else None
+    places, end = np.empty(length, dtype=np.int64), length
+    for at in range(nodes - 1, -1, -1):
+        if used[at, end]:
+            low = int(windows[at].low[end])
+            start = low + int(ahead[at, low:end].argmin())
+            places[start:end] = at
+            end = start
+    return (float(best[length]), places) if end == 0 else None
