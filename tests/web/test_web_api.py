@@ -18,6 +18,7 @@ from planner.strategies import STRATEGIES
 from web.errors import STATUS, Refused, status_of, status_of_code
 from web.prefer import Waiting, waiting
 from workers.metadata_store import open_store, plan_path
+from workers.plans import Plans
 from workers.settings import Settings
 
 BAD_NAMES = [
@@ -184,7 +185,11 @@ def test_what_redis_lost_is_answered_from_the_store_until_it_is_deleted(
     open_store(settings.store_dir).write({plan_path(plan["plan_id"]): dumps(plan)}, message="A plan")
     assert client.post("/api/get-plan", json=asked).get_json() == client.get(path).get_json() == plan
     assert [entry["plan_id"] for entry in client.get("/api/plans").get_json()["plans"]] == [plan["plan_id"]]
-    assert client.delete(path).status_code == 202
+    deletion = client.delete(path).get_json()["job_id"]
+    # As the planner does with it.
+    assert [step["name"] for step in client.get(f"/api/jobs/{deletion}").get_json()["steps"]] == ["forget"]
+    with bare_redis.client() as redis:
+        Plans(redis, lambda: open_store(settings.store_dir)).delete(plan["plan_id"], "seed/model")
     for _ in range(2):
         assert client.get(path).status_code == client.post("/api/get-plan", json=asked).status_code == 404
         assert client.get("/api/plans").get_json() == {"plans": []}
