@@ -48,14 +48,14 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
     folders = [dirs] if isinstance(dirs, Path) else list(dirs)
     if not folders:
         raise InvalidInput("name at least one shard's folder")
-    out = out.absolute()
-    check_new(out)
+    whole = out.absolute()
+    check_new(whole)
     shards = [(folder, read_manifest(folder)) for folder in folders]
     _check_complete(shards)
-    _check_room(shards, out)
+    _check_room(shards, whole)
     if check:
         verify(folders, progress=progress).check()
-    with staged(out) as folder:
+    with staged(whole) as folder:
         _write(shards, folder, progress)
     return out
 
