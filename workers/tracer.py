@@ -369,14 +369,11 @@ def _layer_of(grouping: Grouping, tree: Tree) -> Callable[[str], int | None]:
     owners: dict[str, set[int]] = defaultdict(set)
     for name, layer in grouping.of.items():
         path = name.rpartition(".")[0]
-        while path:
+        while path and layer not in owners[path]:  # else all above has it too
             owners[path].add(layer)
             path = path.rpartition(".")[0]
-    known = {path: next(iter(layers)) for path, layers in owners.items() if len(layers) == 1}
     found: dict[str, int | None] = {}
-    for path in tree.modules:
-        above = path
-        while above and above not in known:
-            above = above.rpartition(".")[0]
-        found[path] = known.get(path, known.get(above))
+    for path in tree.modules:  # what is above comes first
+        layers = owners.get(path, ())
+        found[path] = next(iter(layers)) if len(layers) == 1 else found.get(path.rpartition(".")[0])
     return found.get
