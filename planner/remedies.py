@@ -109,9 +109,8 @@ def _pins(problem: Problem, solver: Solver) -> _Change | None:
     if not lifted:
         return None
     names = [problem.profile.layers[layer].name for layer in lifted]
-    few = ", ".join(f"{name} on {problem.options.pins[name]}" for name in names[:3])
-    text = f"{few} not pinned" if len(names) <= 3 else f"{few} and {len(names) - 3} others not pinned"
-    return {"change": "pins", "layers": names}, text
+    few = _few([f"{name} on {problem.options.pins[name]}" for name in names])
+    return {"change": "pins", "layers": names}, f"{few} not pinned"
 
 
 def _shares(problem: Problem, solver: Solver) -> _Change | None:
@@ -127,8 +126,12 @@ def _shares(problem: Problem, solver: Solver) -> _Change | None:
     if not lifted:
         return None
     ids = [problem.nodes[node].node_id for node in lifted]
-    few = ", ".join(ids[:3]) if len(ids) <= 3 else f"{', '.join(ids[:3])} and {len(ids) - 3} others"
-    return {"change": "max_compute_share", "node_ids": ids}, f"no limit to the compute of {few}"
+    return {"change": "max_compute_share", "node_ids": ids}, f"no limit to the compute of {_few(ids)}"
+
+
+def _few(texts: list[str]) -> str:
+    """The first three, and how many there are beside them."""
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} others" if len(texts) > 3 else "")
 
 
 def _context(problem: Problem, solver: Solver) -> _Change | None:

@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 
 from planner.moving import Moving
-from planner.problem import Floats, Ints, Problem
+from planner.problem import Floats, Ints
 from planner.sequence import Sequence
 
 #: Orders of nodes that are tried for a pipeline, exchanges in the best of them, and nodes of which all orders are.
@@ -27,24 +27,20 @@ MAX_LAYERS = 1_500
 _MOST, _ROUNDS = 1_000_000, 60
 
 
-def least_moved(problem: Problem, lost: Floats, *, within_s: float, known: float) -> tuple[float, list[list[int]]]:
-    """Bytes that any contiguous plan within `within_s` moves, and orders of nodes that come near.
+def least_moved(windows: Several[_Window], lost: Floats, *, known: float) -> tuple[float, list[list[int]]]:
+    """Bytes that any contiguous plan moves, and orders of nodes that come near.
 
     Args:
-        problem: What to plan.
+        windows: Where the stages of each node can begin.
         lost: (N, L) bytes that holding each layer takes each node.
-        within_s: The budget.
         known: Bytes that a plan is known to move.
     """
     nodes, length = lost.shape
     if length * length * nodes > _MOST:
         return 0.0, []
-    sequence = Sequence(problem)
-    class_of = {node: at for at, members in enumerate(sequence.classes) for node in members}
-    reach = sequence.reach(within_s)[[class_of[node] for node in range(nodes)]]
     moved = np.concatenate((np.zeros((nodes, 1)), np.cumsum(lost, axis=1)), axis=1)
     # The first position from which each node gets as far as each position.
-    first = np.array([np.searchsorted(row, np.arange(length + 1)) for row in reach])
+    first = np.array([window.low for window in windows])
     price = np.zeros(nodes)
     best, pace, since = 0.0, 1.0, 0
     orders: list[list[int]] = []
@@ -108,8 +104,9 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
         return [], 0.0
     sequence = Sequence(problem)
     reach = sequence.reach(budget_s)
-    windows = [_Window(row) for row in reach]
     class_of = {node: at for at, nodes in enumerate(sequence.classes) for node in nodes}
+    every = [_Window(row) for row in reach]
+    windows = [every[class_of[node]] for node in range(len(problem.nodes))]
     present: list[int] = []
     for node in old.tolist():
         if node >= 0 and node not in present:
@@ -127,7 +124,7 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
         if best is not None and best[0] < no_less + 0.5:
             return False
         tried += 1
-        found = _fixed_order([windows[class_of[node]] for node in order], lost[order])
+        found = _fixed_order([windows[node] for node in order], lost[order])
         if found is not None:
             found = found[0], np.array(order, dtype=np.int64)[found[1]]
         if found is not None and (best is None or found[0] < best[0] - 0.5):
@@ -165,16 +162,16 @@ def keep_stages(moving: Moving, budget_s: float, best_nodes: Ints) -> tuple[list
                     consider(swapped)
     known = float(lost.max(axis=0).sum()) if best is None else best[0]
     least = moving.least().astype(np.float64)
-    bound, orders = least_moved(problem, least, within_s=budget_s, known=known)
+    bound, orders = least_moved(windows, least, known=known)
     for order in orders:
         consider(order)
         consider(order + [node for node in present if node not in order])
     consider(list(dict.fromkeys([*best_nodes.tolist(), *present, *absent])))
     if len(problem.nodes) <= MOST_EVERY:
         bound = math.inf
-        for every in permutations(range(len(problem.nodes))):
-            consider(list(every))
-            found = _fixed_order([windows[class_of[node]] for node in every], least[list(every)])
+        for order in map(list, permutations(range(len(problem.nodes)))):
+            consider(order)
+            found = _fixed_order([windows[node] for node in order], least[order])
             bound = bound if found is None else min(bound, found[0])
     elif best is not None and best[0] > bound:
         _exchange(best[2], consider, min(MAX_EXCHANGES, _EXCHANGE_CELLS // lost.size))

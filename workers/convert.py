@@ -63,7 +63,7 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
     weights = {name: len(headers[name]) + sum(map(_size, stored.values())) for name, stored in views.items()}
     check_fits(directory, weights | {file.name: file.size_bytes for file in others} | {"index": len(index)})
     done = 0
-    with staged(directory.absolute()) as folder:
+    with staged(directory) as folder:
         for name, stored in views.items():
             with (folder / _target(name)).open("wb") as file:
                 file.write(headers[name])

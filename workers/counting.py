@@ -285,13 +285,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with real tensors (grids of image patches) made meta where they meet meta tensors."""
-    for value in args:
-        if isinstance(value, Tensor) and not value.is_meta and value.ndim:
-            break
-    else:
-        return args
     real = [at for at, value in enumerate(args) if isinstance(value, Tensor) and not value.is_meta and value.ndim]
-    if not any(value.is_meta for value in tensors_in(args)):
+    if not real or not any(value.is_meta for value in tensors_in(args)):
         return args
     return tuple(value.to("meta") if at in real else value for at, value in enumerate(args))
 

@@ -48,14 +48,13 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
     folders = [dirs] if isinstance(dirs, Path) else list(dirs)
     if not folders:
         raise InvalidInput("name at least one shard's folder")
-    whole = out.absolute()
-    check_new(whole)
+    check_new(out)
     shards = [(folder, read_manifest(folder)) for folder in folders]
     _check_complete(shards)
-    _check_room(shards, whole)
+    _check_room(shards, out)
     if check:
         verify(folders, progress=progress).check()
-    with staged(whole) as folder:
+    with staged(out) as folder:
         _write(shards, folder, progress)
     return out
 

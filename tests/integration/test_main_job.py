@@ -420,12 +420,16 @@ def test_a_batch_shows_the_whole_and_each(hub: TestHub, service: Service) -> Non
         jobs.batch("0" * 32)
 
 
+def planned_and_split(service: Service, model_name: str) -> tuple[str, list[Path]]:
+    """The plan's id and the folders of its shards."""
+    result = done(service, service.jobs().submit_request(model_name, process={})["job_id"])["result"]
+    return result["plan_id"], [Path(shard["path"]) for shard in result["shards"]]
+
+
 def test_a_deleted_plan_is_gone_with_its_shards(hub: TestHub, service: Service) -> None:
     hub.add_repo("tester/deleted", checkpoint("qwen3_moe"))
     jobs = service.jobs()
-    view = done(service, jobs.submit_request("tester/deleted", process={})["job_id"])
-    plan_id = view["result"]["plan_id"]
-    folders = [Path(shard["path"]) for shard in view["result"]["shards"]]
+    plan_id, folders = planned_and_split(service, "tester/deleted")
     assert all(folder.is_dir() for folder in folders)
     done(service, jobs.submit_delete(plan_id)["job_id"])
     assert not any(folder.exists() for folder in folders)
@@ -439,9 +443,7 @@ def test_a_deleted_plan_is_gone_with_its_shards(hub: TestHub, service: Service) 
 def test_a_plan_that_cannot_be_forgotten_keeps_its_shards(hub: TestHub, service: Service) -> None:
     hub.add_repo("tester/kept", checkpoint("llama"))
     jobs = service.jobs()
-    view = done(service, jobs.submit_request("tester/kept", process={})["job_id"])
-    plan_id = view["result"]["plan_id"]
-    folders = [Path(shard["path"]) for shard in view["result"]["shards"]]
+    plan_id, folders = planned_and_split(service, "tester/kept")
     head = jobs._services.settings.store_dir / ".history" / "head"
     head.rename(head.with_name("aside"))
     head.mkdir()

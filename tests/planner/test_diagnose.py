@@ -8,6 +8,7 @@ import math
 import random
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import planning
 import pytest
@@ -132,27 +133,22 @@ def _faults(model: ModelProfile, machines: Cluster, options: PlanOptions, error:
             at = model.at(batch_size=model.batch_size, sequence_length=length)
             if _fits(at, machines, options) != fits:
                 faults.append(f"a context of {length} should {'' if fits else 'not '}fit")
-    if "pins" in remedies:
-        names = remedies["pins"]["layers"]
-        assert isinstance(names, list)
-        kept = {name: node_id for name, node_id in options.pins.items() if name not in names}
-        if not _fits(model, machines, dataclasses.replace(options, pins=kept)):
-            faults.append("without these pins it does not fit either")
-        for name in names:
-            again = {**kept, name: options.pins[name]}
-            if _fits(model, machines, dataclasses.replace(options, pins=again)):
-                faults.append(f"the pin of {name} may stay")
-    if "max_compute_share" in remedies:
-        ids = remedies["max_compute_share"]["node_ids"]
-        assert isinstance(ids, list)
-        shares = {node_id: share for node_id, share in options.max_compute_share.items() if node_id not in ids}
-        if not _fits(model, machines, dataclasses.replace(options, max_compute_share=shares)):
-            faults.append("without these shares it does not fit either")
-        for each in ids:
-            raised = {**shares, each: options.max_compute_share[each]}
-            if _fits(model, machines, dataclasses.replace(options, max_compute_share=raised)):
-                faults.append(f"the share of {each} may stay")
-    elif _fits(model, machines, dataclasses.replace(options, max_compute_share={})):
+    for limit, key in (("pins", "layers"), ("max_compute_share", "node_ids")):
+        if limit in remedies:
+            lifted = remedies[limit][key]
+            assert isinstance(lifted, list)
+            asked = getattr(options, limit)
+            kept = {name: value for name, value in asked.items() if name not in lifted}
+            without: dict[str, Any] = {limit: kept}
+            if not _fits(model, machines, dataclasses.replace(options, **without)):
+                faults.append(f"without these {limit} it does not fit either")
+            for name in lifted:
+                with_one: dict[str, Any] = {limit: {**kept, name: asked[name]}}
+                if _fits(model, machines, dataclasses.replace(options, **with_one)):
+                    faults.append(f"{limit} of {name} may stay")
+    if "max_compute_share" not in remedies and _fits(
+        model, machines, dataclasses.replace(options, max_compute_share={})
+    ):
         faults.append("without shares it would fit, and that is not offered")
     return faults
 
