@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -71,7 +70,8 @@ class Subject:
         self.structures: dict[Any, int] = {}
 
 
-_BOOL, _ITEM, _INDEX = Tensor.__bool__, Tensor.item, torch.ops.aten.index.Tensor
+_INDEX = torch.ops.aten.index.Tensor
+_SCALAR = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (the operator's name)
 #: Operators whose FLOP follow from their operands' shapes.
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 _Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
@@ -100,17 +100,6 @@ def _rule(func: Any) -> _Rule | None:
 
     _RULES[id(func)] = func, rule
     return rule
-
-
-class Truth(TorchFunctionMode):
-    """Answers what only data could tell: whether a meta tensor is true."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if (func is _BOOL or (func is _ITEM and args[0].dtype is torch.bool)) and args[0].is_meta:
-            return True
-        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -142,6 +131,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool:
+            return True  # only data could tell
         args = on_meta(args)
         out = pointwise(func, args, kwargs)
         if out is None:

@@ -36,11 +36,11 @@ def make_inputs(
     config = model.config
     inputs: dict[str, Any] = {}
     sequence_length = min(sequence_length, longest(model) or sequence_length)
-    tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
+    tokens = torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")
     if "input_ids" in taken:
         inputs["input_ids"] = tokens
         if "attention_mask" in taken:
-            inputs["attention_mask"] = torch.ones_like(tokens)
+            inputs["attention_mask"] = torch.empty_like(tokens)
     if "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = tokens.clone()
     if "input_features" in taken and "input_ids" not in inputs:

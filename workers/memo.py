@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from workers.counting import Counter, Counts, Subject, Truth
+from workers.counting import Counter, Counts, Subject
 from workers.kv import watch
 from workers.masks import Sight, watch_masks
 
@@ -58,7 +58,7 @@ def count(
     try:
         if memoise:
             memo.attach()
-        with torch.no_grad(), watch(counter.caches), watching, Truth(), counter:
+        with torch.no_grad(), watch(counter.caches), watching, counter:
             output = subject.model(**inputs)
         return counter.finish(output), output
     finally:

@@ -1,7 +1,7 @@
 """What a few operators make of meta tensors, without torch's own reference code in Python.
 
 Half the time of a pass goes into that code for operators whose result is plain: element-wise ones (of the operands'
-common shape and dtype, laid out as they are), products, means, shares, look-ups, concatenations and ranges.
+common shape and dtype, laid out as they are), products, means, shares, look-ups, copies, concatenations and ranges.
 Everything else is left to torch.
 """
 
@@ -26,11 +26,13 @@ _BITS = {_aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor}
 _MEAN, _CAT, _ARANGE, _WHERE = _aten.mean.dim, _aten.cat.default, _aten.arange.default, _aten.where.self
 _SHARES, _LOOK_UP = _aten._softmax.default, _aten.embedding.default  # noqa: SLF001 (the operator's name)
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default}
+_COPIES = {_aten.clone.default, _aten._to_copy.default}  # noqa: SLF001
+_INDEX, _RESHAPED = _aten.index.Tensor, _aten._unsafe_view.default  # noqa: SLF001
 _META = torch.device("meta")
 _ELEMENTWISE = _ARITHMETIC | _COMPARISONS | _BITS | {_WHERE}
 # By identity: torch hashes an operator in Python.
-_OTHERS = {_MEAN, _CAT, _ARANGE, _SHARES, _LOOK_UP}
-_KINDS = {id(func): kind for kind in (_ELEMENTWISE, _PRODUCTS, _OTHERS) for func in kind}
+_OTHERS = {_MEAN, _CAT, _ARANGE, _SHARES, _LOOK_UP, _INDEX, _RESHAPED}
+_KINDS = {id(func): kind for kind in (_ELEMENTWISE, _PRODUCTS, _COPIES, _OTHERS) for func in kind}
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -40,6 +42,8 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return None
     if func is _ARANGE:
         return _arange(args[0], kwargs)
+    if kind is _COPIES:
+        return _copy(args[0], **kwargs)
     if kwargs:
         return None
     if kind is _ELEMENTWISE:
@@ -50,6 +54,10 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return _cat(*args)
     if func is _LOOK_UP:
         return _look_up(*args[:2])
+    if func is _INDEX:
+        return _index(*args)
+    if func is _RESHAPED:
+        return args[0].view(args[1])  # type: ignore[no-any-return]
     if len(args) != 3:
         return None
     return _shares(*args) if func is _SHARES else _mean(*args)
@@ -171,6 +179,29 @@ def _product(one: Tensor, other: Tensor) -> Tensor | None:
     if sizes[:-2] != others[:-2] or sizes[-1] != others[-2]:
         return None
     return torch.empty((*sizes[:-1], others[-1]), dtype=one.dtype, device="meta")
+
+
+def _copy(
+    tensor: Tensor, *, memory_format: Any = None, dtype: torch.dtype | None = None, **given: Any
+) -> Tensor | None:
+    """A copy, of another dtype it may be."""
+    if given or not tensor.is_meta or not (memory_format is torch.contiguous_format or tensor.is_contiguous()):
+        return None
+    if memory_format not in {None, torch.contiguous_format, torch.preserve_format}:
+        return None
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+
+
+def _index(tensor: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
+    """Values by their numbers along every dimension."""
+    if len(indices) != tensor.ndim or not tensor.is_meta:
+        return None
+    shape: tuple[int, ...] | None = ()
+    for each in indices:
+        if each is None or not each.is_meta or each.dtype is not torch.int64 or not each.is_contiguous():
+            return None
+        shape = _broadcast(shape, tuple(each.shape)) if shape is not None else None
+    return None if shape is None else torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def _look_up(table: Tensor, rows: Tensor) -> Tensor | None:

@@ -62,13 +62,18 @@ def trace(
         InvalidCheckpoint: If the tensors are not those of the config's model.
     """
     with _LOCK, quiet(), uncollected():
-        tracer = _Tracer(config)
-        places = tracer.place(tensors)
-        try:
-            return tracer.run(places, batch_size, sequence_length)
-        except NotTraceable as error:
-            error.known = {name: each.parameter is not None for name, each in places.items() if each.layer >= 0}
-            raise
+        # The model ends with this call, before Python's collector would look through it.
+        return _trace(config, tensors, batch_size, sequence_length)
+
+
+def _trace(config: ModelConfig, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
+    tracer = _Tracer(config)
+    places = tracer.place(tensors)
+    try:
+        return tracer.run(places, batch_size, sequence_length)
+    except NotTraceable as error:
+        error.known = {name: each.parameter is not None for name, each in places.items() if each.layer >= 0}
+        raise
 
 
 class _Tracer:
@@ -192,7 +197,9 @@ class _Tracer:
         for (layer, path), sight in counts.sights.items():
             if layer >= 0 and self._part(layer, path) == "attention":
                 sights[layer] = sight if sights.get(layer, sight) == sight else EVERYTHING
-        kept = {layer: [read_layer(each) for each in caches] for layer, caches in counts.kept.items()}
+        # Twins share what was recorded.
+        read = {id(each): read_layer(each) for each in {id(c): c for cs in counts.kept.values() for c in cs}.values()}
+        kept = {layer: [read[id(each)] for each in caches] for layer, caches in counts.kept.items()}
         counts.kept.clear()
         return Pass(batch_size, sequence_length, counts, parts, kept, sights)
 
@@ -248,7 +255,8 @@ class _Tracer:
                     last = limit if longest_run is None else length
                     if longest_run is None and length != lengths[0]:
                         last = _positions(self.model.config) or length
-                    layers[at] = replace(layer, terms_range=None if last is None else (1, last))
+                    if last is not None:
+                        layers[at] = replace(layer, terms_range=(1, last))
             longest_run = longest_run or length
         return wrong, done
 

@@ -136,3 +136,41 @@ def test_look_ups(shape: tuple[int, ...]) -> None:
     assert short is not None
     assert (short.shape, short.stride(), short.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
     assert pointwise(_aten.embedding.default, (torch.empty(7, 5), torch.zeros(shape, dtype=torch.long)), {}) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    one=tensors(),
+    kwargs=st.sampled_from(
+        [{}, {"dtype": torch.bfloat16}, {"dtype": torch.int64, "memory_format": torch.preserve_format}]
+    ),
+    plain=st.booleans(),
+)
+def test_copies(one: torch.Tensor, kwargs: dict[str, Any], plain: bool) -> None:
+    if plain:
+        assert same(_aten.clone.default, one, memory_format=torch.contiguous_format)
+    assert same(_aten._to_copy.default, one, **kwargs) == one.is_contiguous()
+    assert pointwise(_aten._to_copy.default, (one,), {"layout": torch.strided}) is None
+    assert pointwise(_aten.clone.default, (torch.ones(2),), {}) is None
+
+
+def test_values_by_their_numbers() -> None:
+    table = torch.empty(3, 7, dtype=torch.bool, device="meta")
+    rows, columns = torch.arange(3)[:, None, None, None], torch.arange(7)[None, None, None, :]
+    for one, other in ((rows, columns), (columns % 3, rows), (rows[:, 0, 0, 0], rows[:, 0, 0, 0]), (rows, rows[0])):
+        short = pointwise(_aten.index.Tensor, (table, [one.to("meta"), other.to("meta")]), {})
+        wanted = torch.zeros(3, 7, dtype=torch.bool)[one, other]
+        assert short is not None
+        assert (short.shape, short.dtype, short.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+    there = rows.to("meta")
+    for indices in ([there], [there, None], [None, there], [there, there.bool()], [there, there.expand(3, 1, 2, 1)]):
+        assert pointwise(_aten.index.Tensor, (table, indices), {}) is None
+    assert pointwise(_aten.index.Tensor, (table, [there[:, 0, 0, 0], columns[0, 0, 0].to("meta")]), {}) is None
+
+
+def test_a_product_is_given_its_shape_in_place() -> None:
+    made = torch.empty(6, 4, device="meta")
+    seen = pointwise(_aten._unsafe_view.default, (made, [2, 3, 4]), {})
+    assert seen is not None
+    assert seen.shape == (2, 3, 4)
+    assert seen.untyped_storage()._cdata == made.untyped_storage()._cdata

@@ -1,7 +1,7 @@
 """The traced FLOP are FlopCounterMode's: every layer and part, at full published size, for every architecture.
 
-The reference runs every layer, unmemoised, under torch's own counter; only the answers to what data alone could tell
-(`bool` of a meta tensor) are shared with the tracer.
+The reference runs every layer, unmemoised, under torch's own counter; it answers what data alone could tell (`bool`
+of a meta tensor) as the tracer does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import PUBLISHED
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from workers.counting import Truth, on_meta
+from workers.counting import on_meta
 from workers.exact import flop_at
 from workers.inputs import make_inputs
 from workers.memo import count
@@ -36,6 +37,14 @@ BATCH = 3
 
 def config_of(values: dict[str, Any]) -> ModelConfig:
     return ModelConfig(values=values, model_type=values["model_type"], architecture=values["architectures"][0])
+
+
+class _Truth(TorchFunctionMode):
+    """Answers what only data could tell: a meta tensor asked whether it is true says yes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = func is torch.Tensor.__bool__ or (func is torch.Tensor.item and args[0].dtype is torch.bool)
+        return True if asked and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 class _OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -82,7 +91,7 @@ def reference(values: dict[str, Any], batch: int, length: int) -> tuple[dict[str
     model = built(values)
     inputs = make_inputs(model, batch, length)
     moving = _OnMeta()  # type: ignore[no-untyped-call]
-    with quiet(), torch.no_grad(), Truth(), moving, FlopCounterMode(display=False) as counter:
+    with quiet(), torch.no_grad(), _Truth(), moving, FlopCounterMode(display=False) as counter:
         model(**inputs)
     root = type(model).__name__
     paths = {
