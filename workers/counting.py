@@ -45,6 +45,8 @@ class Counts:
     #: Layer -> the cache layers that it wrote to.
     kept: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     operators: int = 0
+    #: Whether a sum of products was written as an equation: over one token, torch multiplies and counts no product.
+    einsum: bool = False
 
 
 class Subject:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -58,13 +58,29 @@ def count(
     try:
         if memoise:
             memo.attach()
-        with torch.no_grad(), watch(counter.caches), watching, counter:
+        with torch.no_grad(), watch(counter.caches), watching, _einsum_noted(counter.counts), counter:
             output = subject.model(**inputs)
         return counter.finish(output), output
     finally:
         for hook in hooks:
             hook.remove()
         memo.detach()
+
+
+@contextlib.contextmanager
+def _einsum_noted(counts: Counts) -> Iterator[None]:
+    """Note whether `torch.einsum` is called; what arrives of it are other operators."""
+    original = torch.einsum
+
+    def einsum(*args: Any, **kwargs: Any) -> Any:
+        counts.einsum = True
+        return original(*args, **kwargs)
+
+    torch.einsum = einsum
+    try:
+        yield
+    finally:
+        torch.einsum = original
 
 
 class _Memo:

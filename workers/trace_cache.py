@@ -18,7 +18,7 @@ from workers.model_config import ModelConfig
 from workers.trace import ModelTrace, from_json, to_json
 
 #: Raised whenever a trace's meaning or form changes.
-_FORMAT = 5
+_FORMAT = 6
 #: What a config says that no trace depends on.
 _NOISE = {"_name_or_path", "transformers_version", "auto_map", "quantization_config", "id2label", "label2id"}
 

@@ -121,7 +121,7 @@ class _Tracer:
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
             reasons += self._chunked(layers, wrong, order, (batch_size, asked), limit)
-        if looping or any(layer.state_bytes for layer in layers.values()):
+        if looping or fits[0].counts.einsum or any(layer.state_bytes for layer in layers.values()):
             self._check_one_token(layers)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
@@ -261,7 +261,10 @@ class _Tracer:
         return wrong, done
 
     def _check_one_token(self, layers: dict[int, LayerTrace]) -> None:
-        """Take one token out of the range of layers that it costs less or more: some scans take it as generated."""
+        """Take one token out of the range of layers that it costs less or more.
+
+        Some scans take it as generated, and torch makes a sum over it (`einsum`) no matrix product.
+        """
         with contextlib.suppress(NotTraceable):
             one = self._pass(_CHECK_BATCH, 1)
             for at, layer in layers.items():

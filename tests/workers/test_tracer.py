@@ -186,6 +186,23 @@ def test_chunked_scans_are_exact_where_asked_and_say_that_the_polynomial_is_not(
     assert total(traced, 1, 768) == reference(values, 1, 768)[1]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"], "d_model": 32, "n_layer": 3, "n_head": 4},
+        {"model_type": "prophetnet", "architectures": ["ProphetNetForCausalLM"], "num_decoder_layers": 2},
+    ],
+    ids=lambda values: values["model_type"],
+)
+def test_a_sum_over_one_token_is_no_matrix_product(values: dict[str, Any]) -> None:
+    traced = trace(config_of(values), names_of(values), sequence_length=64)
+    numbered = [layer for layer in traced.layers if layer.number is not None]
+    assert {layer.terms_range and layer.terms_range[0] for layer in numbered} == {2}
+    # It is what the formulas would be wrong about.
+    assert total(traced, BATCH, 1) > reference(values, BATCH, 1)[1]
+    assert total(traced, BATCH, 2) == reference(values, BATCH, 2)[1]
+
+
 def test_layers_without_a_polynomial_are_fitted_at_lengths_that_the_model_takes() -> None:
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     values = {
