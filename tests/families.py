@@ -72,6 +72,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
          "use_mamba_kernels": False},
     ),
+    # Its modules keep their states themselves.
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        "RecurrentGemmaForCausalLM",
+        {**_SIZES, "attention_window_size": 8},
+    ),
     # Its four layers are one that is run four times, which is what its checkpoint holds.
     "albert": ("albert", "AlbertForMaskedLM", {**_SIZES, "embedding_size": 16, "num_hidden_groups": 1}),
     "roberta": ("roberta", "RobertaForMaskedLM", {**_SIZES, "max_position_embeddings": 66}),

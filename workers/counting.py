@@ -10,6 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Counts:
     output_bytes: int = 0
     #: (layer, module path) -> what the mask that was read there lets see.
     sights: dict[tuple[int, str], Sight] = field(default_factory=dict)
-    #: Layer -> the cache layers that it wrote to.
+    #: Layer -> the cache layers that it wrote to, and what its modules keep themselves.
     kept: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     operators: int = 0
     #: Whether a sum of products was written as an equation: over one token, torch multiplies and counts no product.
@@ -260,6 +261,17 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kept = self.kept_here()
         if not any(each is cache_layer for each in kept):
             kept.append(cache_layer)
+
+    def keeps(self, module: nn.Module, *_: Any) -> None:
+        """Forward hook of models with a state: note what of this pass `module` keeps itself, and no cache does."""
+        held = {
+            name: each
+            for name, each in module.__dict__.items()
+            if isinstance(each, Tensor) and each.untyped_storage()._cdata in self._storages  # noqa: SLF001
+        }
+        if held:
+            grown = sum(each.numel() * each.element_size() for each in held.values())
+            self.caches(SimpleNamespace(recurrent_states=held), grown)
 
     def kept_here(self) -> list[Any]:
         """The cache layers that the present layer wrote to."""

@@ -55,6 +55,8 @@ def count(
     memo = _Memo(counter, subject)
     watching = watch_masks(counter.masked) if masks else contextlib.nullcontext()
     hooks = [register_module_forward_pre_hook(counter.enters), register_module_forward_hook(counter.leaves)]
+    if subject.model._is_stateful:  # noqa: SLF001 (transformers' word for models that keep a state)
+        hooks.append(register_module_forward_hook(counter.keeps))
     try:
         if memoise:
             memo.attach()

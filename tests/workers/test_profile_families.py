@@ -7,6 +7,7 @@ weights, its own cache and its own loop over experts, and must agree in every nu
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from workers.skeleton import NotTraceable, quiet
 
 BATCH, LENGTH = 2, 24
 
-#: Run on real data only: what they look at (grids, image tokens) needs real inputs that `make_inputs` doesn't make.
-_NO_REAL_RUN = {"llava", "qwen2_5_vl"}
+#: Run on real data only: what they look at (grids, image tokens) needs real inputs that `make_inputs` doesn't make;
+#: the last gives nobody its cache, and has a test of its own.
+_NO_REAL_RUN = {"llava", "qwen2_5_vl", "recurrent_gemma"}
 
 
 @functools.cache
@@ -114,6 +116,23 @@ def test_cost_and_cache_at_other_lengths_are_right_or_said_to_be_estimates(name:
         told = profile.total_compute, sum(layer.kv_cache_bytes for layer in profile.layers)
         if not profile.approximate or length not in _ESTIMATED.get(name, ()):
             assert (told, profile.approximate) == ((flop, cached_bytes(output)), ()), length
+
+
+@pytest.mark.parametrize("length", [2, 5, 8, LENGTH, 60])
+def test_states_that_modules_keep_themselves_are_cached(length: int) -> None:
+    model = load("recurrent_gemma")
+    cache = transformers.DynamicCache(config=model.config)
+    tokens = torch.randint(3, 90, (BATCH, length))
+    with quiet(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    kept = [vars(module).get(name) for module in model.modules() for name in ("conv1d_state", "recurrent_states")]
+    states = sum(each.numel() * each.element_size() for each in kept if each is not None)
+    profile = profiled("recurrent_gemma").at(batch_size=BATCH, sequence_length=length)
+    assert states > 0
+    assert sum(layer.kv_cache_bytes for layer in profile.layers) == states + cached_bytes(
+        SimpleNamespace(past_key_values=cache)
+    )
+    assert (profile.total_compute, profile.approximate) == (counter.get_total_flops(), ())
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "ernie4_5_moe"])
