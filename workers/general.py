@@ -22,7 +22,12 @@ _BUFFERS = (
     ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
     "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
     "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
-    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps",
+    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps", ".weight_integer", ".bias_integer",
+    ".weight_scaling_factor", ".fc_scaling_factor", ".act_scaling_factor", ".LayerNorm.shift", ".x_min", ".x_max",
+    ".input_min", ".input_max", ".output_min", ".output_max", ".codebook.inited", ".codebook.initialized",
+    ".codebook.cluster_size", ".codebook.cluster_usage", ".codebook.embed", ".codebook.embed_avg",
+    ".codebook.embed_sum", ".n_points_scale", ".num_points_scale", ".global_mean", ".global_invstd", ".norm_mean",
+    ".norm_std", ".pos_idx_to_embed", ".balancing_biases",
 )  # fmt: skip
 #: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
 _BALANCES = ("e_score_correction_bias", ".expert_bias")
@@ -62,11 +67,24 @@ class Contents:
             known: Whether it is one, by logical name; else its own name tells.
         """
         name, stored = tensor.name, self.logical[tensor.name]
-        is_buffer = stored.logical == name and (
-            name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
-            or (tensor.dtype in _WHOLE_NUMBERS and not name.endswith("weight") and stored.values <= tensor.size_bytes)
-        )
+        if name.endswith("weight"):
+            is_buffer = len(tensor.shape) == 1 and self._frozen(name)
+        else:
+            is_buffer = stored.logical == name and (
+                name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
+                or (tensor.dtype in _WHOLE_NUMBERS and stored.values <= tensor.size_bytes)
+                or self._frozen(name)
+            )
         return stored.values if known.get(stored.logical, not is_buffer) else 0
+
+    def _frozen(self, name: str) -> bool:
+        """Whether it is a batch norm's weight or bias that is not trained: a trained norm's batches are counted."""
+        module, _, kind = name.rpartition(".")
+        return (
+            kind in {"weight", "bias"}
+            and f"{module}.running_var" in self.logical
+            and f"{module}.num_batches_tracked" not in self.logical
+        )
 
 
 def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:

@@ -11,6 +11,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import Memory
@@ -20,6 +21,7 @@ from planner.profile import ModelProfile
 from workers.folder import open_folder
 from workers.generator import generate
 from workers.model_config import parse_config
+from workers.skeleton import build, quiet
 
 
 def costs(profile: ModelProfile) -> ModelProfile:
@@ -396,6 +398,41 @@ def test_what_balances_and_scales_is_a_buffer_by_its_name_where_it_is_one(
     tensors: dict[str, tuple[str, list[int]]] = {name: ("F32", [4]), "model.layers.0.a.weight": ("F32", [2, 2])}
     profile = generate(memory({"model_type": model_type, "num_hidden_layers": 1}, tensors), compute=False)
     assert profile.total_params == 4 + params
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("ibert", "IBertForMaskedLM"),
+        ("rt_detr", "RTDetrForObjectDetection"),
+        ("d_fine", "DFineForObjectDetection"),
+        ("encodec", "EncodecModel"),
+        ("mimi", "MimiModel"),
+        ("gemma4_audio", "Gemma4AudioModel"),
+        # Its batch norms are trained.
+        ("mobilenet_v2", "MobileNetV2ForImageClassification"),
+    ],
+)
+def test_frozen_and_observed_values_are_buffers_without_a_trace(
+    model_type: str, architecture: str, tmp_path: Path
+) -> None:
+    config = json.dumps({"model_type": model_type, "architectures": [architecture]})
+    with quiet():
+        model = build(parse_config(config.encode()))
+    (tmp_path / "config.json").write_text(config)
+    header, end = {}, 0
+    for name, each in model.state_dict().items():
+        begin, end = end, end + each.nbytes
+        dtype = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}[each.dtype]
+        header[name] = {"dtype": dtype, "shape": list(each.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)  # its values take no room
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert header.keys() > parameters.keys()
+    profile = generate(open_folder(tmp_path), compute=False)
+    assert profile.total_params == sum(each.numel() for each in parameters.values())
 
 
 def test_experts_of_two_values_a_byte_are_parameters_by_name_alone() -> None:
