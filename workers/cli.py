@@ -67,6 +67,7 @@ class _ShowVersion(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; the exit status."""
     args = parser().parse_args(argv)
+    args.lean = argv is None  # else the process is somebody's own
     if not sys.warnoptions:
         # Libraries' warnings are for those who write programs, not for those who run this one.
         warnings.simplefilter("ignore")

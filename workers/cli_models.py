@@ -107,6 +107,7 @@ def profile_of(checkpoint: Checkpoint, args: argparse.Namespace, *, compute: boo
         compute=compute,
         kv_dtype=args.kv_dtype,
         cache_dir=Settings.from_env().data_dir / "traces",
+        lean=args.lean,
         progress=progress(args),
     )
 

@@ -85,7 +85,9 @@ def split(args: argparse.Namespace) -> int:
         profile = profile_from_json(load_file(args.metadata))
     else:
         traces = settings.data_dir / "traces"
-        profile = generate(checkpoint, compute=not args.no_compute, cache_dir=traces, progress=progress(args))
+        profile = generate(
+            checkpoint, compute=not args.no_compute, cache_dir=traces, lean=args.lean, progress=progress(args)
+        )
     plan = import_plan(obj, profile)
     if node_id not in plan.allocation:
         raise InvalidInput(

@@ -42,6 +42,7 @@ def generate_metadata(services: Services, claim: Claim) -> dict[str, Any]:
         kv_dtype=params.get("kv_dtype"),
         node_id=services.settings.node_id,
         cache_dir=services.settings.data_dir / "traces",
+        lean=True,
         progress=claim.progress,
     )
     services.put_payload(claim.claimed.job_id, "profile", profile_to_json(profile))
