@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,30 @@ def test_a_profile_from_headers_loads_neither_numpy_nor_marshmallow_nor_the_hub_
     )
     assert done.stdout == "0 []\n"
     assert json.loads((fairshard.folder / "profile.json").read_text())["total_layers"] == 6
+
+
+def test_a_command_traces_without_torchs_compiler_and_leaves_a_callers_process_alone(fairshard: Shell) -> None:
+    script = (
+        "import sys; from workers.cli import main;"
+        "rc = main({arguments});"
+        "print(rc, sorted({{'torch._inductor', 'torch.distributed.tensor', 'workers.lean'}} & set(sys.modules)))"
+    )
+    command = ["profile", "m", "--output", "profile.json", "--quiet"]
+
+    def run(arguments: str, *argv: str) -> str:
+        code = script.format(arguments=arguments)
+        shutil.rmtree(fairshard.folder / "data", ignore_errors=True)
+        return subprocess.run(
+            [sys.executable, "-c", code, *argv],
+            cwd=fairshard.folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "FAIRSHARD_DATA": str(fairshard.folder / "data")},
+        ).stdout
+
+    assert run("", *command) == "0 ['workers.lean']\n"
+    assert run(repr(command)) == "0 ['torch._inductor', 'torch.distributed.tensor']\n"
 
 
 def test_a_profile_is_shown_and_written(fairshard: Shell) -> None:
