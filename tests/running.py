@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import redis
 
-from workers.redis_server import find_binary
+from workers.redis_server import _version, find_binary
 
 
 def free_port() -> int:
@@ -60,6 +60,8 @@ class RedisProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
         arguments += ["--appendonly", "yes" if self._appendonly else "no", "--appendfsync", "everysec"]
+        if _version(self._binary) >= (7,):
+            arguments += ["--enable-protected-configs", "local"]  # `find_disk` names the folder anew
         with (self.directory / "redis.log").open("ab") as log:
             self.process = subprocess.Popen([str(self._binary), *arguments], stdout=log, stderr=log)
         with self.client() as client:

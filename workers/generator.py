@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.dtypes import canonical
 from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
 from planner.profile import ModelProfile, outside
 from workers.checkpoint import Checkpoint
-from workers.exact import exact_layers
 from workers.general import Contents, general_layers, read_contents
 from workers.progress import Progress, silent
 from workers.quantised import unknown_method
-from workers.trace import ModelTrace
-from workers.trace_cache import TraceCache
 from workers.twins import with_twins
+
+if TYPE_CHECKING:
+    from workers.trace import ModelTrace
 
 
 def generate(
@@ -72,6 +73,8 @@ def generate(
         ]
         approximate += reasons
     else:
+        from workers.exact import exact_layers
+
         layers = exact_layers(
             contents, trace, batch_size=batch_size, sequence_length=sequence_length, kv_dtype=kv_dtype
         )
@@ -105,6 +108,8 @@ def _trace(
     Raises:
         InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
     """
+    from workers.trace_cache import TraceCache
+
     sizes: dict[str, int] = {}
     for tensor in contents.headers.tensors:
         stored = contents.logical[tensor.name]

@@ -30,8 +30,9 @@ from workers.skeleton import quiet
 
 #: No other dimension of these models is as large as the sequence, so that a square of it is a matrix of pairs.
 BATCH, LENGTH = 2, 41
-#: No attention among them, or of no plain pairs, or inputs that no shape tells.
-_LEFT_OUT = {"llava", "qwen2_5_vl", "mamba", "mamba2", "vit", "deepseek_v4"}
+#: No attention among them, or of no plain pairs, or under a name that recurrences have too (so that nothing counts as
+#: hidden), or inputs that no shape tells.
+_LEFT_OUT = {"llava", "qwen2_5_vl", "mamba", "mamba2", "vit", "deepseek_v4", "recurrent_gemma"}
 
 
 class _Pairs(TorchDispatchMode):  # type: ignore[no-untyped-call]
