@@ -81,11 +81,9 @@ def _plain_equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-class _MasksByIndex:
-    """A context for vectorised masks, which eager attention needs none of."""
-
-    def __new__(cls) -> Any:
-        return _real(_MASKS).TransformGetItemToIndex()
+def _masks_by_index() -> Any:
+    """The real context for vectorised masks, of which eager attention needs none."""
+    return _real(_MASKS).TransformGetItemToIndex()
 
 
 _COMPILER = "torch._dynamo"
@@ -97,7 +95,7 @@ _STAND_INS: Mapping[str, Mapping[str, Any]] = {
     _COMPILER: dict.fromkeys(
         ("allow_in_graph", "assume_constant_result", "disable", "mark_static_address"), _undecorated
     ),
-    _MASKS: {"TransformGetItemToIndex": _MasksByIndex},
+    _MASKS: {"TransformGetItemToIndex": _masks_by_index},
     # What these answer where sizes are plain numbers.
     "torch.fx.experimental.symbolic_shapes": {
         **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious"), bool),
