@@ -27,10 +27,10 @@ from planner.cluster import Cluster, Node
 from planner.devices import lookup
 from planner.errors import FairshardError
 from planner.plan import Plan, PlanOptions
-from planner.strategies import make_plan
+from planner.strategies.make import make_plan
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.node import measure
+from workers.nodes.probe import measure
 
 GB = 1e9
 

@@ -30,12 +30,12 @@ from benchmarks import planner_rivals as rivals
 from benchmarks.planner_cases import Case, cases, machines, model, needed_bytes, random_model, real_models
 from benchmarks.planner_latency import anywhere_ratio
 from planner.cluster import Cluster, Link, Node
-from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, roofline_s
 from planner.errors import Infeasible
 from planner.plan import Plan, PlanOptions
-from planner.replan import replan
-from planner.replicas import Replicas, make_replicas
-from planner.strategies import make_plan
+from planner.problem.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, roofline_s
+from planner.replan.replanner import replan
+from planner.replicas.make import Replicas, make_replicas
+from planner.strategies.make import make_plan
 
 TARGETS = {
     "runs_mean": 1.001,
@@ -332,8 +332,8 @@ def latency(report: Report) -> None:
     """One request's time on clusters whose pairs have links of their own, against all node sets tried."""
     import random
 
-    from planner.chains import Chains
-    from planner.problem import build
+    from planner.latency.node_orders import Chains
+    from planner.problem.arrays import build
 
     print("\none request at a time")
     ratios = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planner.cluster import Cluster, Link, Node
-from planner.cost import layer_memory_bytes, node_memory_bytes
+from planner.problem.cost import layer_memory_bytes, node_memory_bytes
 from planner.profile import Layer, ModelProfile
 
 GIB = 2**30

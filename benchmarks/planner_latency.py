@@ -12,9 +12,9 @@ import numpy as np
 from planner.cluster import Cluster, Link, Node
 from planner.errors import Infeasible
 from planner.plan import PlanOptions
-from planner.problem import build
+from planner.problem.arrays import build
 from planner.profile import Layer, ModelProfile
-from planner.strategies import make_plan
+from planner.strategies.make import make_plan
 
 
 def anywhere_ratio(seed: int) -> float | None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.planner_cases import Case
-from planner.cost import layer_flop, layer_memory_bytes
+from planner.problem.cost import layer_flop, layer_memory_bytes
 
 Nodes = list[int] | None
 

@@ -170,9 +170,9 @@ def measure_warm(folder: Path, runs: int) -> None:
     del folder
     from architectures import PUBLISHED
 
-    from workers.model_config import ModelConfig
-    from workers.skeleton import build
-    from workers.tracer import trace
+    from workers.checkpoint.config import ModelConfig
+    from workers.profiling.tracing.skeleton import build
+    from workers.profiling.tracing.tracer import trace
 
     targets = {"meta-llama/Llama-3.1-8B": 0.05, "deepseek-ai/DeepSeek-V3": 0.2, "state-spaces/mamba-2.8b-hf": 0.4}
     for name, target in targets.items():
@@ -187,8 +187,8 @@ def measure_warm(folder: Path, runs: int) -> None:
 
 
 def measure_headers(folder: Path, runs: int) -> None:
-    from workers.folder import open_folder
-    from workers.headers import read_headers
+    from workers.checkpoint.folder import open_folder
+    from workers.checkpoint.headers import read_headers
 
     tensors = []
     for layer in range(61):

@@ -25,7 +25,7 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _ROOT
 
 from running import RedisProcess, Web, until  # noqa: E402
 
-from workers.ledger import Ledger, StepSpec  # noqa: E402
+from workers.ledger.ledger import Ledger, StepSpec  # noqa: E402
 
 CHAIN = 4
 #: Connections that post at the same time, and for how long, in seconds.
@@ -62,7 +62,8 @@ def chain() -> list[StepSpec]:
 def rates(redis: RedisProcess, processes: int, steps: int, directory: Path) -> dict[str, float]:
     env = os.environ | environment(redis, directory) | {"REMAP_SIGTERM": "SIGQUIT"}
     os.environ.update(REDIS_URL=redis.url, FAIRSHARD_DATA=str(directory))
-    from workers.celery_app import create_app, sender
+    from workers.celery_app import create_app
+    from workers.queue.messages import sender
 
     app = create_app()
     client: Any = redis.client()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.celery_app import create_app, sender
-from workers.claims import run_step
-from workers.services import Services
+from workers.celery_app import create_app
+from workers.queue.claims import run_step
+from workers.queue.messages import sender
+from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
 
 app = create_app()
@@ -36,7 +37,7 @@ def validating() -> Any:
     """A Flask app whose POST /api/request checks its body as the service's does, and answers as many bytes."""
     from flask import Flask, jsonify, request
 
-    from web import schemas
+    from web.schemas import bodies as schemas
 
     flask = Flask("validating")
     schema = schemas.RequestIn()

@@ -38,8 +38,8 @@ from shard_cases import plan_of, profile_of  # noqa: E402
 
 from planner.plan import Plan  # noqa: E402
 from planner.profile import ModelProfile  # noqa: E402
-from workers.checkpoint import Checkpoint  # noqa: E402
-from workers.copying import can_clone  # noqa: E402
+from workers.checkpoint.base import Checkpoint  # noqa: E402
+from workers.disk.copying import can_clone  # noqa: E402
 from workers.downloader import resolve  # noqa: E402
 from workers.splitter import split  # noqa: E402
 

@@ -23,15 +23,15 @@ import transformers
 
 from planner.cluster import Cluster, Node
 from planner.plan import PlanOptions
-from planner.strategies import plan_for
+from planner.strategies.make import plan_for
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.handoff import Handoff
+from workers.runtime.payload import Handoff
 from workers.splitter import load_stage, split
 
 _LOAD = """
 import sys, time
-import torch, transformers, workers.stage
+import torch, transformers, workers.runtime.stage
 from workers.splitter import load_stage
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from workers.handoff import Handoff
+from workers.runtime.payload import Handoff
 
 
 def serve(shard: Path) -> None:
@@ -43,7 +43,7 @@ def whole(checkpoint: Path) -> None:
     """Answer the inputs of a handoff with the output of the undivided model."""
     import transformers
 
-    from workers.stage_weights import switch_caches_off
+    from workers.runtime.weights import switch_caches_off
 
     architecture = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(checkpoint).eval()

@@ -20,7 +20,7 @@ Objective = Literal["throughput", "latency"]
 Phase = Literal["prefill", "decode"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 PHASES: tuple[Phase, ...] = get_args(Phase)
-#: What may be asked for; `planner.strategies` has the function of each.
+#: What may be asked for; `planner.strategies.make` has the function of each.
 STRATEGIES = ("greedy", "pipeline", "equal", "memory")
 
 #: node_id -> indices of the layers it holds, ascending.

@@ -1,7 +1,7 @@
 """What a model costs: layers with their parameters, bytes and compute.
 
 Plain values that load nothing but the standard library, so that a profile from headers alone costs no more
-than Python's start. `planner.wire` reads and writes them as the published metadata JSON.
+than Python's start. `planner.wire.read` reads and writes them as the published metadata JSON.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from planner.errors import Conflict, IntegrityError, Unavailable
 from planner.names import check_model_name
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from planner.strategies import make_plan
-from planner.wire import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
-from workers.celery_app import PLANNER, node_queue
-from workers.claims import Claim, HandedBack
-from workers.ledger import StepSpec
-from workers.registry import to_node
-from workers.services import Services
-from workers.shell import step_task
+from planner.strategies.make import make_plan
+from planner.wire.read import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
+from workers.ledger.ledger import StepSpec
+from workers.nodes.registry import to_node
+from workers.queue.claims import Claim, HandedBack
+from workers.queue.messages import PLANNER, node_queue
+from workers.queue.step_task import step_task
+from workers.service.services import Services
 
 #: Seconds until a re-plan that found no node looks again.
 _NODES_AWAY_S = 5.0
@@ -77,7 +77,7 @@ def _plan(
     options = options_from_json(asked.get("options") or {})
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     if before:
-        from planner.replan import replan
+        from planner.replan.replanner import replan
 
         return replan(plan_from_json(services.plans.get(before["plan_id"])), profile, cluster, options).plan
     return make_plan(profile, cluster, options, generated_at=now)

@@ -12,7 +12,7 @@ import checkpoints
 import torch
 import transformers
 
-from workers.skeleton import quiet
+from workers.profiling.tracing.skeleton import quiet
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -186,7 +186,7 @@ def load(name: str) -> Any:
 
 
 def real_inputs(made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Data for the meta tensors that `workers.inputs.make_inputs` made."""
+    """Data for the meta tensors that `workers.profiling.tracing.inputs.make_inputs` made."""
     return {
         key: torch.randint(3, 90, each.shape) if "ids" in key else torch.ones(each.shape, dtype=each.dtype)
         for key, each in made.items()

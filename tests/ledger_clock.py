@@ -8,10 +8,10 @@ from typing import Any
 
 import redis
 
-import workers.ledger
-from workers.ledger import Ledger, StepSpec, Wakeup
+import workers.ledger.ledger
+from workers.ledger.ledger import Ledger, StepSpec, Wakeup
 
-_SOURCE = Path(workers.ledger.__file__).with_name("ledger.lua").read_text("utf-8")
+_SOURCE = Path(workers.ledger.ledger.__file__).with_name("ledger.lua").read_text("utf-8")
 _LOOK = "redis.call('TIME')"
 
 

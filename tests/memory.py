@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.errors import InvalidCheckpoint, NotFound
-from workers.checkpoint import CheckpointFile
+from workers.checkpoint.base import CheckpointFile
 
 
 @dataclass

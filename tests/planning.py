@@ -8,11 +8,11 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from planner.cluster import Cluster, Link, Node
-from planner.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, payload_bytes, roofline_s
 from planner.errors import Infeasible, InvalidInput
 from planner.plan import Plan, PlanOptions
+from planner.problem.cost import layer_flop, layer_traffic_bytes, node_memory_bytes, payload_bytes, roofline_s
 from planner.profile import Layer, ModelProfile
-from planner.strategies import make_plan
+from planner.strategies.make import make_plan
 
 
 def outcome(model: ModelProfile, machines: Cluster, options: PlanOptions) -> Plan | Infeasible | InvalidInput:

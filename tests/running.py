@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import redis
 
-from workers.redis_server import _version, find_binary
+from workers.up.redis_server import _version, find_binary
 
 
 def free_port() -> int:
@@ -381,7 +381,7 @@ class Service:
 
     def jobs(self, *, journal: bool = False) -> Any:
         """The service's jobs, as the web process sees them."""
-        from workers.jobs import Jobs
+        from workers.jobs.jobs import Jobs
         from workers.settings import QueueSettings, Settings
 
         return Jobs.from_settings(

@@ -9,8 +9,8 @@ from typing import Any
 
 from planner.plan import Megaphone, Plan, Prediction
 from planner.profile import Layer, ModelProfile, Tensor
-from workers.checkpoint import Checkpoint
-from workers.headers import read_headers
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.headers import read_headers
 
 _NUMBERED = re.compile(r"(.*?\.\d+)\.")
 

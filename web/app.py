@@ -11,29 +11,14 @@ from typing import Any
 from flask import Flask
 
 from planner.errors import InvalidInput
-from web import (
-    audit,
-    batches,
-    docs,
-    errors,
-    guard,
-    health,
-    ids,
-    jobs,
-    limits,
-    metrics,
-    nodes,
-    openapi,
-    page,
-    plans,
-    process,
-    requests,
-)
+from web import audit, errors, guard, limits, metrics
 from web.auth import Tokens, is_loopback
-from web.replay import Replayer
+from web.replayer import Replayer
+from web.schemas import ids, openapi
 from web.services import Services, install
-from workers.jobs import Jobs
-from workers.metadata_store import open_store
+from web.views import batches, docs, health, jobs, nodes, page, plans, process, requests
+from workers.jobs.jobs import Jobs
+from workers.metadata_store.open import open_store
 from workers.settings import Settings, WebSettings
 
 

@@ -23,8 +23,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from planner.documents import loads_json
 from planner.errors import FairshardError, InvalidInput, NodeFailure
+from planner.wire.documents import loads_json
 
 #: What a token may be allowed; each includes those before it.
 SCOPES = ("read", "submit", "admin")

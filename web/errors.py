@@ -12,7 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from planner import errors
 from planner.errors import FairshardError
-from planner.wire_fields import explain
+from planner.wire.fields import explain
 from web.services import services
 
 #: The nearest class in an error's line of descent decides.

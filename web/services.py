@@ -10,8 +10,8 @@ from typing import cast
 from flask import Flask, current_app
 
 from web.auth import Tokens
-from workers.jobs import Jobs
-from workers.metadata_store import MetadataStore
+from workers.jobs.jobs import Jobs
+from workers.metadata_store.base import MetadataStore
 from workers.settings import Settings, WebSettings
 
 _KEY = "fairshard"

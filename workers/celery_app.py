@@ -10,31 +10,18 @@ celery 5.7.0 and kombu 5.7.0: a message can be lost between BRPOP and the write 
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
 
-from workers.ledger import Wakeup
+from workers.queue.messages import COMPUTE
 from workers.settings import QueueSettings, Settings
 
 logger = logging.getLogger(__name__)
 
-#: Any compute node.
-COMPUTE = "compute"
-PLANNER = "planner"
-#: Of the messages; a worker refuses newer ones by name and leaves them to newer workers.
-MESSAGE_VERSION = 1
 #: A day: the shortest of all consumers' wins, and a step may run for hours. The ledger's leases notice losses sooner.
 _VISIBILITY_S = 86400
-
-
-def node_queue(node_id: str) -> str:
-    """The queue that this node alone serves."""
-    return f"node.{node_id}"
 
 
 def create_app(
@@ -88,7 +75,7 @@ def create_app(
         worker_enable_soft_shutdown_on_idle=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport="workers.transport:Transport",
+        broker_transport="workers.queue.transport:Transport",
         broker_transport_options=transport,
         # No `result_extended`: it would store the arguments.
         result_expires=86400,
@@ -111,34 +98,9 @@ def create_app(
     return app
 
 
-def sender(app: Celery) -> Callable[[Sequence[Wakeup]], None]:
-    """What sends the ledger's messages through `app`; a message that can't be sent is the reconciler's to repeat."""
-
-    def send(wakeups: Sequence[Wakeup]) -> None:
-        try:
-            with app.producer_or_acquire() as producer:
-                for wakeup in wakeups:
-                    app.send_task(
-                        wakeup.task,
-                        args=[wakeup.job_id, wakeup.step],
-                        kwargs={"version": MESSAGE_VERSION},
-                        queue=wakeup.queue,
-                        task_id=f"{wakeup.job_id}-{wakeup.step.replace(':', '-')}-{secrets.token_hex(4)}",
-                        producer=producer,
-                        retry=False,
-                        # What Flower and the logs show in place of two bare ids.
-                        argsrepr=f"({wakeup.step!r} of {wakeup.model_name!r}, job {wakeup.job_id})",
-                        kwargsrepr="{}",
-                    )
-        except (OperationalError, OSError) as error:
-            logger.warning("a message was not sent, the reconciler will: %s", error)
-
-    return send
-
-
 @cache
 def _default_app() -> Celery:
-    from workers.bootsteps import install
+    from workers.queue.bootsteps import install
 
     app = create_app()
     install(app)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from planner.errors import Conflict, InvalidInput
 from planner.names import check_model_name, check_revision
-from workers.checkpoint import Checkpoint
-from workers.folder import open_folder
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.folder import open_folder
 from workers.progress import Progress, silent
 from workers.settings import HubSettings
 
@@ -52,7 +52,7 @@ def resolve(
         return _folder(Path(source).expanduser(), None, revision)
     if models_dir is not None and (models_dir / name).is_dir():
         return _folder(models_dir / name, name, revision)
-    from workers.hub import open_hub
+    from workers.checkpoint.hub import open_hub
 
     return open_hub(name, revision=revision, token=token, hub=hub or HubSettings.from_env())
 
@@ -82,7 +82,7 @@ def download(
         IntegrityError: If bytes stay wrong however often they are fetched.
         AccessDenied, Unavailable: As the server answers.
     """
-    from workers.snapshot import snapshot
+    from workers.transfer.snapshot import snapshot
 
     return snapshot(checkpoint, directory, names=names, progress=progress)
 

@@ -1,8 +1,8 @@
 """A profile out of a checkpoint: what each layer costs, from its headers and config alone.
 
 Parameters, bytes, ties and layers come from the headers. FLOP, KV cache and activations come from an exact trace of
-the model without its weights (`workers.tracer`, cached on disk), or from the general rule of `workers.rules`, and
-then the profile says so in `approximate`.
+the model without its weights (`workers.profiling.tracing.tracer`, cached on disk), or from the general rule of
+`workers.profiling.rules`, and then the profile says so in `approximate`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from planner.dtypes import canonical
 from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
 from planner.profile import ModelProfile, outside
-from workers.checkpoint import Checkpoint
-from workers.general import Contents, general_layers, read_contents
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.shared_storage import with_twins
+from workers.profiling.from_headers import Contents, general_layers, read_contents
+from workers.profiling.quantization import unknown_method
 from workers.progress import Progress, silent
-from workers.quantised import unknown_method
-from workers.twins import with_twins
 
 if TYPE_CHECKING:
-    from workers.trace import ModelTrace
+    from workers.profiling.trace import ModelTrace
 
 
 def generate(
@@ -49,7 +49,7 @@ def generate(
         node_id: The node that makes it, for the record.
         cache_dir: Where traces are kept; None: traced anew.
         lean: Trace in half the time to begin with, in a process that neither compiles nor distributes models
-            (`workers.lean`).
+            (`workers.profiling.tracing.lean_imports`).
         progress: Told of the headers read.
 
     Raises:
@@ -73,7 +73,7 @@ def generate(
         ]
         approximate += reasons
     else:
-        from workers.exact import exact_layers
+        from workers.profiling.from_trace import exact_layers
 
         layers = exact_layers(
             contents, trace, batch_size=batch_size, sequence_length=sequence_length, kv_dtype=kv_dtype
@@ -108,7 +108,7 @@ def _trace(
     Raises:
         InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
     """
-    from workers.trace_cache import TraceCache
+    from workers.profiling.trace_cache import TraceCache
 
     sizes: dict[str, int] = {}
     for tensor in contents.headers.tensors:
@@ -122,11 +122,11 @@ def _trace(
         return cached, [], {}
     try:
         if lean:
-            from workers.lean import start_lean
+            from workers.profiling.tracing.lean_imports import start_lean
 
             start_lean()
-        from workers.skeleton import NotTraceable
-        from workers.tracer import trace
+        from workers.profiling.tracing.skeleton import NotTraceable
+        from workers.profiling.tracing.tracer import trace
     except ModuleNotFoundError as error:
         return None, [f"torch and transformers are not installed: {error.name} is missing"], {}
     except ImportError as error:

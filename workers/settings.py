@@ -42,7 +42,7 @@ class Settings:
     #: FAIRSHARD_PEER_TOKEN: what nodes show each other for it.
     peer_token: str | None = None
     #: FAIRSHARD_JOIN_KEY, or a file that holds it, FAIRSHARD_JOIN_KEY_FILE: whose tokens let nodes in
-    #: (`workers.joining`); "open": everyone is a node. Not needed where Redis is reached by this machine alone.
+    #: (`workers.nodes.joining`); "open": everyone is a node. Not needed where Redis is reached by this machine alone.
     join_key: str | None = None
     #: FAIRSHARD_JOIN_TOKEN, or FAIRSHARD_JOIN_TOKEN_FILE: what makes this process its node.
     join_token: str | None = None

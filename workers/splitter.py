@@ -25,34 +25,35 @@ from planner.errors import Conflict, FairshardError, NotFound
 from planner.names import check_node_id
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from workers.checkpoint import Checkpoint
-from workers.copying import can_clone, link_whole
-from workers.digester import Wanted, explained
-from workers.digests import Digests
-from workers.fetch import CONNECTIONS, fetch_outputs
-from workers.finish import finish
-from workers.journal import discard_partials, open_journal
-from workers.layout import Layout, lay_out
-from workers.local import copy_outputs
-from workers.manifest import Manifest, read_manifest
-from workers.origins import Origins, Peer
-from workers.outputs import MAX_SHARD_BYTES
+from workers.checkpoint.base import Checkpoint
+from workers.disk.copying import can_clone, link_whole
+from workers.disk.durable import explained
 from workers.progress import Progress, silent
-from workers.room import check_room
-from workers.segments import cut
-from workers.shards import file_is_whole, is_shard_folder
+from workers.shards.finish import finish
+from workers.shards.folder import file_is_whole, is_shard_folder
+from workers.shards.layout import Layout, lay_out
+from workers.shards.manifest import Manifest, read_manifest
+from workers.shards.origins import Origins, Peer
+from workers.shards.space import check_room
+from workers.transfer.checking import Wanted
+from workers.transfer.copy import copy_outputs
+from workers.transfer.digests import Digests
+from workers.transfer.fetch import CONNECTIONS, fetch_outputs
+from workers.transfer.journal import discard_partials, open_journal
+from workers.transfer.outputs import MAX_SHARD_BYTES
+from workers.transfer.segments import cut
 
 if TYPE_CHECKING:
-    from workers.merge import merge
-    from workers.shards import delete_shard
-    from workers.stage import load_stage
-    from workers.verify import verify
+    from workers.runtime.stage import load_stage
+    from workers.shards.folder import delete_shard
+    from workers.shards.merge import merge
+    from workers.shards.verify import verify
 
 _LAZY = {
-    "verify": "workers.verify",
-    "merge": "workers.merge",
-    "load_stage": "workers.stage",
-    "delete_shard": "workers.shards",
+    "verify": "workers.shards.verify",
+    "merge": "workers.shards.merge",
+    "load_stage": "workers.runtime.stage",
+    "delete_shard": "workers.shards.folder",
 }
 _log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from planner.errors import Cancelled, FairshardError, IntegrityError, Unavailable
 from planner.names import check_model_name
-from workers.claims import Claim, Fenced
-from workers.services import Services
-from workers.shell import step_task
+from workers.queue.claims import Claim, Fenced
+from workers.queue.step_task import step_task
+from workers.service.services import Services
 
 
 @step_task("workers.download")
@@ -30,7 +30,7 @@ def download(services: Services, claim: Claim) -> dict[str, Any]:
 @step_task("workers.generate_metadata")
 def generate_metadata(services: Services, claim: Claim) -> dict[str, Any]:
     """Profile the checkpoint at the revision that was resolved."""
-    from planner.wire import profile_to_json
+    from planner.wire.read import profile_to_json
     from workers.generator import generate
 
     params = claim.params
@@ -59,7 +59,7 @@ def generate_metadata(services: Services, claim: Claim) -> dict[str, Any]:
 @step_task("workers.publish_metadata")
 def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
     """Publish the profile to the metadata store."""
-    from planner.wire import profile_from_json
+    from planner.wire.read import profile_from_json
     from workers.uploader import publish
 
     job_id = claim.claimed.job_id
@@ -83,14 +83,14 @@ def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
 @step_task("workers.split")
 def split(services: Services, claim: Claim) -> dict[str, Any]:
     """Cut out this node's shard and prove it."""
-    from planner.wire import plan_from_json
-    from workers.digests import WHICH_IS_WRONG
-    from workers.journal import discard_partials
-    from workers.manifest import read_manifest
-    from workers.peers import find_peers
-    from workers.shards import delete_shard
+    from planner.wire.read import plan_from_json
+    from workers.shards.folder import delete_shard
+    from workers.shards.manifest import read_manifest
+    from workers.shards.peers import find_peers
+    from workers.shards.verify import verify
     from workers.splitter import split as cut
-    from workers.verify import verify
+    from workers.transfer.digests import WHICH_IS_WRONG
+    from workers.transfer.journal import discard_partials
 
     settings = services.settings
     record = services.plans.get(claim.args["plan_id"])
@@ -164,9 +164,9 @@ def split(services: Services, claim: Claim) -> dict[str, Any]:
 @step_task("workers.delete_shards")
 def delete_shards(services: Services, claim: Claim) -> dict[str, Any]:
     """Delete this node's shard of a plan."""
-    from workers.manifest import read_manifest
-    from workers.metadata_store import check_plan_id
-    from workers.shards import delete_shard
+    from workers.metadata_store.base import check_plan_id
+    from workers.shards.folder import delete_shard
+    from workers.shards.manifest import read_manifest
 
     plan_id = check_plan_id(claim.args["plan_id"])
     folder = services.settings.shards_dir / plan_id

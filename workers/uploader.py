@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from planner.documents import loads_json
 from planner.errors import FairshardError, InvalidInput, InvalidMetadata, NotFound
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from planner.wire import dumps, plan_from_json, plan_to_json, profile_from_json, profile_to_json
-from workers.metadata_store import MetadataStore, plan_path, profile_path, seed_path
+from planner.wire.documents import loads_json
+from planner.wire.read import dumps, plan_from_json, plan_to_json, profile_from_json, profile_to_json
+from workers.metadata_store.base import MetadataStore, plan_path, profile_path, seed_path
 from workers.progress import Progress, silent
 
 #: Differences that do not make metadata new: the same model profiled again, elsewhere or later.
@@ -21,7 +21,7 @@ _WHO_AND_WHEN = ("generated_at", "node_id")
 class Published:
     """Where something was published, for messages: never the thing itself."""
 
-    #: `workers.metadata_store.open_store` opens it by this.
+    #: `workers.metadata_store.folder.open_store` opens it by this.
     store: str
     path: str
     #: Commit of the store at which `path` has the published content.

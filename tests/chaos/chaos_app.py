@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery
 
 from workers import celery_app
-from workers.ledger import Wakeup
+from workers.ledger.ledger import Wakeup
 
 _DICE = random.Random(os.urandom(8))
 _send_well = celery_app.sender

@@ -36,7 +36,7 @@ if str(_TESTS) not in sys.path:
 from checkpoints import checkpoint  # noqa: E402
 from running import BlackHole, Service, Web, Worker, until  # noqa: E402
 
-from workers.ledger import ENDED  # noqa: E402
+from workers.ledger.ledger import ENDED  # noqa: E402
 
 MODELS = ("llama", "llama_tied", "qwen2", "gemma2", "gpt2", "bert")
 METADATA = "tester/metadata"

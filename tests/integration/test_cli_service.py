@@ -140,7 +140,7 @@ def test_a_node_joins_and_leaves(cli: Cli, tmp_path: Path) -> None:
         if "REDIS_URL" in (found := child.environ())
     }
     authority = str(Path(cli.env["FAIRSHARD_DATA"]) / "authority")
-    command = [sys.executable, "-m", "workers.joining", "token", "extra", "--authority", authority]
+    command = [sys.executable, "-m", "workers.nodes.joining", "token", "extra", "--authority", authority]
     token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     env = {**cli.env, "FAIRSHARD_JOIN_KEY": join_key, "FAIRSHARD_JOIN_TOKEN": token}
     arguments = ("node", "--node-id", "extra", "--redis", redis, "--flop-per-s", "2e12", "--memory", "1GiB")

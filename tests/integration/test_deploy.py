@@ -26,11 +26,11 @@ import pytest
 import yaml
 from checkpoints import models_dir
 
-from workers import redis_server
-from workers.roles import Roles
 from workers.settings import child_env
-from workers.supervisor import Role, Supervisor
-from workers.up import free_port
+from workers.up import redis_server
+from workers.up.roles import Roles
+from workers.up.service import free_port
+from workers.up.supervisor import Role, Supervisor
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -268,7 +268,7 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for folder in ("certs", "joining", "authority"):
         (home / folder).mkdir(exist_ok=True)
     joining = shlex.split(compose["services"]["certs"]["command"][2].splitlines()[1])
-    assert joining[:3] == ["python", "-m", "workers.joining"]
+    assert joining[:3] == ["python", "-m", "workers.nodes.joining"]
     command = [sys.executable, *(moved(word) for word in joining[1:])]
     subprocess.run(command, cwd=ROOT, check=True)
     subprocess.run(command, cwd=ROOT, check=True)  # made once, kept after that
@@ -487,7 +487,7 @@ def test_flower_shows_names_and_arguments_wherever_it_is_started() -> None:
 
 def test_a_private_redis_refuses_to_stand_in_for_another(tmp_path: Path) -> None:
     env = child_env({"REDIS_URL": "redis://redis.example:6379/0", "FAIRSHARD_DATA": str(tmp_path)})
-    command = [sys.executable, "-m", "workers.redis_server"]
+    command = [sys.executable, "-m", "workers.up.redis_server"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "REDIS_URL names another" in done.stderr

@@ -15,10 +15,10 @@ from hub.server import TestHub
 from running import Service, until
 
 from planner.errors import Conflict, NotFound
-from planner.wire import dumps, profile_to_json
+from planner.wire.read import dumps, profile_to_json
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.ledger import ENDED
+from workers.ledger.ledger import ENDED
 from workers.splitter import verify
 
 #: One process runs them all: they share their services.
@@ -139,7 +139,7 @@ def test_a_seed_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Serv
     source = checkpoint("llama")
     hub.add_repo("tester/seeded", source)
     own = resolve(source)
-    from workers.headers import read_headers
+    from workers.checkpoint.headers import read_headers
 
     layers: list[dict[str, Any]] = [
         {

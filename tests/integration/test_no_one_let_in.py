@@ -22,12 +22,12 @@ from running import Service, Worker, free_port, until
 from web_cases import Server
 
 from planner.errors import Conflict, InvalidInput
-from workers.bootsteps import _check_may
-from workers.jobs import Jobs
-from workers.joining import Authority, Joining
-from workers.ledger import ENDED, StepSpec
-from workers.registry import Registry
-from workers.services import Services
+from workers.jobs.jobs import Jobs
+from workers.ledger.ledger import ENDED, StepSpec
+from workers.nodes.joining import Authority, Joining
+from workers.nodes.registry import Registry
+from workers.queue.bootsteps import _check_may
+from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
 
 pytestmark = pytest.mark.xdist_group("no-one-let-in")

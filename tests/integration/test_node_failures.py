@@ -15,7 +15,7 @@ from checkpoints import checkpoint
 from hub.server import TestHub
 from running import Service, until
 
-from workers.ledger import ENDED
+from workers.ledger.ledger import ENDED
 
 _CHAOS = Path(__file__).resolve().parents[1] / "chaos"
 

@@ -19,10 +19,10 @@ from hub.server import TestHub
 from running import BlackHole, RedisProcess, Service, Worker, until
 
 from planner.errors import NotFound, Unavailable
-from workers.bootsteps import install
 from workers.celery_app import create_app
 from workers.downloader import resolve
-from workers.ledger import ENDED
+from workers.ledger.ledger import ENDED
+from workers.queue.bootsteps import install
 from workers.settings import QueueSettings, Settings
 from workers.splitter import verify
 

@@ -15,8 +15,8 @@ from hub.server import TestHub
 from running import Service, free_port, until
 from shard_cases import raw_tensors
 
-from workers.ledger import ENDED
-from workers.manifest import Manifest, read_manifest
+from workers.ledger.ledger import ENDED
+from workers.shards.manifest import Manifest, read_manifest
 from workers.splitter import verify
 
 pytestmark = pytest.mark.xdist_group("peers-job")

@@ -22,8 +22,8 @@ from hub.server import TestHub
 from running import Service, free_port, until
 
 from planner.errors import Unavailable
-from workers.jobs import Jobs
-from workers.ledger import ENDED
+from workers.jobs.jobs import Jobs
+from workers.ledger.ledger import ENDED
 from workers.settings import QueueSettings, Settings
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 from planner import devices
 from planner.devices import CPU_CORE_FLOP_PER_S, CPU_CORE_MEMORY_BYTES, USABLE_MEMORY, catalogue, lookup, normalised
 from planner.errors import InvalidInput
-from planner.wire import cluster_from_json, node_from_json
+from planner.wire.read import cluster_from_json, node_from_json
 
 GIB = 2**30
 

@@ -13,11 +13,11 @@ from typing import Any
 import planning
 import pytest
 
-import planner.remedies
+import planner.explain.remedies
 from planner.cluster import Cluster
-from planner.cost import node_memory_bytes
 from planner.errors import Infeasible
 from planner.plan import Objective, Plan, PlanOptions
+from planner.problem.cost import node_memory_bytes
 from planner.profile import KvTerms, ModelProfile
 
 _UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -235,8 +235,8 @@ def test_a_request_that_only_the_shares_of_compute_refuse_names_those_to_raise()
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 5, 8])
 def test_a_refusal_that_would_take_long_offers_what_it_found(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(planner.remedies, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(planner.remedies, "_LONGEST_S", calls)
+    monkeypatch.setattr(planner.explain.remedies, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(planner.explain.remedies, "_LONGEST_S", calls)
     # All different, so that the bytes are searched for in many steps.
     model, machines = (
         planning.profile([1.0] * 5, [10**9, 10**8, 10**6, 10**7, 7]),

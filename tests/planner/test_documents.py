@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.documents import dumps, dumps_yaml, load_file, loads_json, loads_yaml
 from planner.errors import InvalidInput, NotFound
+from planner.wire.documents import dumps, dumps_yaml, load_file, loads_json, loads_yaml
 
 plain = st.recursive(
     st.none()
@@ -119,8 +119,8 @@ def test_bad_json_is_refused(text: bytes, message: str) -> None:
 
 
 def test_size_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("planner.documents.MAX_JSON_BYTES", 100)
-    monkeypatch.setattr("planner.documents.MAX_YAML_BYTES", 50)
+    monkeypatch.setattr("planner.wire.documents.MAX_JSON_BYTES", 100)
+    monkeypatch.setattr("planner.wire.documents.MAX_YAML_BYTES", 50)
     for name, count in (("x.json", 101), ("x.yaml", 51)):
         (tmp_path / name).write_bytes(b" " * count)
         with pytest.raises(InvalidInput, match="is larger than the"):

@@ -12,15 +12,15 @@ from accelerate.utils import check_device_map
 from checkpoints import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from planner import wire
 from planner.cluster import Cluster, Node
-from planner.documents import dumps_yaml, loads_yaml
 from planner.errors import Conflict, Infeasible, InvalidInput, InvalidMetadata
-from planner.export import device_map, import_plan
-from planner.kv import with_kv_dtype
+from planner.kv_dtype import with_kv_dtype
 from planner.plan import PlanOptions
 from planner.profile import KvTerms, Layer, ModelProfile
-from planner.strategies import make_plan
+from planner.strategies.imported import device_map, import_plan
+from planner.strategies.make import make_plan
+from planner.wire import read as wire
+from planner.wire.documents import dumps_yaml, loads_yaml
 from workers.downloader import resolve
 from workers.generator import generate
 

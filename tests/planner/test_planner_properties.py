@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.cluster import Cluster, Link, Node
-from planner.cost import node_memory_bytes
 from planner.errors import Infeasible, InvalidInput
 from planner.plan import PlanOptions
+from planner.problem.cost import node_memory_bytes
 from planner.profile import ModelProfile
-from planner.replan import replan
-from planner.strategies import STRATEGIES, make_plan
+from planner.replan.replanner import replan
+from planner.strategies.make import STRATEGIES, make_plan
 
 _SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 

@@ -13,12 +13,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from planner.cluster import Cluster, Link
 from planner.errors import Infeasible
+from planner.pipeline.two_runs import two_runs_bound_s
 from planner.plan import Objective, Phase, Plan, PlanOptions
-from planner.problem import Floats, Ints, build
+from planner.problem.arrays import Floats, Ints, build
 from planner.profile import ModelProfile
-from planner.replan import replan
-from planner.strategies import make_plan
-from planner.two_runs import two_runs_bound_s
+from planner.replan.replanner import replan
+from planner.strategies.make import make_plan
 
 _BLOCK = 25
 

@@ -12,9 +12,9 @@ import pytest
 from planner.cluster import Cluster, Link, Node
 from planner.errors import Infeasible
 from planner.plan import Objective, Plan, PlanOptions
-from planner.problem import Ints, build
+from planner.problem.arrays import Ints, build
 from planner.profile import ModelProfile
-from planner.replan import Replan, replan
+from planner.replan.replanner import Replan, replan
 
 _TOLERANCE = 0.05
 

@@ -13,16 +13,16 @@ import planning
 import pytest
 
 from planner.cluster import Cluster, Node
-from planner.cost import node_memory_bytes
 from planner.errors import Infeasible, InvalidInput
-from planner.paces import Paces
-from planner.placement import build_work
 from planner.plan import Plan, PlanOptions
-from planner.problem import build
+from planner.problem.arrays import build
+from planner.problem.cost import node_memory_bytes
+from planner.problem.items import build_work
 from planner.profile import ModelProfile
-from planner.replica_bounds import replica_bound
-from planner.replicas import Replicas, make_replicas
-from planner.strategies import make_plan
+from planner.replicas.bounds import replica_bound
+from planner.replicas.make import Replicas, make_replicas
+from planner.replicas.speeds import Paces
+from planner.strategies.make import make_plan
 
 Parts = Literal["auto"] | int
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import wire
 from planner.cluster import Cluster, Link, Node
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.plan import Plan, PlanOptions
 from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
-from planner.strategies import make_plan
+from planner.strategies.make import make_plan
+from planner.wire import read as wire
 
 
 def layer(index: int, **changes: Any) -> Layer:

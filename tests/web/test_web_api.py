@@ -11,14 +11,15 @@ from running import RedisProcess
 from web_cases import NODES, SEED_METADATA, error_of
 
 from planner import errors
-from planner.documents import dumps
 from planner.errors import FairshardError
 from planner.plan import STRATEGIES as NAMES
-from planner.strategies import STRATEGIES
+from planner.strategies.make import STRATEGIES
+from planner.wire.documents import dumps
 from web.errors import STATUS, Refused, status_of, status_of_code
-from web.prefer import Waiting, waiting
-from workers.metadata_store import open_store, plan_path
-from workers.plans import Plans
+from web.views.prefer import Waiting, waiting
+from workers.metadata_store.base import plan_path
+from workers.metadata_store.open import open_store
+from workers.service.plans import Plans
 from workers.settings import Settings
 
 BAD_NAMES = [
@@ -289,7 +290,7 @@ def test_an_unexpected_error_shows_no_inside(
     def burst(*_: object, **__: object) -> None:
         raise RuntimeError("the password is hunter2")
 
-    monkeypatch.setattr("workers.jobs.Jobs.nodes", burst)
+    monkeypatch.setattr("workers.jobs.jobs.Jobs.nodes", burst)
     answer = client.get("/api/nodes", headers={"X-Request-ID": "abc-1"})
     assert answer.status_code == 500
     error = error_of(answer)

@@ -11,8 +11,8 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from web_cases import NODES, SEED_METADATA, error_of
 
-from planner.wire import options_from_json
-from web import schemas
+from planner.wire.read import options_from_json
+from web.schemas import bodies as schemas
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from flask.testing import FlaskClient
 from running import RedisProcess, until
 from web_cases import NODES, SEED_METADATA, error_of
 
-from planner.documents import dumps
+from planner.wire.documents import dumps
 from web.app import create_app
-from web.replay import Replayer
-from workers.metadata_store import open_store, plan_path
+from web.replayer import Replayer
+from workers.metadata_store.base import plan_path
+from workers.metadata_store.open import open_store
 from workers.settings import Settings
 
 #: The promise is five seconds; a loaded machine gets some more before we call it broken.

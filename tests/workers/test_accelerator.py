@@ -10,7 +10,7 @@ from checkpoints import checkpoint
 from stage_cases import assert_equal, chain, contiguous, cut, example, whole
 
 from planner.devices import variants
-from workers import node
+from workers.nodes import probe as node
 from workers.splitter import load_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

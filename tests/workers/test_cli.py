@@ -197,7 +197,7 @@ def test_a_setting_that_does_not_parse_is_named(fairshard: Shell) -> None:
 
 def test_a_profile_from_headers_loads_neither_numpy_nor_marshmallow_nor_the_hub_client(fairshard: Shell) -> None:
     script = (
-        "import sys; from workers.cli import main;"
+        "import sys; from workers.cli.main import main;"
         "rc = main(['profile', 'm', '--no-compute', '--output', 'profile.json', '--quiet']);"
         "heavy = {'numpy', 'marshmallow', 'huggingface_hub', 'torch', 'transformers', 'yaml', 'tqdm', 'flask'};"
         "print(rc, sorted(heavy & set(sys.modules)))"
@@ -211,9 +211,10 @@ def test_a_profile_from_headers_loads_neither_numpy_nor_marshmallow_nor_the_hub_
 
 def test_a_command_traces_without_torchs_compiler_and_leaves_a_callers_process_alone(fairshard: Shell) -> None:
     script = (
-        "import sys; from workers.cli import main;"
+        "import sys; from workers.cli.main import main;"
         "rc = main({arguments});"
-        "print(rc, sorted({{'torch._inductor', 'torch.distributed.tensor', 'workers.lean'}} & set(sys.modules)))"
+        "watched = {{'torch._inductor', 'torch.distributed.tensor', 'workers.profiling.tracing.lean_imports'}};"
+        "print(rc, sorted(watched & set(sys.modules)))"
     )
     command = ["profile", "m", "--output", "profile.json", "--quiet"]
 
@@ -229,7 +230,7 @@ def test_a_command_traces_without_torchs_compiler_and_leaves_a_callers_process_a
             env={**os.environ, "FAIRSHARD_DATA": str(fairshard.folder / "data")},
         ).stdout
 
-    assert run("", *command) == "0 ['workers.lean']\n"
+    assert run("", *command) == "0 ['workers.profiling.tracing.lean_imports']\n"
     assert run(repr(command)) == "0 ['torch._inductor', 'torch.distributed.tensor']\n"
 
 

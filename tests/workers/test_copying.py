@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from workers.copying import copy_range, write_all
+from workers.disk.copying import copy_range, write_all
 
 DATA = random.Random(1).randbytes(20_000_003)
 
@@ -62,7 +62,9 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "target").read_bytes() == b"\0\0" + b"0123456789"
 
 
-@pytest.mark.parametrize("module", ["workers.splitter", "workers.verify", "workers.merge", "workers.downloader"])
+@pytest.mark.parametrize(
+    "module", ["workers.splitter", "workers.shards.verify", "workers.shards.merge", "workers.downloader"]
+)
 def test_shards_need_neither_torch_nor_numpy(module: str) -> None:
     heavy = "torch", "numpy", "transformers", "safetensors", "huggingface_hub", "flask", "celery"
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"

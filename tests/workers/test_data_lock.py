@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from planner.errors import Conflict
-from workers.data_lock import DataLock
+from workers.up.data_lock import DataLock
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from workers.data_lock import DataLock
+from workers.up.data_lock import DataLock
 with DataLock(Path(sys.argv[1])) as lock:
     lock.describe(url="http://127.0.0.1:1234")
     heir = subprocess.Popen(["sleep", sys.argv[2]], pass_fds=(lock.fd,))

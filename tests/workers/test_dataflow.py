@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.dataflow import Trace, find_units, plan_visit, trace
+from workers.runtime.dataflow import Trace, find_units, plan_visit, trace
 
 
 class Model(nn.Module):

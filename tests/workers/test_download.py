@@ -20,14 +20,14 @@ from planner.errors import (
     NotFound,
     Unavailable,
 )
+from workers.checkpoint.folder import FolderCheckpoint
+from workers.checkpoint.hub import HubCheckpoint, open_hub
+from workers.disk.paths import is_inner
 from workers.downloader import download, resolve
-from workers.folder import FolderCheckpoint
-from workers.hub import HubCheckpoint, open_hub
-from workers.journal import STATE
-from workers.paths import is_inner
+from workers.network.retry import RetryPolicy
 from workers.progress import silent
-from workers.retry import RetryPolicy
 from workers.settings import HubSettings
+from workers.transfer.journal import STATE
 
 FAST = RetryPolicy(first_s=0.01, longest_s=0.05, stall_s=0.5)
 WEIGHTS = bytes(range(256)) * 20_000

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, deserialize
 
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor
-from workers.folder import open_folder
-from workers.headers import read_headers
-from workers.safetensors_file import parse_header
+from workers.checkpoint.folder import open_folder
+from workers.checkpoint.headers import read_headers
+from workers.checkpoint.safetensors import parse_header
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:

@@ -25,24 +25,26 @@ from running import RedisProcess
 from planner.errors import FairshardError, IntegrityError, InvalidCheckpoint, InvalidInput, InvalidMetadata, NotFound
 from planner.limits import MAX_JSON_BYTES
 from planner.plan import PlanOptions
-from planner.strategies import make_plan
-from planner.wire import cluster_from_json, plan_from_json, plan_to_json
+from planner.strategies.make import make_plan
+from planner.wire.read import cluster_from_json, plan_from_json, plan_to_json
+from workers.disk.paths import is_inner, within
 from workers.downloader import download, resolve
 from workers.generator import generate
-from workers.http_ranges import RangeReader, RemoteFile, Server
-from workers.ledger import StepSpec
-from workers.manifest import MANIFEST, Manifest, read_manifest
-from workers.merge import merge
-from workers.metadata_store import FolderStore, check_plan_id, open_store, plan_path
-from workers.paths import is_inner, within
-from workers.peer_server import PeerServer
-from workers.peers import find_peers
-from workers.retry import RetryPolicy
-from workers.services import Services
+from workers.ledger.ledger import StepSpec
+from workers.metadata_store.base import check_plan_id, plan_path
+from workers.metadata_store.folder import FolderStore
+from workers.metadata_store.open import open_store
+from workers.network.ranges import RangeReader, RemoteFile, Server
+from workers.network.retry import RetryPolicy
+from workers.service.services import Services
+from workers.service.tokens import Tokens
 from workers.settings import QueueSettings, Settings
+from workers.shards.manifest import MANIFEST, Manifest, read_manifest
+from workers.shards.merge import merge
+from workers.shards.peer_server import PeerServer
+from workers.shards.peers import find_peers
 from workers.splitter import split
 from workers.tasks import _checkpoint, delete_shards
-from workers.tokens import Tokens
 
 HOSTILE = [
     "../x", "../../x", "a/../../x", "/etc/x", "//x", "a//x", "./x", "a/./x", "..", ".", "", "a/", "..\\x", "a\\x",
@@ -307,7 +309,7 @@ def test_deleting_takes_a_plan_of_this_node_only(tmp_path: Path) -> None:
         step = StepSpec(name="delete:n", task="workers.delete_shards", queue="node.n", args={"plan_id": way})
         job_id = services.ledger.submit("delete", model_name="a/b", params={}, steps=[step]).job_id
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("workers.shell.current", lambda: services)
+            patch.setattr("workers.queue.step_task.current", lambda: services)
             with pytest.raises(InvalidInput, match="plan_id"):
                 delete_shards.run(job_id, "delete:n")
     assert (folder / MANIFEST).is_file()

@@ -18,15 +18,15 @@ from running import RedisProcess, until
 
 from planner.errors import AccessDenied, Conflict, InvalidInput
 from planner.limits import MAX_JSON_BYTES
-from workers import joining
-from workers.claims import run_step
-from workers.connection import is_local
-from workers.joining import Authority, Joining, Token, make_authority, read_authority
-from workers.ledger import Ledger, StepSpec
-from workers.registry import Registry
-from workers.services import Services
+from workers.ledger.connection import is_local
+from workers.ledger.ledger import Ledger, StepSpec
+from workers.nodes import joining
+from workers.nodes.joining import Authority, Joining, Token, make_authority, read_authority
+from workers.nodes.registry import Registry
+from workers.queue.claims import run_step
+from workers.service.services import Services
+from workers.service.tokens import Tokens
 from workers.settings import QueueSettings, Settings
-from workers.tokens import Tokens
 
 SETTINGS = Settings.from_env({"NODE_ID": "a"})
 

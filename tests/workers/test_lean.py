@@ -12,11 +12,11 @@ import pytest
 from architectures import PUBLISHED
 from torch.fx.experimental import symbolic_shapes
 
-from workers.lean import _STAND_INS, _StandIn, start_lean
-from workers.model_config import ModelConfig
-from workers.skeleton import build
-from workers.trace import to_json
-from workers.tracer import trace
+from workers.checkpoint.config import ModelConfig
+from workers.profiling.trace import to_json
+from workers.profiling.tracing.lean_imports import _STAND_INS, _StandIn, start_lean
+from workers.profiling.tracing.skeleton import build
+from workers.profiling.tracing.tracer import trace
 
 TRACED = (
     "meta-llama/Llama-3.1-8B",
@@ -32,7 +32,7 @@ TRACED = (
 
 _TRACE = """
 import json, sys
-from workers.lean import start_lean
+from workers.profiling.tracing.lean_imports import start_lean
 start_lean()
 from test_lean import traces
 made = traces(sys.argv[1:])
@@ -43,7 +43,7 @@ print(json.dumps([made, loaded]))
 
 _MORE = """
 import torch
-from workers.lean import start_lean
+from workers.profiling.tracing.lean_imports import start_lean
 start_lean()
 import transformers.masking_utils
 held = torch._dynamo, sys.modules["sympy"]

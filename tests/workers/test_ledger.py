@@ -10,7 +10,7 @@ from ledger_clock import Clocked, chain, splits
 from running import RedisProcess
 
 from planner.errors import AccessDenied, LimitExceeded, NodeFailure, NotFound, Unavailable
-from workers.ledger import Claimed, Ledger
+from workers.ledger.ledger import Claimed, Ledger
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from ledger_clock import Clocked, chain, splits
 from running import RedisProcess
 
 from planner.errors import InvalidInput, LimitExceeded, Unavailable
-from workers.ledger import ENDED, Claimed, StepSpec, Wakeup
+from workers.ledger.ledger import ENDED, Claimed, StepSpec, Wakeup
 
 NODES = ("a", "b", "c")
 OPEN = {"waiting", "queued", "running"}

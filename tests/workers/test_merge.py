@@ -12,10 +12,10 @@ from room_cases import disk, model
 from shard_cases import dealt, profile_of
 
 from planner.errors import Conflict, NodeFailure
+from workers.disk.space import used_bytes
 from workers.downloader import resolve
-from workers.journal import open_journal
-from workers.room import used_bytes
 from workers.splitter import merge, split
+from workers.transfer.journal import open_journal
 
 MIB = 2**20
 #: Merges shards; the arguments are the folder for the checkpoint, and theirs.

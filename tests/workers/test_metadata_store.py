@@ -15,16 +15,10 @@ import pytest
 from hub.server import TestHub
 
 from planner.errors import AccessDenied, IntegrityError, InvalidInput, NodeFailure, NotFound, Unavailable
-from workers.metadata_store import (
-    FolderStore,
-    MetadataStore,
-    check_path,
-    open_store,
-    plan_path,
-    profile_path,
-    seed_path,
-)
-from workers.retry import RetryPolicy
+from workers.metadata_store.base import MetadataStore, check_path, plan_path, profile_path, seed_path
+from workers.metadata_store.folder import FolderStore
+from workers.metadata_store.open import open_store
+from workers.network.retry import RetryPolicy
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)
 REPO = "own/meta"
@@ -152,7 +146,7 @@ def test_processes_write_to_one_folder_at_the_same_time(tmp_path: Path) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
     script = (
-        "import sys; from workers.metadata_store import FolderStore\n"
+        "import sys; from workers.metadata_store.folder import FolderStore\n"
         "store, n = FolderStore(__import__('pathlib').Path(sys.argv[1])), 0\n"
         "while True:\n"
         "    n += 1; store.write({'a': b'%d' % n * 5000, 'b': b'%d' % n * 5000}, message='m'); print(n, flush=True)\n"
@@ -319,7 +313,7 @@ def test_a_wait_that_is_too_long_is_not_waited(hub: TestHub) -> None:
 def test_a_silent_hub_is_given_up(hub: TestHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import close_session
 
-    from workers import hub_store as module
+    from workers.metadata_store import hub as module
 
     store = hub_store(hub)
     store.write({"x": b"1"}, message="m")

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from planner.errors import NodeFailure
-from workers import node
-from workers.registry import to_node
+from workers.nodes import probe as node
+from workers.nodes.registry import to_node
 from workers.settings import Settings
 
 

@@ -20,10 +20,10 @@ from shard_cases import dealt, plan_of, profile_of, raw_tensors
 from planner.errors import InvalidInput
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from workers.checkpoint import Checkpoint
+from workers.checkpoint.base import Checkpoint
 from workers.downloader import resolve
-from workers.peer_server import PeerServer
-from workers.peers import PATIENCE, find_peers
+from workers.shards.peer_server import PeerServer
+from workers.shards.peers import PATIENCE, find_peers
 from workers.splitter import delete_shard, split, verify
 
 TOKEN = "between nodes"

@@ -20,12 +20,12 @@ from room_cases import disk
 from safetensors.torch import load_file
 
 from planner.errors import Cancelled, Conflict, FairshardError, InvalidCheckpoint, InvalidInput, NodeFailure
-from workers.convert import convert
-from workers.folder import open_folder
+from workers.checkpoint.folder import open_folder
+from workers.checkpoint.headers import read_headers
+from workers.checkpoint.torch_file import read_bin
+from workers.checkpoint.unpickler import Storage, _view
+from workers.converter import convert
 from workers.generator import generate
-from workers.headers import read_headers
-from workers.pickle_machine import Storage, _view
-from workers.picklefile import read_bin
 
 
 def save(state: Any, folder: Path, *, legacy: bool = False, name: str = "pytorch_model.bin") -> Path:

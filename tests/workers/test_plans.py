@@ -15,11 +15,12 @@ import redis
 from hub.server import TestHub
 from running import RedisProcess
 
-from planner.documents import dumps
 from planner.errors import AccessDenied, NotFound, Unavailable
-from workers.metadata_store import MetadataStore, open_store, plan_path
-from workers.plans import Plans
-from workers.retry import RetryPolicy
+from planner.wire.documents import dumps
+from workers.metadata_store.base import MetadataStore, plan_path
+from workers.metadata_store.open import open_store
+from workers.network.retry import RetryPolicy
+from workers.service.plans import Plans
 
 REPO = "own/meta"
 QUICK = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)

@@ -18,10 +18,10 @@ from memory import Memory
 
 from planner.errors import InvalidCheckpoint, InvalidInput
 from planner.profile import ModelProfile
-from workers.folder import open_folder
+from workers.checkpoint.config import parse_config
+from workers.checkpoint.folder import open_folder
 from workers.generator import generate
-from workers.model_config import parse_config
-from workers.skeleton import build, quiet
+from workers.profiling.tracing.skeleton import build, quiet
 
 
 def costs(profile: ModelProfile) -> ModelProfile:

@@ -17,11 +17,11 @@ from families import NAMES, folder_of, load, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.profile import ModelProfile
-from workers.folder import open_folder
+from workers.checkpoint.folder import open_folder
+from workers.checkpoint.headers import read_headers
 from workers.generator import generate
-from workers.headers import read_headers
-from workers.inputs import make_inputs
-from workers.skeleton import NotTraceable, quiet
+from workers.profiling.tracing.inputs import make_inputs
+from workers.profiling.tracing.skeleton import NotTraceable, quiet
 
 BATCH, LENGTH = 2, 24
 
@@ -142,8 +142,8 @@ def test_a_model_that_cannot_be_run_still_tells_its_parameters_from_its_buffers(
     def refuse(*_: Any) -> Any:
         raise NotTraceable("no")
 
-    monkeypatch.setattr("workers.tracer._Tracer.run", refuse)
-    monkeypatch.setattr("workers.general._BALANCES_OF", {})
+    monkeypatch.setattr("workers.profiling.tracing.tracer._Tracer.run", refuse)
+    monkeypatch.setattr("workers.profiling.from_headers._BALANCES_OF", {})
     profile = generate(open_folder(folder_of(name)))
     assert profile.approximate[-1] == "no"
     assert profile.total_params == profiled(name).total_params

@@ -11,10 +11,10 @@ import torch
 from hub.server import TestHub
 from safetensors.torch import load_file
 
+from workers.checkpoint.folder import open_folder
+from workers.checkpoint.headers import read_headers
 from workers.downloader import resolve
-from workers.folder import open_folder
 from workers.generator import generate
-from workers.headers import read_headers
 
 SLACK_BYTES = 64 * 1024
 

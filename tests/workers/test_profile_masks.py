@@ -21,12 +21,12 @@ from transformers.masking_utils import (
 )
 
 from planner.profile import MaskTerms
-from workers.folder import open_folder
+from workers.checkpoint.folder import open_folder
 from workers.generator import generate
-from workers.inputs import make_inputs
-from workers.masks import Sight, sight_of
-from workers.parts import part_of
-from workers.skeleton import quiet
+from workers.profiling.layer_parts import part_of
+from workers.profiling.tracing.inputs import make_inputs
+from workers.profiling.tracing.masks import Sight, sight_of
+from workers.profiling.tracing.skeleton import quiet
 
 #: No other dimension of these models is as large as the sequence, so that a square of it is a matrix of pairs.
 BATCH, LENGTH = 2, 41

@@ -10,12 +10,12 @@ import torch
 from families import NAMES, folder_of, load, real_inputs
 from torch.profiler import ProfilerActivity
 
-from planner import wire
 from planner.profile import Layer, ModelProfile
-from workers.folder import open_folder
+from planner.wire import read as wire
+from workers.checkpoint.folder import open_folder
 from workers.generator import generate
-from workers.inputs import make_inputs
-from workers.skeleton import quiet
+from workers.profiling.tracing.inputs import make_inputs
+from workers.profiling.tracing.skeleton import quiet
 
 #: Their scans are padded to a chunk, so that no polynomial is exact at other lengths.
 _CHUNKED = {"mamba2", "qwen3_next", "deepseek_v4", "minimax"}

@@ -12,13 +12,13 @@ from ledger_clock import Clocked, chain, splits
 from running import RedisProcess
 
 from planner.errors import Conflict, InvalidInput, NodeFailure, Unavailable
-from workers.accepted import Accepted
-from workers.claims import Claim, explained, run_step
-from workers.ledger import Claimed, Ledger
-from workers.reconciler import Reconciler
-from workers.registry import Registry
+from workers.jobs.journal import Accepted
+from workers.ledger.ledger import Claimed, Ledger
+from workers.nodes.registry import Registry
+from workers.queue.claims import Claim, explained, run_step
+from workers.queue.reconciler import Reconciler
+from workers.service.tokens import Tokens, secret_key
 from workers.settings import Settings
-from workers.tokens import Tokens, secret_key
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from planner.errors import Unavailable
-from workers import redis_server
-from workers.up import free_port
+from workers.up import redis_server
+from workers.up.service import free_port
 
 
 def fake_server(folder: Path, version: str) -> None:

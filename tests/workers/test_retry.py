@@ -8,7 +8,7 @@ import time
 import pytest
 
 from planner.errors import Unavailable
-from workers.retry import RetryPolicy, Transient, asked_s, parse_retry_after, retrying
+from workers.network.retry import RetryPolicy, Transient, asked_s, parse_retry_after, retrying
 
 
 @pytest.mark.parametrize(

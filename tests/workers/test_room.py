@@ -16,9 +16,9 @@ from running import until
 from shard_cases import dealt, profile_of
 
 from planner.errors import Cancelled, Conflict, NodeFailure
-from workers.copying import clone_range
+from workers.disk.copying import clone_range
+from workers.disk.space import used_bytes
 from workers.downloader import download, resolve
-from workers.room import used_bytes
 from workers.splitter import delete_shard, merge, split, verify
 
 MIB = 2**20

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from shard_cases import plan_of, profile_of, raw_tensors
 from stage_cases import assert_equal, chain, contiguous, cut, example, scattered, whole
 
+from workers.checkpoint.headers import read_headers
+from workers.checkpoint.shared_storage import with_twins
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.headers import read_headers
-from workers.manifest import read_manifest
+from workers.shards.manifest import read_manifest
 from workers.splitter import load_stage, merge, split, verify
-from workers.twins import with_twins
 
 
 def saved(folder: Path, state: dict[str, Any], *, config: Path | None = None, files: int = 1) -> Path:

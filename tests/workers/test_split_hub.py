@@ -19,16 +19,16 @@ from shard_cases import dealt, profile_of, raw_tensors
 from planner.errors import AccessDenied, IntegrityError, NotFound, Unavailable
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from workers import fetch, segments
-from workers.checkpoint import Checkpoint
-from workers.http_ranges import RangeReader
-from workers.hub import HubCheckpoint, open_hub
-from workers.manifest import read_manifest
-from workers.peer_server import PeerServer
-from workers.peers import find_peers
-from workers.retry import RetryPolicy
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.hub import HubCheckpoint, open_hub
+from workers.network.ranges import RangeReader
+from workers.network.retry import RetryPolicy
 from workers.settings import HubSettings
+from workers.shards.manifest import read_manifest
+from workers.shards.peer_server import PeerServer
+from workers.shards.peers import find_peers
 from workers.splitter import merge, split, verify
+from workers.transfer import fetch, segments
 
 FAST = RetryPolicy(first_s=0.01, longest_s=0.05, stall_s=0.5, stall_bytes=1000)
 Opened = tuple[Checkpoint, ModelProfile, Plan]
@@ -89,7 +89,7 @@ def test_neighbours_are_fetched_in_one_request(hub: TestHub, opened: Callable[..
 
 
 def _sources(folder: Path) -> list[Any]:
-    from workers.manifest import read_manifest
+    from workers.shards.manifest import read_manifest
 
     return list(read_manifest(folder).source_files.values())
 

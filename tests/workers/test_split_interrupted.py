@@ -24,12 +24,13 @@ from shard_cases import dealt, plan_of, profile_of, raw_tensors
 from planner.errors import Cancelled, Conflict, IntegrityError, NodeFailure
 from planner.plan import Plan
 from planner.profile import ModelProfile
-from workers.checkpoint import Checkpoint
+from workers.checkpoint.base import Checkpoint
+from workers.disk.space import used_bytes
 from workers.downloader import download, resolve
-from workers.journal import STATE
-from workers.room import check_room, used_bytes
-from workers.shards import finished_shards
+from workers.shards.folder import finished_shards
+from workers.shards.space import check_room
 from workers.splitter import delete_shard, merge, split, verify
+from workers.transfer.journal import STATE
 
 MIB = 2**20
 #: Splits own/model for node "a" of two in a process of its own; the arguments are the source and the output.

@@ -21,7 +21,7 @@ from shard_cases import dealt, plan_of, profile_of, raw_tensors
 from planner.errors import Conflict, IntegrityError, InvalidCheckpoint, InvalidMetadata, NotFound
 from planner.profile import Layer, ModelProfile
 from workers.downloader import resolve
-from workers.manifest import read_manifest
+from workers.shards.manifest import read_manifest
 from workers.splitter import merge, split, verify
 
 #: dtype -> bits; all that the format knows but the sub-byte ones, which `SUB_BYTE` has.

@@ -15,15 +15,15 @@ from shard_cases import raw_tensors
 
 from planner.cluster import Cluster, Node
 from planner.plan import Plan, PlanOptions
-from planner.strategies import plan_for
+from planner.strategies.make import plan_for
 from planner.tasks import _split_steps
-from planner.wire import plan_to_json
+from planner.wire.read import plan_to_json
 from workers.downloader import download, resolve
 from workers.generator import generate
-from workers.manifest import read_manifest
-from workers.process_params import process_params
-from workers.services import Services
+from workers.jobs.params import process_params
+from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
+from workers.shards.manifest import read_manifest
 from workers.tasks import delete_shards, split
 from workers.uploader import publish
 
@@ -63,14 +63,14 @@ class Service:
         (spec,) = [replace(step, after=()) for step in steps if step.name == f"split:{node}"]
         job_id = services.ledger.submit("process", model_name=MODEL, params=asked, steps=[spec]).job_id
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("workers.shell.current", lambda: services)
+            patch.setattr("workers.queue.step_task.current", lambda: services)
             split.run(job_id, spec.name)
         (step,) = services.ledger.job(job_id)["steps"]
         assert step["state"] == "done", step["error"]["message"]
         return services.settings.shards_dir / plan.plan_id
 
     def delete(self, plan: Plan, node: str) -> None:
-        from workers.steps import StepSpec
+        from workers.ledger.steps import StepSpec
 
         services = self.nodes[node]
         step = StepSpec(
@@ -78,7 +78,7 @@ class Service:
         )
         job_id = services.ledger.submit("delete", model_name=MODEL, params={}, steps=[step]).job_id
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("workers.shell.current", lambda: services)
+            patch.setattr("workers.queue.step_task.current", lambda: services)
             delete_shards.run(job_id, step.name)
 
 

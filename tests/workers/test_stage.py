@@ -17,7 +17,7 @@ from checkpoints import NAMES, checkpoint, minilm
 from stage_cases import assert_equal, chain, contiguous, cut, example, scattered, tensors, whole
 
 from planner.errors import Conflict, InvalidCheckpoint, InvalidInput, NotFound
-from workers.handoff import Handoff
+from workers.runtime.payload import Handoff
 from workers.splitter import load_stage
 
 DECODERS = (

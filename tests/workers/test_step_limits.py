@@ -11,10 +11,10 @@ from celery.exceptions import SoftTimeLimitExceeded
 from running import RedisProcess
 
 from planner.errors import NodeFailure
-from workers.ledger import StepSpec
-from workers.services import Services
+from workers.ledger.ledger import StepSpec
+from workers.queue.step_task import memory_limit, step_task
+from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
-from workers.shell import memory_limit, step_task
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def _take_time(*_: Any) -> dict[str, Any]:
 def test_a_step_over_its_limit_fails_with_the_setting_s_name(
     services: Services, monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], setting: str, metric: str
 ) -> None:
-    monkeypatch.setattr("workers.shell.current", lambda: services)
+    monkeypatch.setattr("workers.queue.step_task.current", lambda: services)
     task = step_task(f"test.{metric}")(work)
     steps = [StepSpec(name="big", task=task.name, queue="q")]
     job_id = services.ledger.submit("request", model_name="a/b", params={}, steps=steps).job_id
@@ -63,7 +63,7 @@ def test_the_limit_ends_with_its_step() -> None:
 
 
 def test_a_step_of_another_node_is_left_to_it(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.shell.current", lambda: services)
+    monkeypatch.setattr("workers.queue.step_task.current", lambda: services)
     task = step_task("test.other")(_take_time)
     steps = [StepSpec(name="split:m", task=task.name, queue="node.m", node_id="m")]
     job_id = services.ledger.submit("process", model_name="a/b", params={}, steps=steps).job_id

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from workers.settings import child_env
-from workers.supervisor import LONGEST_WAIT_S, Role, Supervisor, backoff_s
+from workers.up.supervisor import LONGEST_WAIT_S, Role, Supervisor, backoff_s
 
 SLEEPER = "import time\nprint('here', flush=True)\ntime.sleep(600)"
 STUBBORN = (
@@ -156,7 +156,7 @@ def test_the_roles_end_even_when_the_supervisor_is_killed(tmp_path: Path, superv
         "import time\n"
         "from pathlib import Path\n"
         "from workers.settings import child_env\n"
-        "from workers.supervisor import Role, Supervisor\n"
+        "from workers.up.supervisor import Role, Supervisor\n"
         "inner = Supervisor(print)\n"
         f"inner.start(Role(name='in', argv=({sys.executable!r}, '-c', 'import time; time.sleep(600)'),"
         f" env=child_env({{}}), log=Path({str(tmp_path / 'in.log')!r})))\n"

@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from workers.counting import on_meta
-from workers.exact import flop_at
-from workers.inputs import make_inputs
-from workers.memo import count
-from workers.model_config import ModelConfig
-from workers.parts import part_of
-from workers.skeleton import NotTraceable, build, quiet
-from workers.trace import LayerTrace, ModelTrace
-from workers.tracer import trace
+from workers.checkpoint.config import ModelConfig
+from workers.profiling.from_trace import flop_at
+from workers.profiling.layer_parts import part_of
+from workers.profiling.trace import LayerTrace, ModelTrace
+from workers.profiling.tracing.counter import on_meta
+from workers.profiling.tracing.inputs import make_inputs
+from workers.profiling.tracing.repeats import count
+from workers.profiling.tracing.skeleton import NotTraceable, build, quiet
+from workers.profiling.tracing.tracer import trace
 
 #: Models that loop over tokens in Python: a short sequence is as telling and takes a second, not twenty.
 LOOPING = {"state-spaces/mamba-2.8b-hf", "ai21labs/Jamba-v0.1"}
@@ -342,8 +342,10 @@ def test_no_short_cut_changes_an_activation_a_cache_or_a_peak(name: str, monkeyp
     values = shallow(PUBLISHED[name], 6)
     names = names_of(values)
     memoised = trace(config_of(values), names, sequence_length=128)
-    monkeypatch.setattr("workers.counting.pointwise", lambda *_: None)
-    monkeypatch.setattr("workers.tracer.count", lambda *args, **kwargs: count(*args, **{**kwargs, "memoise": False}))
+    monkeypatch.setattr("workers.profiling.tracing.counter.pointwise", lambda *_: None)
+    monkeypatch.setattr(
+        "workers.profiling.tracing.tracer.count", lambda *args, **kwargs: count(*args, **{**kwargs, "memoise": False})
+    )
     full = trace(config_of(values), names, sequence_length=128)
     for one, other in zip(memoised.layers, full.layers, strict=True):
         assert (one.terms, one.parts, one.once) == (other.terms, other.parts, other.once)

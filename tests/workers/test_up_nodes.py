@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from planner.errors import Conflict, InvalidInput
-from workers import up
-from workers.roles import HOST
-from workers.stated_nodes import stated_nodes
+from workers.up import service as up
+from workers.up.roles import HOST
+from workers.up.stated_nodes import stated_nodes
 
 
 def test_three_nodes_of_unequal_size_by_default() -> None:

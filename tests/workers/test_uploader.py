@@ -12,9 +12,10 @@ from huggingface_hub import HfApi
 
 from planner.errors import InvalidMetadata, NotFound
 from planner.profile import Layer, ModelProfile, Tensor
-from planner.wire import dumps
-from workers.metadata_store import MetadataStore, open_store
-from workers.retry import RetryPolicy
+from planner.wire.read import dumps
+from workers.metadata_store.base import MetadataStore
+from workers.metadata_store.open import open_store
+from workers.network.retry import RetryPolicy
 from workers.uploader import latest_profile, load_plan, load_profile, publish, publish_plan
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)
@@ -114,7 +115,7 @@ def test_a_damaged_root_file_is_replaced_by_the_next_publish(store: MetadataStor
 
 def test_a_plan_is_published_and_read_back(store: MetadataStore) -> None:
     from planner.cluster import Cluster, Node
-    from planner.strategies import make_plan
+    from planner.strategies.make import make_plan
 
     cluster = Cluster(nodes=(Node(node_id="n1", flop_per_s=1e9, memory_bytes=10**9),))
     plan = make_plan(profile(), cluster, generated_at="2025-01-01T00:00:00Z")

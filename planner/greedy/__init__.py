@@ -1,0 +1,1 @@
+"""The mission's strategy: any layer anywhere."""

@@ -1,0 +1,1 @@
+"""Contiguous stages, node order free."""

@@ -1,0 +1,102 @@
+"""marshmallow fields that only HTTP bodies need; the rest are those of `planner.wire.fields`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from marshmallow import Schema, ValidationError, fields
+
+from planner.errors import InvalidInput
+from planner.names import check_model_name, check_revision
+from planner.wire.fields import Integer, shown
+
+_PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+
+
+class Checked(fields.Field[str]):
+    """A string that one of `planner.names`' checks accepts."""
+
+    check: Callable[[object], str]
+    #: For the document, in JSON Schema: exactly what the check accepts.
+    rule: ClassVar[dict[str, Any]] = {}
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> str:
+        try:
+            return type(self).check(value)
+        except InvalidInput as error:
+            raise ValidationError(str(error).partition(" ")[2]) from None  # the path names the field
+
+
+class RepoId(Checked):
+    """`owner/name`."""
+
+    check = staticmethod(check_model_name)
+    rule: ClassVar[dict[str, Any]] = {
+        "pattern": f"^{_PART}/{_PART}$",
+        "maxLength": 193,
+        "not": {"pattern": r"--|\.\.|\.git$"},
+    }
+
+
+class Revision(Checked):
+    """A branch, tag or commit."""
+
+    check = staticmethod(check_revision)
+    rule: ClassVar[dict[str, Any]] = {
+        "pattern": "^[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}$",
+        "maxLength": 128,
+        "not": {"pattern": r"\.\.|//"},
+    }
+
+
+class Timestamp(fields.Field[Any]):
+    """When the caller sent it: seconds since 1970 (the seed's) or text; it decides nothing."""
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if (type(value) in (int, float) and abs(value) <= 1e15) or (type(value) is str and len(value) <= 64):
+            return value
+        raise ValidationError(f"must be seconds since 1970 or text of at most 64 characters, got {shown(value)}")
+
+
+class Replicas(Integer):
+    """How many chains: a whole number, or `auto`."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if value == "auto" and type(value) is str:
+            return value
+        try:
+            return super()._deserialize(value, *args, **kwargs)
+        except ValidationError as error:
+            raise ValidationError(str(error.messages[0]).replace("must be", "must be auto or", 1)) from None
+
+
+class Either(fields.Field[Any]):
+    """An object of `schema`, or one of a few plain values that stand for a whole object."""
+
+    def __init__(self, schema: type[Schema], *, plain: Mapping[Any, Any], says: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema, self.plain, self.says = schema, plain, says
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(value, dict):
+            return self.schema().load(value)
+        for key, meant in self.plain.items():
+            if type(value) is type(key) and value == key:
+                return meant
+        raise ValidationError(f"must be {self.says} or an object, got {shown(value)}")
+
+
+class Model(fields.Field[Any]):
+    """A model's name, or an object of a request's fields."""
+
+    def __init__(self, schema: type[Schema], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema = schema
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(value, dict):
+            return self.schema().load(value)
+        if isinstance(value, str):
+            return self.schema().load({"model_name": value})
+        raise ValidationError(f"must be 'owner/name' or an object, got {shown(value)}")

@@ -1,0 +1,125 @@
+"""fairshard up, node, devices: this machine as a service or as a compute node."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from workers.cli.io import adder, emit, positive, say, shown_bytes, shown_rate, size, table
+
+_UP = """\
+examples:
+  fairshard up                        Redis, planner, three unequal nodes, API, page and Flower, until Ctrl-C
+  fairshard up --nodes nodes.yaml --port 9000 --data /var/lib/fairshard
+"""
+_NODE = """\
+examples:
+  NODE_ID=gpu-1 REDIS_URL=redis://10.0.0.1:6379/0 fairshard node
+  fairshard node --node-id gpu-1 --redis redis://10.0.0.1:6379/0 --memory 20GiB
+  fairshard node --node-id 'node-*'   one of several in a data folder: the first number that is free
+
+The service lets it in by FAIRSHARD_JOIN_KEY (the service's) and FAIRSHARD_JOIN_TOKEN (this node's own).
+"""
+_DEVICES = """\
+examples:
+  fairshard devices                   all of them, with the source of each figure
+  fairshard devices "RTX 4090"
+"""
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    add = adder(commands, common)
+
+    command = add("up", up, "the whole service on this machine, until Ctrl-C", _UP)
+    command.add_argument("--port", type=int, default=8080, metavar="N", help="of API and page (default 8080)")
+    command.add_argument(
+        "--data", type=Path, metavar="DIR", help="data folder (default: FAIRSHARD_DATA or .fairshard)"
+    )
+    command.add_argument("--nodes", metavar="N|FILE", help="how many compute nodes, or a nodes file (default 3)")
+
+    command = add("node", node, "run this machine as a compute node", _NODE)
+    command.add_argument(
+        "--node-id",
+        metavar="ID",
+        help="default: NODE_ID or the host's name; node-* is the first of node-1, node-2, ... "
+        "that is free in the data folder",
+    )
+    command.add_argument("--redis", metavar="URL", help="default: REDIS_URL")
+    command.add_argument("--data", type=Path, metavar="DIR", help="default: FAIRSHARD_DATA or .fairshard")
+    command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
+    command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
+    command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
+
+    command = add("devices", devices, "the devices whose figures are known", _DEVICES)
+    command.add_argument("name", nargs="?", metavar="NAME", help="one of them, by any of its names")
+
+
+def up(args: argparse.Namespace) -> int:
+    """Fairshard up."""
+    from workers.settings import Settings
+    from workers.up.service import run
+
+    data = args.data.expanduser().absolute() if args.data else Settings.from_env().data_dir
+    return run(port=args.port, data=data, nodes=args.nodes)
+
+
+def node(args: argparse.Namespace) -> int:
+    """Fairshard node: becomes the node's Celery worker, so that signals reach it."""
+    from planner.names import check_node_id
+    from workers.nodes.probe import hold_name, worker_argv
+    from workers.settings import Settings, child_env
+
+    data = args.data and args.data.expanduser().absolute()
+    node_id = args.node_id
+    if node_id and "*" in node_id:
+        node_id = hold_name(data or Settings.from_env().data_dir, node_id)
+    changed = {
+        "NODE_ID": node_id and check_node_id(node_id),
+        "REDIS_URL": args.redis,
+        "FAIRSHARD_DATA": data and str(data),
+        "FAIRSHARD_FLOP_PER_S": args.flop_per_s and repr(args.flop_per_s),
+        "FAIRSHARD_MEMORY_BYTES": args.memory and str(args.memory),
+        "FAIRSHARD_MEMORY_BYTES_PER_S": args.bandwidth and str(args.bandwidth),
+        "REMAP_SIGTERM": "SIGQUIT",  # Celery's soft shutdown: what runs may finish
+    }
+    env = child_env({name: value for name, value in changed.items() if value})
+    argv = worker_argv(Settings.from_env(env))
+    say(args, f"node {Settings.from_env(env).node_id} starts; Ctrl-C ends it")
+    os.execve(argv[0], argv, env)  # noqa: S606  (no shell is wanted)
+
+
+def devices(args: argparse.Namespace) -> int:
+    """Fairshard devices."""
+    from planner.devices import catalogue, lookup
+
+    found = [lookup(args.name)] if args.name else list(catalogue())
+    answer = [
+        {
+            "name": device.name,
+            "flop_per_s": dict(device.flop_per_s),
+            "memory_bytes": device.memory_bytes,
+            "memory_bytes_per_s": device.memory_bytes_per_s,
+            "source": device.source,
+        }
+        for device in found
+    ]
+    rows = [
+        (
+            device.name,
+            *(_rate(device.flop_per_s.get(dtype)) for dtype in ("fp32", "fp16", "bf16", "fp8", "int8")),
+            "–" if device.memory_bytes is None else f"{device.memory_bytes // 2**30} GB",
+            "–" if device.memory_bytes_per_s is None else f"{shown_bytes(device.memory_bytes_per_s)}/s",
+            device.source,
+        )
+        for device in found
+    ]
+    head = ("device", "fp32", "fp16", "bf16", "fp8", "int8", "memory", "bandwidth", "source")
+    emit(args, {"devices": answer}, table(head, rows, right=" rrrrrrr"))
+    return 0
+
+
+def _rate(flop_per_s: float | None) -> str:
+    return "–" if flop_per_s is None else shown_rate(flop_per_s)

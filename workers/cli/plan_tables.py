@@ -1,0 +1,162 @@
+"""How plans are shown to people."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import Infeasible
+from planner.plan import Plan
+from workers.cli.io import shown_bytes, shown_flop, shown_rate, shown_seconds, table
+
+if TYPE_CHECKING:
+    from planner.profile import ModelProfile
+    from planner.replan.replanner import Move
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as a table of nodes, with its prediction below."""
+    parts: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        parts.setdefault(stage.node_id, []).append(span(stage.start, stage.end))
+    rows = []
+    for report in sorted(plan.nodes, key=lambda node: (not node.used, _first(plan, node.node_id), node.node_id)):
+        memory = report.memory_used_bytes + report.memory_free_bytes
+        rows.append(
+            (
+                report.node_id,
+                len(plan.allocation.get(report.node_id, ())) or "–",
+                shortened(parts.get(report.node_id, ())) or "–",
+                shown_flop(report.flop) if report.used else "–",
+                shown_seconds(report.seconds) if report.used else "–",
+                f"{report.compute_utilization:.0%}" if report.used else "–",
+                f"{shown_bytes(report.memory_used_bytes)} of {shown_bytes(memory)}" if report.used else "–",
+                report.limit or "",
+            )
+        )
+    head = ("node", "layers", "which", "compute", "time", "busy", "memory", "limit")
+    lines = table(head, rows, right=" r rrrr")
+    found = plan.predicted
+    proof = "proven best" if found.exact else f"at most {found.gap:.2%} over the best possible"
+    asked = f"{plan.strategy}, {plan.objective}, {plan.phase}; {plan.batch_size} × {plan.sequence_length} tokens"
+    times = (("bottleneck", found.bottleneck_s), ("one pass", found.latency_s), ("time budget", plan.time_budget_s))
+    lines.append("")
+    lines.append(f"plan {plan.plan_id} of {plan.model_name} ({asked})")
+    lines.append(", ".join(f"{name} {shown_seconds(value)}" for name, value in times) + f"; {proof}")
+    lines.append(f"chain: {chain(plan)}")
+    return lines
+
+
+def _first(plan: Plan, node_id: str) -> int:
+    return next((stage.start for stage in plan.stages if stage.node_id == node_id), plan.total_layers)
+
+
+def span(start: int, end: int) -> str:
+    """Layers [start, end) by position: "3" or "0-3"."""
+    return str(start) if end == start + 1 else f"{start}-{end - 1}"
+
+
+def shortened(spans: Sequence[str], most: int = 6) -> str:
+    """The first few of many."""
+    return ",".join(spans[:most]) + (f",… ({len(spans)} runs)" if len(spans) > most else "")
+
+
+def chain(plan: Plan, most: int = 12) -> str:
+    """The Megaphone's way: "a → b → c"."""
+    steps = [hop.node_id for hop in plan.megaphone.chain]
+    return " → ".join(steps[:most]) + (f" → … ({len(steps)} steps)" if len(steps) > most else "")
+
+
+def wrapped(text: str) -> list[str]:
+    """Paragraphs at 100 columns."""
+    return [line for paragraph in text.splitlines() for line in (textwrap.wrap(paragraph, 100) or [""])]
+
+
+def compared(found: Mapping[str, Plan | Infeasible]) -> list[dict[str, Any]]:
+    """Every strategy's outcome as JSON."""
+    rows: list[dict[str, Any]] = []
+    for name, plan in found.items():
+        if isinstance(plan, Infeasible):
+            rows.append({"strategy": name, "feasible": False, "error": str(plan), "details": plan.details})
+        else:
+            predicted = plan.predicted
+            rows.append(
+                {
+                    "strategy": name,
+                    "feasible": True,
+                    "plan_id": plan.plan_id,
+                    "bottleneck_s": predicted.bottleneck_s,
+                    "latency_s": predicted.latency_s,
+                    "lower_bound_s": predicted.lower_bound_s,
+                    "gap": predicted.gap,
+                    "exact": predicted.exact,
+                    "nodes_used": len(plan.allocation),
+                    "hops": len(plan.megaphone.chain) - 1,
+                }
+            )
+    return rows
+
+
+def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
+    """Every strategy's outcome as a table."""
+    rows = [
+        (
+            row["strategy"],
+            shown_seconds(row["bottleneck_s"]),
+            shown_seconds(row["latency_s"]),
+            f"{row['gap']:.2%}",
+            row["nodes_used"],
+            row["hops"],
+            "",
+        )
+        if row["feasible"]
+        else (row["strategy"], "–", "–", "–", "–", "–", row["error"])
+        for row in compared(found)
+    ]
+    head = ("strategy", "bottleneck", "one pass", "gap", "nodes", "hops", "why not")
+    return table(head, rows, right=" rrrrr")
+
+
+def context(longest: int, profile: ModelProfile) -> tuple[str, str]:
+    """What ends the longest context, and it in words."""
+    from planner.strategies.make import context_limit
+
+    text, limit = f"{longest:,} tokens ({profile.batch_size} sequences at a time)", context_limit(profile, longest)
+    shown = {"model": f"{text}, which is all that the model takes", "search": f"at least {text}", "nodes": text}
+    return limit, shown[limit]
+
+
+def moves(found: Iterable[Move]) -> list[dict[str, Any]]:
+    """A re-plan's moves as JSON: who gives what to whom."""
+    return [
+        {"layer_name": move.layer_name, "from": move.source, "to": move.target, "bytes": move.size_bytes}
+        for move in found
+    ]
+
+
+def move_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A re-plan's moves as a table."""
+    if not found:
+        return ["", "nothing moves"]
+    total = sum(move["bytes"] for move in found)
+    rows = [
+        (move["layer_name"], move["from"] or "(checkpoint)", move["to"], shown_bytes(move["bytes"])) for move in found
+    ]
+    return ["", *table(("layer", "from", "to", "bytes"), rows, right="   r"), f"{shown_bytes(total)} to move"]
+
+
+def node_lines(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Registered nodes as a table."""
+    rows = [
+        (
+            node["node_id"],
+            node.get("device") or "–",
+            shown_rate(node.get("flop_per_s") or 0),
+            shown_bytes(node.get("memory_bytes") or 0),
+            shown_bytes(node["disk_free_bytes"]) if node.get("disk_free_bytes") is not None else "–",
+            "" if node.get("state") is None else node["state"],
+        )
+        for node in nodes
+    ]
+    return table(("node", "device", "compute", "memory", "disk free", "state"), rows, right="  rrr")

@@ -1,0 +1,1 @@
+"""Bytes and folders on this machine: copied, durable, within their room."""

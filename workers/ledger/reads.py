@@ -1,0 +1,167 @@
+"""What the ledger knows, read without changing it: jobs, events, results, what runs, what nodes have to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from redis import Redis
+
+from planner.errors import NotFound
+from workers.ledger.connection import reachable
+from workers.ledger.views import event_view, job_view, step_view
+
+
+class LedgerReads:
+    """The half of `workers.ledger.ledger.Ledger` that only looks."""
+
+    def __init__(self, redis: Redis, *, prefix: str = "fairshard:") -> None:
+        """Read what lies below `prefix` in `redis`."""
+        #: Any: redis-py types each answer as bytes or str; this client decodes, so it is str.
+        self.redis: Any = redis
+        self.prefix = prefix
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """The job as JSON.
+
+        `{job_id, kind, state, step, steps: [{name, state, attempts, progress: {done, total, what, rate_per_s, eta_s}
+        | null, error: {code, message, details} | null, node_id, started_at, ended_at}], model_name, params, error,
+        result, submitter, batch_id, waits_for, created_at, started_at, ended_at}`; times are RFC 3339 in UTC or null.
+
+        Raises:
+            NotFound: If there is no such job.
+        """
+        with reachable():
+            fields = self.redis.hgetall(f"{self.prefix}job:{job_id}")
+            if not fields:
+                raise no_job(job_id)
+            names = fields.get("steps", "").split()
+            pipeline = self.redis.pipeline(transaction=False)
+            for name in names:
+                pipeline.hgetall(f"{self.prefix}step:{job_id}:{name}")
+            steps = pipeline.execute()
+        return {
+            **job_view(job_id, fields),
+            "steps": [step_view(name, found) for name, found in zip(names, steps, strict=True)],
+        }
+
+    def jobs(
+        self,
+        *,
+        state: str | None = None,
+        model_name: str | None = None,
+        kind: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Jobs as JSON, newest first, without their `steps` (see `job`)."""
+        found: list[dict[str, Any]] = []
+        begin, page, skipped = 0, 200, 0
+        while len(found) < limit:
+            with reachable():
+                ids = self.redis.zrevrange(f"{self.prefix}jobs", begin, begin + page - 1)
+                pipeline = self.redis.pipeline(transaction=False)
+                for job_id in ids:
+                    pipeline.hgetall(f"{self.prefix}job:{job_id}")
+                hashes = pipeline.execute()
+            for job_id, fields in zip(ids, hashes, strict=True):
+                wanted = {"state": state, "model_name": model_name, "kind": kind}
+                if not fields or any(value and fields.get(name) != value for name, value in wanted.items()):
+                    continue
+                skipped += 1
+                if skipped > offset and len(found) < limit:
+                    found.append(job_view(job_id, fields))
+            if len(ids) < page:
+                break
+            begin += page
+        return found
+
+    def events(self, job_id: str, *, after: str = "0", limit: int = 100) -> list[tuple[str, dict[str, Any]]]:
+        """What happened in a job after the event of id `after`: `(event id, {event, at, step, ...})`, oldest first.
+
+        Events are "submitted", "claimed", "progress", "step", "retry", "lost" and, last, "ended". Never blocks: poll.
+        """
+        with reachable():
+            entries = self.redis.xrange(f"{self.prefix}events:{job_id}", min=f"({after}", count=limit)
+        return [(str(event_id), event_view(fields)) for event_id, fields in entries]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges by name: jobs_<state>_total, steps_<state>_total, jobs_unfinished, steps_due, ..."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.hgetall(f"{self.prefix}counters")
+            pipeline.zcard(f"{self.prefix}unfinished")
+            pipeline.zcard(f"{self.prefix}due")
+            counters, unfinished, due = pipeline.execute()
+        return {name: float(value) for name, value in counters.items()} | {
+            "jobs_unfinished": float(unfinished),
+            "steps_due": float(due),
+        }
+
+    def running_request(self, model_name: str) -> str | None:
+        """The newest unfinished request for the model, or None."""
+        with reachable():
+            found = self.redis.zrevrange(f"{self.prefix}requests:{model_name}", 0, 0)
+        return str(found[0]) if found else None
+
+    def states(self, job_ids: Sequence[str]) -> list[str | None]:
+        """The jobs' states in one round trip, of ended ones for 30 days; None where Redis knows no such job."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "state")
+                pipeline.get(f"{self.prefix}over:{job_id}")
+            found = pipeline.execute()
+        return [state or over for state, over in zip(found[::2], found[1::2], strict=True)]
+
+    def result(self, job_id: str, step: str) -> dict[str, Any] | None:
+        """What a step of the job was committed with; None if it was not."""
+        with reachable():
+            text = self.redis.hget(f"{self.prefix}step:{job_id}:{step}", "result")
+        return json.loads(text) if text else None
+
+    def job_result(self, job_id: str) -> dict[str, Any]:
+        """The job's result so far; {} if there is none."""
+        with reachable():
+            text = self.redis.hget(f"{self.prefix}job:{job_id}", "result")
+        return json.loads(text) if text else {}
+
+    def running(self) -> list[tuple[str, str, str]]:
+        """(job, step, worker) of the steps that run now; of at most 10,000 jobs."""
+        with reachable():
+            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, 9999)
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "steps")
+            names = pipeline.execute()
+            pairs = [(job, step) for job, text in zip(ids, names, strict=True) for step in (text or "").split()]
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id, step in pairs:
+                pipeline.hmget(f"{self.prefix}step:{job_id}:{step}", "state", "owner")
+            found = pipeline.execute()
+        return [
+            (job_id, step, str(owner).partition("#")[0])
+            for (job_id, step), (state, owner) in zip(pairs, found, strict=True)
+            if state == "running" and owner
+        ]
+
+    def nodes_in_use(self) -> frozenset[str]:
+        """Nodes that alone can run some unfinished step."""
+        with reachable():
+            return frozenset(self.redis.smembers(f"{self.prefix}nodes_in_use"))
+
+    def plans_wanted(self, node_id: str) -> frozenset[str]:
+        """Plans of which the node has a shard to cut."""
+        with reachable():
+            members = self.redis.smembers(f"{self.prefix}at:{node_id}")
+            pipeline = self.redis.pipeline(transaction=False)
+            for member in members:
+                pipeline.hget(f"{self.prefix}step:{member.replace('|', ':', 1)}", "args")
+            found = [json.loads(text) for text in pipeline.execute() if text]
+        return frozenset(args["plan_id"] for args in found if "plan_id" in args)
+
+
+def no_job(job_id: str) -> NotFound:
+    """The error for a job that nobody knows."""
+    return NotFound(f"there is no job {job_id[:64]!r}: it never was, or it ended longer ago than jobs are kept")

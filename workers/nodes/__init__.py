@@ -1,0 +1,1 @@
+"""Which machines there are: probed, announced, let in."""

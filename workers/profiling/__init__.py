@@ -1,0 +1,1 @@
+"""What each layer costs, from headers by rule or from a trace."""

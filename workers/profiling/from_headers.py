@@ -1,0 +1,278 @@
+"""Layers by the general rule: parameters, bytes and ties exact from the headers, the costs by `rules`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from planner.dtypes import canonical
+from planner.errors import InvalidCheckpoint
+from planner.profile import Layer, Tensor
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.config import ModelConfig, read_config
+from workers.checkpoint.headers import Headers, read_headers
+from workers.profiling import rules
+from workers.profiling.layer_names import Group, Grouping, group_names
+from workers.profiling.quantization import Stored, logical_tensors
+from workers.progress import Progress, silent
+
+#: Names of the buffers that checkpoints carry; they cost bytes and are no parameters.
+_BUFFERS = (
+    ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
+    "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
+    "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
+    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps", ".weight_integer", ".bias_integer",
+    ".weight_scaling_factor", ".fc_scaling_factor", ".act_scaling_factor", ".LayerNorm.shift", ".x_min", ".x_max",
+    ".input_min", ".input_max", ".output_min", ".output_max", ".codebook.inited", ".codebook.initialized",
+    ".codebook.cluster_size", ".codebook.cluster_usage", ".codebook.embed", ".codebook.embed_avg",
+    ".codebook.embed_sum", ".n_points_scale", ".num_points_scale", ".global_mean", ".global_invstd", ".norm_mean",
+    ".norm_std", ".pos_idx_to_embed", ".balancing_biases",
+)  # fmt: skip
+#: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
+_BALANCES = ("e_score_correction_bias", ".expert_bias")
+_BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
+    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
+    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
+}
+_NOTHING: Mapping[str, bool] = {}
+_WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
+#: Architectures that end in a head over the vocabulary.
+_WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
+_HEAD_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight", "head.weight")
+#: A head whose own tensors are only these is named for the tied matrix it applies.
+_FINAL_NORMS = {"norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_logits_bias"}
+_TOKEN_EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight",
+    "embeddings.weight", "embedding.weight", "tok_embeddings.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What was read of a checkpoint: all that a profile is made of."""
+
+    config: ModelConfig
+    headers: Headers
+    #: By stored name.
+    logical: Mapping[str, Stored]
+    #: Most common dtype of the weights by bytes.
+    dtype: str
+
+    def parameters(self, tensor: Tensor, known: Mapping[str, bool] = _NOTHING) -> int:
+        """Parameters that a stored tensor holds: all its values, unless it is a buffer.
+
+        Args:
+            tensor: Of this checkpoint.
+            known: Whether it is one, by logical name; else its own name tells.
+        """
+        name, stored = tensor.name, self.logical[tensor.name]
+        if name.endswith("weight"):
+            is_buffer = len(tensor.shape) == 1 and self._frozen(name)
+        else:
+            is_buffer = stored.logical == name and (
+                name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
+                or (tensor.dtype in _WHOLE_NUMBERS and stored.values <= tensor.size_bytes)
+                or self._frozen(name)
+            )
+        return stored.values if known.get(stored.logical, not is_buffer) else 0
+
+    def _frozen(self, name: str) -> bool:
+        """Whether it is a batch norm's weight or bias that is not trained: a trained norm's batches are counted."""
+        module, _, kind = name.rpartition(".")
+        return (
+            kind in {"weight", "bias"}
+            and f"{module}.running_var" in self.logical
+            and f"{module}.num_batches_tracked" not in self.logical
+        )
+
+
+def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:
+    """Read a checkpoint's config and headers; no torch, numpy or Hub client is loaded for a folder.
+
+    Raises:
+        InvalidCheckpoint: If they are not valid.
+        Unavailable: If the server cannot be reached.
+    """
+    config = read_config(checkpoint)
+    headers = read_headers(checkpoint, progress=progress)
+    sizes: Counter[str] = Counter()
+    for tensor in headers.tensors:
+        sizes[tensor.dtype] += tensor.end - tensor.begin
+    dtype = min(sizes, key=lambda name: (-sizes[name], name))
+    return Contents(
+        config=config, headers=headers, logical=logical_tensors(headers.tensors, config.quantization), dtype=dtype
+    )
+
+
+def general_layers(
+    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, bool] = _NOTHING
+) -> tuple[list[Layer], list[str]]:
+    """Layers by the checkpoint's own names, their costs at batch 1 and one token by the general rule.
+
+    Args:
+        contents: The checkpoint's.
+        kv_dtype: Dtype of the cached keys and values; default the model's.
+        known: Which tensors are parameters, by logical name, where the model's code told.
+
+    Returns:
+        The layers, and the reasons why their FLOP and KV bytes are approximate.
+
+    Raises:
+        InvalidCheckpoint: If the config denies layers that the checkpoint has.
+    """
+    config, logical = contents.config, contents.logical
+    names: dict[str, int] = {}
+    for stored in logical.values():
+        names[stored.logical] = names.get(stored.logical, 0) + stored.values
+    extra = _extra_layers(names, config)
+    grouping = group_names({name: size for name, size in names.items() if not name.startswith(extra)})
+    check_depth(grouping, config)
+    members: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in contents.headers.tensors:
+        members[grouping.of.get(logical[tensor.name].logical, len(grouping.groups))].append(tensor)
+    cache_dtype = canonical(kv_dtype) if kv_dtype else float_dtype(contents)
+    assert cache_dtype is not None
+    layers = [
+        _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known)
+        for index, group in enumerate(grouping.groups)
+    ]
+    layers = _with_tied_head(layers, contents)
+    if members.get(len(grouping.groups)):
+        layers.append(unused_layer(members[len(grouping.groups)], contents, len(layers)))
+    reasons = [
+        "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
+    ]
+    return layers, reasons
+
+
+def float_dtype(contents: Contents) -> str:
+    """The dtype that the model computes and caches in: the config's, else the most common plain floating one."""
+    for name in ("dtype", "torch_dtype"):
+        given = contents.config.text.get(name) or contents.config.values.get(name)
+        found = canonical(given) if isinstance(given, str) else None
+        if found in {"F32", "F16", "BF16", "F64"}:
+            return found
+    if contents.dtype in {"F32", "F16", "BF16", "F64"}:
+        return contents.dtype
+    return "BF16" if any(tensor.dtype == "BF16" for tensor in contents.headers.tensors) else "F16"
+
+
+def check_depth(grouping: Grouping, config: ModelConfig) -> None:
+    """Check that the main stack has as many layers as the config says.
+
+    Raises:
+        InvalidCheckpoint: If it has more or fewer.
+    """
+    # Layers that share their weights are stored once.
+    wanted = config.number("num_hidden_groups", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    stacks = grouping.stacks
+    if wanted is None or len(stacks) != 1 or config.text is not config.values:
+        return
+    stack, _ = next(iter(stacks.items()))
+    numbers = {group.number for group in grouping.groups if group.number is not None}
+    if numbers != set(range(wanted)):
+        denied, missing = sorted(numbers - set(range(wanted))), sorted(set(range(wanted)) - numbers)
+        what = f"has {stack}.{denied[0]}" if denied else f"has no {stack}.{missing[0]}"
+        raise InvalidCheckpoint(
+            f"config.json says {wanted} layers, but the checkpoint {what} ({len(numbers)} layers in all)",
+            details={"config_layers": wanted, "checkpoint_layers": len(numbers), "stack": stack},
+        )
+
+
+def _extra_layers(names: Mapping[str, int], config: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the speculative layers that a config counts beside its own (multi-token prediction)."""
+    depth, extra = config.number("num_hidden_layers"), config.number("num_nextn_predict_layers")
+    if not depth or not extra or extra > 64:
+        return ()
+    stacks = {name[: name.index(f".{depth}.")] for name in names if f".layers.{depth}." in name}
+    return tuple(f"{stack}.{number}." for stack in sorted(stacks) for number in range(depth, depth + extra))
+
+
+def _general_layer(
+    group: Group,
+    tensors: tuple[Tensor, ...],
+    contents: Contents,
+    *,
+    index: int,
+    kv_dtype: str,
+    known: Mapping[str, bool],
+) -> Layer:
+    config, dtype = contents.config, float_dtype(contents)
+    values = [contents.parameters(tensor, known) for tensor in tensors]
+    terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
+    share = rules.expert_share(config)
+    kv = None
+    if group.number is not None and rules.keeps_cache(group.layer_type, config):
+        kv = rules.kv_terms(group.number, config, kv_dtype)
+    return Layer(
+        name=group.name,
+        index=index,
+        layer_type=group.layer_type,
+        num_params=sum(values),
+        active_params=round(
+            sum(
+                count * (share if rules.is_expert(tensor.name) else 1.0)
+                for tensor, count in zip(tensors, values, strict=True)
+            )
+        ),
+        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        kv_cache_bytes=kv.bytes_at(1, 1) if kv else 0,
+        activation_bytes=rules.hidden_bytes(config, dtype),
+        compute_required=sum(terms),
+        compute_terms=terms,
+        kv_terms=kv,
+        tensors=tensors,
+    )
+
+
+def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
+    """Give a head that has no weights of its own those of the embedding, where the architecture has a head."""
+    config = contents.config
+    stored = {name: layer for layer in layers for name in (t.name for t in layer.tensors)}
+    flagged = config.flag("tie_word_embeddings")
+    has_head = (config.architecture or "").endswith(_WITH_HEAD)
+    candidates = [
+        tensor
+        for layer in layers
+        for tensor in layer.tensors
+        if layer.layer_type == "embedding" and tensor.name.endswith(_TOKEN_EMBEDDINGS) and len(tensor.shape) == 2
+    ]
+    # The table of tokens is larger than those of positions and types.
+    embedding = max(candidates, key=lambda tensor: tensor.end - tensor.begin, default=None)
+    head_weight = next(
+        (name for name in stored if name.endswith(_HEAD_WEIGHTS) and name not in _TOKEN_EMBEDDINGS), None
+    )
+    if embedding is None or not has_head or flagged is False or head_weight is not None:
+        return list(layers)
+    count = contents.logical[embedding.name].values
+    found = [layer for layer in layers if layer.layer_type == "head"]
+    if found:
+        old = found[-1]
+    else:
+        old = Layer(name="lm_head", index=len(layers), layer_type="head")
+        layers = [*layers, old]
+    terms = (0.0, (old.compute_terms or (0.0, 0.0, 0.0))[1] + 2.0 * count, 0.0)
+    head = replace(
+        old,
+        name="lm_head" if old.name.rpartition(".")[2] in _FINAL_NORMS else old.name,
+        tied_to=stored[embedding.name].name,
+        tied_bytes=embedding.end - embedding.begin,
+        tied_tensors=(embedding.name,),
+        active_params=old.active_params + count,
+        compute_terms=terms,
+        compute_required=sum(terms),
+    )
+    return [head if layer is old else layer for layer in layers]
+
+
+def unused_layer(tensors: Sequence[Tensor], contents: Contents, index: int) -> Layer:
+    """The entry that holds what no layer uses."""
+    return Layer(
+        name="unused",
+        index=index,
+        layer_type="unused",
+        num_params=sum(contents.parameters(tensor) for tensor in tensors),
+        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        tensors=tuple(tensors),
+    )

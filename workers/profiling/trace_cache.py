@@ -1,0 +1,82 @@
+"""Traces kept on disk by what they depend on, so that torch need not be loaded for a model seen before."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from planner.errors import InvalidMetadata
+from workers.checkpoint.config import ModelConfig
+from workers.profiling.trace import ModelTrace, from_json, to_json
+
+#: Raised whenever a trace's meaning or form changes.
+_FORMAT = 6
+#: What a config says that no trace depends on.
+_NOISE = {"_name_or_path", "transformers_version", "auto_map", "quantization_config", "id2label", "label2id"}
+
+
+class TraceCache:
+    """The cached trace of one config and its tensors' names."""
+
+    def __init__(self, folder: Path | None, config: ModelConfig, tensors: Mapping[str, int]) -> None:
+        self._path = None if folder is None else folder / f"{_key(config, tensors)}.json"
+
+    def read(self) -> ModelTrace | None:
+        """The trace, or None if there is none that can be read."""
+        if self._path is None:
+            return None
+        try:
+            return from_json(json.loads(self._path.read_bytes()))
+        except (OSError, ValueError, RecursionError, InvalidMetadata):
+            return None
+
+    def write(self, trace: ModelTrace, older: ModelTrace | None) -> ModelTrace:
+        """Keep a trace, with what an older one counted at other batch sizes and lengths; returns both together."""
+        if older is not None and len(older.layers) == len(trace.layers):
+            layers = (
+                replace(new, exact={**old.exact, **new.exact})
+                for new, old in zip(trace.layers, older.layers, strict=True)
+            )
+            trace = replace(trace, layers=tuple(layers))
+        if self._path is not None:
+            # A cache that cannot be written costs time, not the profile.
+            with contextlib.suppress(OSError):
+                _write(self._path, to_json(trace))
+        return trace
+
+
+def _write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".trace-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, separators=(",", ":"))
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _key(config: ModelConfig, tensors: Mapping[str, int]) -> str:
+    """A hash of the config, the tensors' names and sizes, and the versions that count."""
+    values = {name: each for name, each in config.values.items() if name not in _NOISE}
+    digest = hashlib.sha256()
+    digest.update(json.dumps([_FORMAT, _version("torch"), _version("transformers"), values], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"\0{name}\0{tensors[name]}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

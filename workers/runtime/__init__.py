@@ -1,0 +1,1 @@
+"""A shard as a runnable stage of its model. Loads torch."""

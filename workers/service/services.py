@@ -1,0 +1,204 @@
+"""What a process of the service works with, made from the settings; connects at the first call, not here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import AccessDenied, InvalidInput, NotFound
+from planner.limits import MAX_JSON_BYTES
+from planner.names import check_model_name
+from workers.ledger.connection import connect, reachable
+from workers.ledger.ledger import Ledger, Wakeup
+from workers.nodes.joining import Joining
+from workers.nodes.registry import Registry
+from workers.settings import QueueSettings, Settings
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from planner.profile import ModelProfile
+    from workers.metadata_store.base import MetadataStore
+    from workers.service.known_digests import KnownDigests
+    from workers.service.plans import Plans
+    from workers.service.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Ledger, registry, plans, tokens and metadata store of one service."""
+
+    settings: Settings
+    queue: QueueSettings
+    wake: Callable[[Sequence[Wakeup]], None] | None = None
+    #: How long one answer of Redis may take, in seconds.
+    redis_timeout_s: float = 5.0
+
+    @cached_property
+    def redis(self) -> Redis:
+        """The service's Redis."""
+        return connect(self.settings.redis_url, timeout_s=self.redis_timeout_s)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Jobs and steps."""
+        return Ledger(
+            self.redis,
+            prefix=self.queue.prefix,
+            wake=self.wake,
+            lease_s=self.queue.lease_s,
+            max_attempts=self.queue.max_attempts,
+            job_ttl_s=self.queue.job_ttl_s,
+        )
+
+    @cached_property
+    def registry(self) -> Registry:
+        """Nodes alive."""
+        return Registry(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.node_ttl_s, joining=self.joining)
+
+    @cached_property
+    def joining(self) -> Joining:
+        """Who may be a node."""
+        return Joining.from_settings(self.settings)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Users' Hub tokens."""
+        from workers.service.tokens import Tokens, secret_key
+
+        return Tokens(self.redis, key=secret_key(self.settings), prefix=self.queue.prefix)
+
+    @cached_property
+    def plans(self) -> Plans:
+        """Plans by id and model."""
+        from workers.service.plans import Plans
+
+        return Plans(self.redis, self.store, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
+
+    @cached_property
+    def digests(self) -> KnownDigests:
+        """What nodes found tensors to be."""
+        from workers.service.known_digests import KnownDigests
+
+        return KnownDigests(self.redis, prefix=self.queue.prefix, ttl_s=self.queue.plan_ttl_s)
+
+    def user_token(self, job_id: str, params: Mapping[str, Any]) -> str | None:
+        """The Hub token that the job was submitted with; None if it was without.
+
+        Raises:
+            AccessDenied: If it had one, and Redis lost it.
+        """
+        token = self.tokens.get(job_id)
+        if token is None and params.get("with_token"):
+            raise AccessDenied(
+                "the Hub token that this job was sent with is gone (Redis lost it, or a day has passed; it is kept "
+                "nowhere else): send the request again, with the token",
+                details={"job_id": job_id},
+            )
+        return token
+
+    def store(self, repo: str | None = None, *, token: str | None = None) -> MetadataStore:
+        """The service's metadata store, or the Hub repository `repo`."""
+        from workers.metadata_store.open import open_store
+
+        if repo is not None:
+            # Else `open_store` would take it for a folder's path.
+            check_model_name(repo.removeprefix("datasets/"))
+        chosen = repo or self.settings.metadata_repo
+        return open_store(chosen or self.settings.store_dir, token=token)
+
+    # -- payloads: too large for messages, gone when they were published ------------------------------------------
+    def put_payload(self, job_id: str, name: str, value: Any) -> None:
+        """Keep JSON between two steps of a job, for at most a day."""
+        packed = base64.b85encode(zlib.compress(json.dumps(value).encode(), 1)).decode()
+        with reachable():
+            self.redis.set(f"{self.queue.prefix}payload:{job_id}:{name}", packed, ex=86400)
+
+    def get_payload(self, job_id: str, name: str) -> Any:
+        """What `put_payload` kept.
+
+        Raises:
+            NotFound: If there is nothing.
+            InvalidInput: If it unpacks to more than metadata takes.
+        """
+        with reachable():
+            packed: Any = self.redis.get(f"{self.queue.prefix}payload:{job_id}:{name}")
+        if packed is None:
+            raise NotFound(f"job {job_id} has no {name}: it was lost with Redis, or dropped after a day")
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(base64.b85decode(packed), MAX_JSON_BYTES)
+        if unpacker.unconsumed_tail:
+            raise InvalidInput(
+                f"job {job_id}'s {name} unpacks to more than the {MAX_JSON_BYTES:,} bytes of any metadata"
+            )
+        return json.loads(text)
+
+    # -- profiles --------------------------------------------------------------------------------------------------
+    def profile_published(self, model_name: str, record: dict[str, Any]) -> None:
+        """Remember where the model's newest profile lies: `{path, commit, revision, batch_size, sequence_length}`."""
+        with reachable():
+            self.redis.hset(f"{self.queue.prefix}profiles", model_name, json.dumps(record))
+
+    def profiled(self, model_name: str) -> bool:
+        """Whether this service has metadata of the model."""
+        with reachable():
+            if self.redis.hexists(f"{self.queue.prefix}profiles", model_name):
+                return True
+        try:
+            self.newest_profile(model_name)
+        except NotFound:
+            return False
+        return True
+
+    def newest_profile(
+        self, model_name: str, *, repo: str | None = None, revision: str | None = None, token: str | None = None
+    ) -> ModelProfile:
+        """The model's newest metadata.
+
+        Args:
+            model_name: "owner/name".
+            repo: Hub repository to look in; None: this service's own store.
+            revision: Of the model; None: any.
+            token: Hub token for `repo`.
+
+        Raises:
+            NotFound: If there is none.
+        """
+        from workers.uploader import latest_profile, load_profile
+
+        if repo is None and revision is None:
+            with reachable():
+                known: Any = self.redis.hget(f"{self.queue.prefix}profiles", model_name)
+            if known:
+                record = json.loads(known)
+                return load_profile(self.store(), record["path"], revision=record["commit"])
+        return latest_profile(self.store(repo, token=token), model_name, revision=revision)
+
+    def plan_profile(self, where: Mapping[str, Any], *, token: str | None = None) -> ModelProfile:
+        """The profile that a plan is made from.
+
+        Args:
+            where: `{model_name, path, commit}` in the service's own store, or `{model_name, repo, revision}`; with
+                `batch_size` and `sequence_length` to plan at (None: as profiled).
+            token: Hub token for `repo`.
+
+        Raises:
+            NotFound: If there is none.
+        """
+        from workers.uploader import load_profile
+
+        if where.get("path"):
+            profile = load_profile(self.store(), where["path"], revision=where.get("commit"))
+        else:
+            profile = self.newest_profile(
+                where["model_name"], repo=where.get("repo"), revision=where.get("revision"), token=token
+            )
+        return profile.at(
+            batch_size=where.get("batch_size") or profile.batch_size,
+            sequence_length=where.get("sequence_length") or profile.sequence_length,
+        )

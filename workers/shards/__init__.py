@@ -1,0 +1,1 @@
+"""What a node holds: laid out, proven, served to other nodes, put together again."""

@@ -1,0 +1,177 @@
+"""The last steps of a shard: what stands beside the weights, the manifest, and its name."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from planner.errors import FairshardError, NodeFailure
+from planner.plan import Plan
+from workers.checkpoint.base import Checkpoint
+from workers.disk.durable import explained, sync, sync_together
+from workers.shards.folder import file_is_whole, is_shard_folder
+from workers.shards.layout import Layout
+from workers.shards.manifest import MANIFEST, Manifest, ShardFile, ShardTensor, SourceFile, read_manifest
+from workers.transfer.digests import Digests, digest_of
+from workers.transfer.journal import Journal, discard_partials, install_lock, state_file
+from workers.transfer.outputs import Output
+
+
+def finish(
+    layout: Layout,
+    journal: Journal,
+    *,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    node_id: str,
+    output: Path,
+    digests: Mapping[str, Digests | None],
+    how: Mapping[str, str],
+    max_shard_bytes: int,
+    paranoid: bool,
+) -> Manifest:
+    """Write what stands beside the weights, then the manifest, then give the folder its name.
+
+    Args:
+        layout: What the journal's folder holds.
+        journal: The folder.
+        checkpoint: Where the small files come from.
+        plan: The plan it is a part of.
+        node_id: Whose shard it is.
+        output: The folder's name.
+        digests: By weight file; None where no bytes passed.
+        how: By weight file: "copy", "fetch", "link" or "reflink".
+        max_shard_bytes: What it was cut with.
+        paranoid: What it was cut with.
+
+    Raises:
+        NodeFailure: If the disk is full or cannot be written.
+    """
+    folder = journal.folder
+    with explained(folder):
+        extras = {name: checkpoint.read(name) for name in layout.extras}
+        extras["model.safetensors.index.json"] = _index(layout)
+        for name, source in layout.sources.items():
+            if source.header:
+                extras[f"source/{name}.header"] = source.header
+        files = [_extra(folder / name, name, data) for name, data in extras.items()]
+        for unexpected in set(folder.rglob("*")) - {folder / name for name in (*extras, *how)}:
+            if unexpected.is_file() and unexpected != state_file(folder):
+                unexpected.unlink()
+        manifest = Manifest(
+            plan_id=plan.plan_id,
+            model_name=checkpoint.model_name,
+            revision=checkpoint.revision,
+            node_id=node_id,
+            layers=layout.layers,
+            nodes=plan.allocation,
+            files=tuple(
+                _file(folder, item, layout, digests.get(item.name), how[item.name]) for item in layout.outputs
+            ),
+            tensors=tuple(t for item in layout.outputs for t in _tensors(item, digests.get(item.name))),
+            extras=tuple(files),
+            aliases=layout.aliases,
+            twins=layout.twins,
+            unused=layout.unused,
+            duplicated=layout.duplicated,
+            source_files={
+                name: SourceFile(size_bytes=s.size_bytes, sha256=s.sha256, header_bytes=len(s.header))
+                for name, s in layout.sources.items()
+            },
+            max_shard_bytes=max_shard_bytes,
+            paranoid=paranoid,
+            created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        )
+        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+        written = {folder / name for name in (*extras, MANIFEST)}
+        sync_together([*written, *{path.parent for path in written}])
+        return _install(journal, output, manifest)
+
+
+def _install(journal: Journal, output: Path, manifest: Manifest) -> Manifest:
+    """Give the finished folder its name; the manifest that stands there then.
+
+    Of two processes that made the same shard the first wins, and the second's work is thrown away: whoever was told
+    that the shard is there must not find it gone for a moment.
+    """
+    folder = journal.folder
+    with install_lock(output):
+        if is_shard_folder(output) and any(output.iterdir()):
+            theirs = _same(output, manifest)
+            if theirs is not None:
+                shutil.rmtree(folder)
+                return theirs
+            old = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
+            output.rename(old)
+        state_file(folder).unlink()
+        folder.rename(output)
+        sync(output.parent)
+    discard_partials(output)
+    return manifest
+
+
+def _same(output: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest at `output`, if it is of the same shard, finished and not written to since."""
+    try:
+        theirs = read_manifest(output)
+    except FairshardError:
+        return None
+    mine = (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes)
+    if (theirs.plan_id, theirs.revision, theirs.node_id, theirs.max_shard_bytes) != mine:
+        return None
+    if manifest.paranoid and not theirs.paranoid:
+        return None
+    if any(ours.sha256 and not file.sha256 for ours, file in zip(manifest.files, theirs.files, strict=False)):
+        return None
+    files = (*theirs.files, *theirs.extras)
+    return theirs if all(file_is_whole(output, file, read=manifest.paranoid) for file in files) else None
+
+
+def _index(layout: Layout) -> bytes:
+    weight_map = {placed.tensor.name: item.name for item in layout.outputs for placed in item.placed}
+    total = sum(placed.tensor.size_bytes for item in layout.outputs for placed in item.placed)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2).encode()
+
+
+def _extra(path: Path, name: str, data: bytes) -> ShardFile:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return ShardFile(name=name, size_bytes=len(data), digest=digest_of(data), mtime_ns=path.stat().st_mtime_ns)
+
+
+def _file(folder: Path, item: Output, layout: Layout, found: Digests | None, how: str) -> ShardFile:
+    stat = (folder / item.name).stat()
+    if stat.st_size != item.size_bytes:
+        raise NodeFailure(f"{folder / item.name} has {stat.st_size} bytes, not {item.size_bytes}: was it changed?")
+    stated = layout.sources[item.whole].sha256 if item.whole else None
+    return ShardFile(
+        name=item.name,
+        size_bytes=item.size_bytes,
+        digest=found.file if found else None,
+        sha256=(found.sha256 if found else None) or stated,
+        how=how,
+        mtime_ns=stat.st_mtime_ns,
+    )
+
+
+def _tensors(item: Output, found: Digests | None) -> list[ShardTensor]:
+    return [
+        ShardTensor(
+            name=placed.tensor.name,
+            file=item.name,
+            dtype=placed.tensor.dtype,
+            shape=placed.tensor.shape,
+            begin=placed.begin,
+            end=placed.end,
+            layer=placed.layer,
+            source_file=placed.tensor.file,
+            source_begin=placed.tensor.begin,
+            digest=found.tensors[placed.tensor.name] if found else None,
+        )
+        for placed in item.placed
+    ]

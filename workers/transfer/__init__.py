@@ -1,0 +1,1 @@
+"""Output files filled from here, other nodes and the Hub: proven, resumable."""

