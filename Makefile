@@ -42,7 +42,7 @@ SEED ?= 1
 CHAOS_JOBS ?= 300
 CHAOS_SECONDS ?= 240
 chaos: install-dev ## Kill everything for minutes, in a seeded order, and count what was lost (SEED=, CHAOS_JOBS=, CHAOS_SECONDS=)
-	PYTHONPATH=tests $(BIN)/python tests/integration/chaos.py --jobs $(CHAOS_JOBS) --seconds $(CHAOS_SECONDS) --seed $(SEED)
+	PYTHONPATH=tests $(BIN)/python tests/chaos/suite.py --jobs $(CHAOS_JOBS) --seconds $(CHAOS_SECONDS) --seed $(SEED)
 
 lint: install-dev ## Format, lint, types, imports, security
 	$(BIN)/ruff format --check .

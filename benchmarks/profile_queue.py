@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from running import Service, Web, until
+from support.running import Service, Web, until
 
 SIZES = (10, 100, 1000)
 #: Of the rate at 10 models, what is left at 1,000.

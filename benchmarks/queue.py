@@ -23,7 +23,7 @@ sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "benchmarks")]
 # Python puts this file's folder first, where queue.py hides the standard library's.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _ROOT / "benchmarks"]
 
-from running import RedisProcess, Web, until  # noqa: E402
+from support.running import RedisProcess, Web, until  # noqa: E402
 
 from workers.ledger.ledger import Ledger, StepSpec  # noqa: E402
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "benchmarks"]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from shard_cases import plan_of, profile_of  # noqa: E402
+from support.shard_cases import plan_of, profile_of  # noqa: E402
 
 from planner.plan import Plan  # noqa: E402
 from planner.profile import ModelProfile  # noqa: E402

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from hub.server import TestHub
-from running import Service
+from support.running import Service
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import models_dir
+from support.checkpoints import models_dir
 
 from workers.settings import child_env
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import checkpoint, minilm
 from hub.server import TestHub
+from support.checkpoints import checkpoint, minilm
 
 ROOT = Path(__file__).parents[2]
 

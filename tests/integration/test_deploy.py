@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import yaml
-from checkpoints import models_dir
+from support.checkpoints import models_dir
 
 from workers.settings import child_env
 from workers.up import redis_server

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint, copy_of
 from hub.server import TestHub
-from running import Service, until
+from support.checkpoints import checkpoint, copy_of
+from support.running import Service, until
 
 from planner.errors import Conflict, NotFound
 from planner.wire.read import dumps, profile_to_json
@@ -474,7 +474,7 @@ def test_nodes_say_what_they_are(service: Service) -> None:
 
 
 def test_a_second_worker_of_the_same_name_is_refused(service: Service, tmp_path: Path) -> None:
-    from running import Worker
+    from support.running import Worker
 
     env = service.workers["big"].env | {"FAIRSHARD_DATA": str(tmp_path / "elsewhere")}
     twin = Worker("twin", "compute,node.big", env=env, directory=tmp_path).start()

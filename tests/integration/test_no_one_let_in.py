@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import checkpoint
 from hub.server import TestHub
-from running import Service, Worker, free_port, until
-from web_cases import Server
+from support.checkpoints import checkpoint
+from support.running import Service, Worker, free_port, until
+from support.web_cases import Server
 
 from planner.errors import Conflict, InvalidInput
 from workers.jobs.jobs import Jobs

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint
 from hub.server import TestHub
-from running import Service, until
+from support.checkpoints import checkpoint
+from support.running import Service, until
 
 from workers.ledger.ledger import ENDED
 

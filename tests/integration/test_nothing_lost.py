@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from checkpoints import checkpoint
 from hub.server import TestHub
-from running import BlackHole, RedisProcess, Service, Worker, until
+from support.checkpoints import checkpoint
+from support.running import BlackHole, RedisProcess, Service, Worker, until
 
 from planner.errors import NotFound, Unavailable
 from workers.celery_app import create_app

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint
 from hub.faults import Request
 from hub.server import TestHub
-from running import Service, free_port, until
-from shard_cases import raw_tensors
+from support.checkpoints import checkpoint
+from support.running import Service, free_port, until
+from support.shard_cases import raw_tensors
 
 from workers.ledger.ledger import ENDED
 from workers.shards.manifest import Manifest, read_manifest

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint
 from hub.server import TestHub
-from running import Service, free_port, until
+from support.checkpoints import checkpoint
+from support.running import Service, free_port, until
 
 from planner.errors import Unavailable
 from workers.jobs.jobs import Jobs

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import models_dir
 from flask import Flask
 from flask.testing import FlaskClient
-from running import RedisProcess, Service
-from web_cases import Server
+from support.checkpoints import models_dir
+from support.running import RedisProcess, Service
+from support.web_cases import Server
 
 from web.app import create_app
 from workers.settings import Settings

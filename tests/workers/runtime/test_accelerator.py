@@ -1,0 +1,36 @@
+"""What only a machine with a GPU can show: what it measures of itself, and stages on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import checkpoint
+from support.stage_cases import assert_equal, chain, contiguous, cut, example, whole
+
+from planner.devices import variants
+from workers.nodes import probe as node
+from workers.splitter import load_stage
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def test_a_card_is_measured_within_what_its_vendor_states() -> None:
+    found = node.measure()
+    cards = variants(found["device"], memory_bytes=torch.cuda.get_device_properties(0).total_memory)
+    assert any(0.4 * card.rate("BF16") < found["flop_per_s"] <= card.rate("BF16") for card in cards)
+    assert any(0.5 * (card.memory_bytes_per_s or 0) < found["memory_bytes_per_s"] for card in cards)
+    assert all(found["memory_bytes_per_s"] <= (card.memory_bytes_per_s or 0) for card in cards)
+    assert 0 < found["memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "gemma2", "gpt2", "bert", "mixtral", "mamba2", "t5"])
+def test_a_chain_of_stages_on_a_card_is_the_whole_model_bit_for_bit(name: str, tmp_path: Path) -> None:
+    stages = [load_stage(shard, device="cuda") for shard in cut(checkpoint(name), tmp_path, contiguous, 3)]
+    assert all(p.device.type == "cuda" for stage in stages for p in stage.parameters())
+    model = whole(checkpoint(name)).cuda()
+    inputs = {key: value.cuda() for key, value in example(model).items()}
+    output, _ = chain(stages, inputs, device="cuda")
+    with torch.no_grad():
+        assert_equal(output, model(**inputs))
