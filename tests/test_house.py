@@ -135,8 +135,8 @@ def test_every_dependency_is_pinned() -> None:
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", text, flags=re.MULTILINE)}
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *(item for extra in extras.values() for item in extra)]
-    names = {re.sub(r"[-_.]+", "-", re.split(r"[<>=;! ]", item)[0]).lower() for item in wanted}
-    assert names <= pinned
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[<>=;! \[]", item)[0]).lower() for item in wanted}
+    assert names - {"fairshard"} <= pinned
 
 
 def script(name: str) -> ModuleType:
