@@ -10,7 +10,7 @@ PORT ?= 8080
 #: Parallel test processes.
 JOBS ?= 2
 
-.PHONY: help install install-dev demo up test chaos lint format docs bench clean
+.PHONY: help install install-dev demo up test test-deep chaos lint format docs bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -36,6 +36,9 @@ up: install ## Start the whole service and leave it running, until Ctrl-C
 # A file's tests stay in one process: many share a service that takes seconds to start.
 test: install-dev ## Run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+
+test-deep: install-dev ## Only the random searches and the rare cases of the tests, at full depth
+	FAIRSHARD_TEST_DEEP=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q -m "deep or search or hypothesis"
 
 #: Of chaos.
 SEED ?= 1

@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hub.server import TestHub
+from support.depth import DEEP, VARIABLE
 
 _SCRUBBED = ("HF_", "HUGGING", "FAIRSHARD_", "TRANSFORMERS_")
 _SCRUBBED_NAMES = ("REDIS_URL", "NODE_ID", "METADATA_REPO", "MODEL")
@@ -29,7 +31,8 @@ _SESSION = pytest.StashKey[_Session]()
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module imports a library that reads it."""
     for name in list(os.environ):
-        if name.startswith(_SCRUBBED) or name in _SCRUBBED_NAMES:
+        # The depth is for the other test processes, that take over this one's environment.
+        if (name.startswith(_SCRUBBED) and name != VARIABLE) or name in _SCRUBBED_NAMES:
             del os.environ[name]
     session = config.stash[_SESSION] = _Session()
     session.hub.__enter__()
@@ -45,6 +48,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
+    # The same cases in every run of `make test`; others each time where there is time to search.
+    hypothesis.settings.register_profile("fairshard", deadline=None, derandomize=not DEEP, print_blob=True)
+    hypothesis.settings.load_profile("fairshard")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only `make test-deep` runs."""
+    if DEEP:
+        return
+    deep = [item for item in items if item.get_closest_marker("deep")]
+    if deep:
+        config.hook.pytest_deselected(items=deep)
+        items[:] = [item for item in items if not item.get_closest_marker("deep")]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
