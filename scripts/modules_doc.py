@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "modules.md"
-FLOORS = {
-    "planner": "Decides. Values in, values out: no torch, Flask or Celery (but in the shell `planner.tasks`).",
-    "workers": "Does. The I/O of compute nodes and the queue; each of the four steps is usable alone.",
-    "web": "Talks. The HTTP API and its page; thin, with no torch.",
-}
+PACKAGES = ("planner", "workers", "web")
 HEAD = """# Modules
 
-Made from the modules' docstrings by `make docs`; a test keeps it true.
+`make docs` writes this page from the docstrings of folders and files; a test compares the two.
 How they fit together: [architecture](architecture.md).
 """
 
@@ -25,15 +22,22 @@ def summary(path: Path) -> str:
     return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
 
 
+def folders() -> Iterator[Path]:
+    """The folders that hold modules: each package, then what lies in it."""
+    for package in PACKAGES:
+        yield from sorted({path.parent for path in (ROOT / package).rglob("*.py")})
+
+
 def render() -> str:
     """The page."""
     parts = [HEAD]
-    for floor, what in FLOORS.items():
-        parts.append(f"\n## {floor}\n\n{what}\n\n| module | what it is |\n|---|---|\n")
-        for path in sorted((ROOT / floor).rglob("*.py")):
+    for folder in folders():
+        name = folder.relative_to(ROOT).as_posix()
+        level = "##" if name in PACKAGES else "###"
+        parts.append(f"\n{level} {name}/\n\n{summary(folder / '__init__.py')}\n\n| file | what it is |\n|---|---|\n")
+        for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
-                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-                parts.append(f"| [`{name}`](../{path.relative_to(ROOT)}) | {summary(path)} |\n")
+                parts.append(f"| [`{path.name}`](../{path.relative_to(ROOT)}) | {summary(path)} |\n")
     return "".join(parts)
 
 

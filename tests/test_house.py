@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,52 @@ def python(code: str) -> str:
 def test_imports_point_down_only() -> None:
     done = subprocess.run([str(BIN / "lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+#: A folder's files beside its face, at most; the next one is the sign that it holds two nouns.
+MOST_FILES = 12
+#: A module's lines, at most; a longer one stands here with the reason.
+MOST_LINES = 400
+LONG: dict[str, str] = {}
+
+
+def folders(*roots: str) -> list[Path]:
+    return sorted({path.parent for root in roots for path in (ROOT / root).rglob("*.py")})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.py")} - {"__init__.py", "conftest.py"}
+
+
+def test_no_folder_holds_two_nouns() -> None:
+    crowded = {str(folder.relative_to(ROOT)): len(names(folder)) for folder in folders(*FLOORS, "tests")}
+    assert {folder: count for folder, count in crowded.items() if count > MOST_FILES} == {}
+
+
+def test_a_long_module_has_a_reason() -> None:
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for floor in FLOORS
+        for path in (ROOT / floor).rglob("*.py")
+    }
+    assert {path for path, count in lines.items() if count > MOST_LINES} == set(LONG)
+
+
+@pytest.mark.parametrize("folder", folders(*FLOORS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_face_says_what_its_folder_is_and_only_hands_on_names(folder: Path) -> None:
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body[1:]:
+        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert isinstance(node, ast.ImportFrom) or is_all, ast.unparse(node)
+
+
+def test_no_import_leads_back_and_nobody_imports_the_face_of_its_own_folder() -> None:
+    graph = grimp.build_graph(*FLOORS, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    list(TopologicalSorter(imports).static_order())  # graphlib.CycleError names the circle
+    own = {(module, found) for module, all_ in imports.items() for found in all_ if module.startswith(f"{found}.")}
+    assert own == set()
 
 
 @pytest.mark.parametrize(
