@@ -35,9 +35,8 @@ def render() -> str:
         name = folder.relative_to(ROOT).as_posix()
         level = "##" if name in PACKAGES else "###"
         parts.append(f"\n{level} {name}/\n\n{summary(folder / '__init__.py')}\n\n| file | what it is |\n|---|---|\n")
-        for path in sorted(folder.glob("*.py")):
-            if path.name != "__init__.py":
-                parts.append(f"| [`{path.name}`](../{path.relative_to(ROOT)}) | {summary(path)} |\n")
+        files = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+        parts += [f"| [`{path.name}`](../{path.relative_to(ROOT)}) | {summary(path)} |\n" for path in files]
     return "".join(parts)
 
 
