@@ -39,7 +39,9 @@ readme = load_readme()
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with readme.session(tmp_path_factory.mktemp("fresh")) as session:
+    folder = tmp_path_factory.mktemp("fresh")
+    with pytest.MonkeyPatch.context() as patch, readme.session(folder) as session:
+        patch.setenv("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
         yield session
 
 

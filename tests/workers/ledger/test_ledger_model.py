@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.depth import DEEP, depth
 from support.ledger_clock import Clocked, chain, splits
 from support.running import RedisProcess
 
@@ -464,9 +466,10 @@ class LedgerMachine(RuleBasedStateMachine):
         }  # fmt: skip
 
 
+@pytest.mark.search
+@pytest.mark.timeout(depth(300, 1200))
 def test_no_interleaving_loses_or_doubles_a_job(tmp_path: Path) -> None:
-    # FAIRSHARD_* is scrubbed by conftest; this one is the suite's own.
-    examples = int(os.environ.get("LEDGER_EXAMPLES", "60"))
+    examples = int(os.environ.get("LEDGER_EXAMPLES", depth("60", "1000")))
     with RedisProcess(tmp_path) as process:
         _server[:] = [process]
         run_state_machine_as_test(
@@ -477,7 +480,7 @@ def test_no_interleaving_loses_or_doubles_a_job(tmp_path: Path) -> None:
                 deadline=None,
                 database=None,
                 suppress_health_check=list(HealthCheck),
-                derandomize="LEDGER_EXAMPLES" not in os.environ,
+                derandomize=not DEEP and "LEDGER_EXAMPLES" not in os.environ,
                 # Making a failing walk short can take longer than a test may; LEDGER_SHRINK has it done.
                 phases=list(Phase) if "LEDGER_SHRINK" in os.environ else [Phase.explicit, Phase.generate],
             ),

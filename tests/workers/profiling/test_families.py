@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.families import NAMES, folder_of, load, real_inputs
+from support.families import families, folder_of, load, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.profile import ModelProfile
@@ -35,7 +35,7 @@ def profiled(name: str) -> ModelProfile:
     return generate(open_folder(folder_of(name)), batch_size=BATCH, sequence_length=LENGTH)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families())
 def test_every_tensor_is_in_one_layer_and_every_layer_has_its_own(name: str) -> None:
     folder = folder_of(name)
     profile = profiled(name)
@@ -62,7 +62,7 @@ def test_every_tensor_is_in_one_layer_and_every_layer_has_its_own(name: str) -> 
         counted |= mine.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in _NO_REAL_RUN])
+@pytest.mark.parametrize("name", families(without=_NO_REAL_RUN))
 def test_a_real_run_costs_and_caches_what_the_profile_says(name: str) -> None:
     profile = profiled(name)
     output, flop = real_run(load(name), BATCH, LENGTH)
@@ -107,7 +107,7 @@ _ESTIMATED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in _NO_REAL_RUN])
+@pytest.mark.parametrize("name", families(without=_NO_REAL_RUN))
 def test_cost_and_cache_at_other_lengths_are_right_or_said_to_be_estimates(name: str) -> None:
     model = load(name)
     for length in _LENGTHS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import NAMES, folder_of, load, real_inputs
+from support.families import families, folder_of, load, real_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.masking_utils import (
@@ -77,7 +77,7 @@ def real_pairs(name: str, length: int) -> _Pairs:
     return pairs
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in _LEFT_OUT])
+@pytest.mark.parametrize("name", families(without=_LEFT_OUT))
 def test_the_least_compute_is_that_of_the_pairs_with_weight(name: str) -> None:
     profile = generate(open_folder(folder_of(name)), batch_size=BATCH, sequence_length=LENGTH)
     length = min(LENGTH, profile.longest_sequence or LENGTH)

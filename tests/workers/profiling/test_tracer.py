@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import PUBLISHED
+from support.depth import some
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +33,16 @@ from workers.profiling.tracing.tracer import trace
 
 #: Models that loop over tokens in Python: a short sequence is as telling and takes a second, not twenty.
 LOOPING = {"state-spaces/mamba-2.8b-hf", "ai21labs/Jamba-v0.1"}
+#: One of each mechanism, as `support.families.TYPICAL` names them: the others are for `make test-deep`.
+TYPICAL = {
+    "meta-llama/Llama-3.2-1B", "google/gemma-3-4b-it", "openai-community/gpt2", "bigscience/bloom-7b1",
+    "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V2-Lite", "openai/gpt-oss-20b",
+    "meta-llama/Llama-4-Scout-17B-16E", "Qwen/Qwen3-Next-80B-A3B-Instruct", "state-spaces/mamba-2.8b-hf",
+    "mistralai/Mamba-Codestral-7B-v0.1", "ai21labs/Jamba-v0.1", "Zyphra/Zamba2-1.2B", "google-t5/t5-large",
+    "openai/whisper-large-v3", "google-bert/bert-large-uncased", "microsoft/deberta-base",
+    "answerdotai/ModernBERT-base", "google/vit-large-patch16-224", "openai/clip-vit-large-patch14",
+    "Qwen/Qwen2.5-VL-7B-Instruct", "llava-hf/llava-1.5-7b-hf",
+}  # fmt: skip
 BATCH = 3
 
 
@@ -135,7 +146,7 @@ def test_at_least_forty_architectures_are_proven() -> None:
     assert len({values["model_type"] for values in PUBLISHED.values()}) >= 40
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", some(PUBLISHED, shallow=TYPICAL))
 def test_every_layer_and_part_is_flop_counter_modes(name: str) -> None:
     values = PUBLISHED[name]
     length = 53 if name in LOOPING else 331

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import NAMES, folder_of, load, real_inputs
+from support.families import families, folder_of, load, real_inputs
 from torch.profiler import ProfilerActivity
 
 from planner.profile import Layer, ModelProfile
@@ -38,7 +38,7 @@ def longest(profile: ModelProfile, length: int) -> int:
     return min(length, profile.longest_sequence or length)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in _CHUNKED])
+@pytest.mark.parametrize("name", families(without=_CHUNKED))
 def test_another_batch_and_length_cost_what_a_profile_made_there_says(name: str) -> None:
     folder = open_folder(folder_of(name))
     profile = generate(folder, batch_size=1, sequence_length=48)
