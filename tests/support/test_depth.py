@@ -9,7 +9,7 @@ import pytest
 
 from .depth import VARIABLE
 
-_TESTS = '''
+_TESTS = """
 import pytest
 from hypothesis import given, settings, strategies as st
 from support.depth import DEEP, depth, some
@@ -29,7 +29,7 @@ def test_found(number):
 
 def test_plain():
     pass
-'''
+"""
 
 
 @pytest.mark.parametrize(("deep", "processes", "passed"), [("", 0, 3), ("1", 1, 4)], ids=["shallow", "deep"])
