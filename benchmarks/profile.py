@@ -168,7 +168,7 @@ def timed(what: Callable[[], Any], runs: int) -> float:
 
 def measure_warm(folder: Path, runs: int) -> None:
     del folder
-    from support.architectures import PUBLISHED
+    from support.models.architectures import PUBLISHED
 
     from workers.checkpoint.config import ModelConfig
     from workers.profiling.tracing.skeleton import build

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from support import checkpoints
-from support.memory import Memory
+from support.models.memory import Memory
 
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor

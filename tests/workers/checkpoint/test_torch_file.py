@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import checkpoints
-from support.memory import Memory
+from support.models.memory import Memory
 from support.space_cases import disk
 
 from planner.errors import Cancelled, Conflict, FairshardError, InvalidCheckpoint, InvalidInput, NodeFailure

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.families import families, folder_of, load, real_inputs
+from support.models.families import families, folder_of, load, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.profile import ModelProfile

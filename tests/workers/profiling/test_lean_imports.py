@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.architectures import PUBLISHED
+from support.models.architectures import PUBLISHED
 from torch.fx.experimental import symbolic_shapes
 
 from workers.checkpoint.config import ModelConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import families, folder_of, load, real_inputs
+from support.models.families import families, folder_of, load, real_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.masking_utils import (

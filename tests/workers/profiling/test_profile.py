@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import checkpoints
-from support.memory import Memory
+from support.models.memory import Memory
 
 from planner.errors import InvalidCheckpoint, InvalidInput
 from planner.profile import ModelProfile

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.architectures import PUBLISHED
+from support.models.architectures import PUBLISHED
 from support.depth import some
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +33,7 @@ from workers.profiling.tracing.tracer import trace
 
 #: Models that loop over tokens in Python: a short sequence is as telling and takes a second, not twenty.
 LOOPING = {"state-spaces/mamba-2.8b-hf", "ai21labs/Jamba-v0.1"}
-#: One of each mechanism, as `support.families.TYPICAL` names them: the others are for `make test-deep`.
+#: One of each mechanism, as `support.models.families.TYPICAL` names them: the others are for `make test-deep`.
 TYPICAL = {
     "meta-llama/Llama-3.2-1B", "google/gemma-3-4b-it", "openai-community/gpt2", "bigscience/bloom-7b1",
     "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V2-Lite", "openai/gpt-oss-20b",

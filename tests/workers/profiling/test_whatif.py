@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import families, folder_of, load, real_inputs
+from support.models.families import families, folder_of, load, real_inputs
 from torch.profiler import ProfilerActivity
 
 from planner.profile import Layer, ModelProfile

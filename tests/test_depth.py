@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .depth import VARIABLE
+from support.depth import VARIABLE
 
 _TESTS = """
 import pytest
@@ -36,7 +36,7 @@ def test_plain():
 def test_a_deep_run_takes_the_searches_and_what_it_alone_runs(
     tmp_path: Path, deep: str, processes: int, passed: int
 ) -> None:
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parent
     (tmp_path / "conftest.py").write_text((tests / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(_TESTS)
     arguments = ["-p", "no:cacheprovider", "-c", str(tests.parent / "pyproject.toml"), "--rootdir", str(tmp_path)]
