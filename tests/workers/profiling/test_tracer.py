@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models.architectures import PUBLISHED
 from support.depth import some
+from support.models.architectures import PUBLISHED
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
