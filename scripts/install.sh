@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 if [ -z "${PYTHON:-}" ]; then
-  for candidate in python3 python3.11 python3.12 python3.13; do
+  for candidate in python3 python3.11 python3.12 python3.13 python3.14; do
     if new_enough "$candidate"; then PYTHON=$candidate; break; fi
   done
 fi

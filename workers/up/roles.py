@@ -41,9 +41,9 @@ class Roles:
                 log.replace(log.with_suffix(".log.1"))
         return Role(name=name, argv=argv, env=child_env(env, without=without), log=log, grace_s=grace_s)
 
-    def redis(self, binary: Path, config: Path, *, inherit: tuple[int, ...]) -> Role:
+    def redis(self, server: Sequence[str], config: Path, *, inherit: tuple[int, ...]) -> Role:
         """The private Redis; it inherits the data folder's lock."""
-        role = self._role("redis", (str(binary), str(config)), env={}, grace_s=20, without=_HUB_TOKENS)
+        role = self._role("redis", (*server, str(config)), env={}, grace_s=20, without=_HUB_TOKENS)
         return Role(name=role.name, argv=role.argv, env=role.env, log=role.log, grace_s=role.grace_s, inherit=inherit)
 
     def api(self, bind: str) -> Role:

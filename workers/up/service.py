@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,7 +137,7 @@ def running(
     data = data.absolute()
     stated = stated_nodes(nodes)
     queue = QueueSettings.from_env()
-    binary, which = redis_server.find_binary()
+    server, which = redis_server.find_server()
     stop, hurry = threading.Event(), threading.Event()
     with DataLock(data) as lock, _signals(stop, hurry):
         port = _check_port(port)
@@ -147,7 +147,7 @@ def running(
         service = Service(data=data, nodes=stated, at=at, supervisor=supervisor, stop_asked=stop, hurry_asked=hurry)
         say(f"fairshard up: data in {data}, logs in {data / 'logs'}")
         try:
-            _start(service, binary=binary, which=which, lock=lock, queue=queue, say=say, offline=offline)
+            _start(service, server=server, which=which, lock=lock, queue=queue, say=say, offline=offline)
             yield service
         finally:
             say("stopping ...")
@@ -159,7 +159,14 @@ def running(
 
 
 def _start(
-    service: Service, *, binary: Path, which: str, lock: DataLock, queue: QueueSettings, say: Say, offline: bool
+    service: Service,
+    *,
+    server: Sequence[str],
+    which: str,
+    lock: DataLock,
+    queue: QueueSettings,
+    say: Say,
+    offline: bool,
 ) -> None:
     """Start all roles and wait until each is ready."""
     password = secrets.token_urlsafe(24)
@@ -187,7 +194,7 @@ def _start(
         say(f"  {name:<10} ready after {time.monotonic() - began:4.1f} s   {what}")
 
     start = service.supervisor.start
-    start(roles.redis(binary, config, inherit=(lock.fd,)))
+    start(roles.redis(server, config, inherit=(lock.fd,)))
     wait("redis", lambda: redis_server.answers(redis_url), which)
     registry = Registry(connect(redis_url), prefix=queue.prefix, ttl_s=queue.node_ttl_s)
     # Together: each spends its first second on imports.
