@@ -11,19 +11,28 @@ TARGET = ROOT / "docs" / "api.md"
 HEAD = """# API
 
 Made from the application's OpenAPI document by `make docs`; a test keeps it true. A running service shows the same at
-`/docs`, to machines at `/openapi.json`.
+`/docs` (Swagger UI: every call can be tried there) and to machines at `/openapi.json`.
 
-- A body is JSON, and a field that isn't known is refused.
-- Every error is `{"error": ..., "code": ..., "details": {...}}`: what is wrong, with the numbers; a name for
-  programs; the numbers as JSON. No answer shows a stack trace.
-- On loopback nobody asks for a token. Elsewhere each call needs `Authorization: Bearer <token>`: scope `read` to look
-  and to preview, `submit` to submit and to cancel, `admin` to delete a plan; health, page and documentation are open.
-  `python -m web.auth new NAME --scopes read,submit --file tokens.json` makes a token.
-- `X-HF-Token` carries your own Hub token for gated or private models. It is kept encrypted until the job ends, and it
-  is never an argument, a result or a line in a log.
-- Times are RFC 3339 in UTC. `compute_power` is GFLOP/s, `total_compute` and `compute_required` are FLOP.
+"""
+WILLIW = """
+## The williw protocol
 
-The three calls of a seed client are `POST /api/request`, `POST /api/process` and `POST /api/get-plan`.
+The first clients of this kind of service were those of the public package williw-workers, version 2.0.0. They run
+here unchanged; what they speak is called the williw protocol in these documents:
+
+1. `POST /api/request` with `model_name`, `node_id` and `timestamp` is acknowledged. The client then profiles the
+   model itself and uploads the metadata to a Hub repository of its own, at the root, as
+   `<owner>_<name>_metadata.json`.
+2. `POST /api/process` with `model_name`, `node_id`, `metadata_repo` and `timestamp` answers the plan made from that
+   file: `success`, `model_name`, `model_url`, `plan_id`, `generated_at`, `metadata`, `selected_nodes`, `split_plan`
+   and `megaphone_plan`.
+3. `POST /api/get-plan` with `model_name` and `node_id` answers the model's newest plan.
+
+Its metadata lists tensors, not layers: each entry of `layers` has `name`, `shape`, `num_params`,
+`compute_required`, `layer_type` and `dtype`, and the plan's `unit` is then `tensor`. A node is named by `node_id`
+or `id` and described by `gpu_available`, `gpu_name`, `gpu_usage_percent` and `cpu_cores`. All these names are kept;
+what fairshard adds (revision, stages, predictions, reasons, jobs) stands beside them. fairshard publishes its own
+metadata under that root name too, so that williw clients can read it.
 """
 
 
@@ -106,7 +115,7 @@ def render() -> str:
     """The page."""
     document = spec()
     schemas = document["components"]["schemas"]
-    parts = [HEAD, "## Calls", ""]
+    parts = [HEAD + document["info"]["description"] + WILLIW, "## Calls", ""]
     for path, item in document["paths"].items():
         for method in ("get", "post", "delete"):
             if method in item:

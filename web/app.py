@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     for noun in (requests, process, plans, jobs, batches, nodes, health):
         api.register_blueprint(noun.blp)
     openapi.finish(api)
-    docs.init_app(app, api)
+    docs.init_app(app)
     page.init_app(app)
     if background:
         replayer = Replayer(made.jobs)

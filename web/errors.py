@@ -85,24 +85,17 @@ def _descendants(kind: type[FairshardError]) -> list[type[FairshardError]]:
     ]
 
 
-def payload(
-    message: str,
-    *,
-    status: int,
-    code: str,
-    details: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
+def payload(error: Refused) -> Response:
     """The one form in which an error is answered."""
-    setting = (details or {}).get("setting")
+    text, setting = str(error), error.details.get("setting")
     if setting in LIMITS:
         g.limit = setting  # for web.metrics
-    text = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."
-    response = jsonify({"error": text, "code": code, "details": dict(details or {})})
-    response.status_code = status
-    if status in RETRY_AFTER_S:
-        response.headers["Retry-After"] = str(RETRY_AFTER_S[status])
-    response.headers.update(headers or {})
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    response = jsonify({"error": text, "code": error.name, "details": dict(error.details)})
+    response.status_code = error.status
+    if error.status in RETRY_AFTER_S:
+        response.headers["Retry-After"] = str(RETRY_AFTER_S[error.status])
+    response.headers.update(error.headers)
     return response
 
 
@@ -112,46 +105,42 @@ def job_failed(job: Mapping[str, Any]) -> Response:
     code = str(error.get("code") or ("cancelled" if job.get("state") == "cancelled" else "error"))
     message = str(error.get("message") or f"the job is {job.get('state')}")
     details = {**(error.get("details") or {}), "job_id": job.get("job_id")}
-    return payload(message, status=status_of_code(code), code=code, details=details)
+    return payload(Refused(message, status=status_of_code(code), code=code, details=details))
 
 
 def _domain(error: FairshardError) -> Response:
-    status = status_of(error)
-    if isinstance(error, Refused):
-        return payload(str(error), status=status, code=error.name, details=error.details, headers=error.headers)
-    if status >= 500:
-        _log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
-    return payload(str(error), status=status, code=error.code, details=error.details)
+    if not isinstance(error, Refused):
+        status = status_of(error)
+        if status >= 500:
+            _log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
+        error = Refused(str(error), status=status, code=error.code, details=error.details)
+    return payload(error)
 
 
 def _http(error: HTTPException) -> Response:
     status = error.code or 500
+    headers = {name: value for name, value in error.get_headers() if name in {"Allow", "Retry-After", "Location"}}
+    message, code = _MESSAGES.get(status) or error.description, _code(status)
+    details: dict[str, Any] = {}
     # webargs puts what marshmallow found into `data`.
     found = getattr(error, "data", None) or {}
-    headers = {name: value for name, value in error.get_headers() if name in {"Allow", "Retry-After", "Location"}}
     if error.response is not None:  # abort(Response)
-        return payload(HTTPStatus(status).phrase, status=status, code=_code(status), headers=headers)
-    if messages := found.get("messages"):
+        message = None
+    elif messages := found.get("messages"):
         where, inner = next(iter(messages.items())) if isinstance(messages, dict) else ("body", messages)
-        where = {"json": "body"}.get(str(where), str(where))
-        line, fields = explain(inner, what=where)
-        return payload(line, status=status, code="invalid_input", details={"fields": fields}, headers=headers)
-    if status == 413:
+        message, fields = explain(inner, what={"json": "body"}.get(str(where), str(where)))
+        code, details = "invalid_input", {"fields": fields}
+    elif status == 413:
         most = request.max_content_length or 0
         own = most == services().web.max_body_bytes
+        message = f"the body is larger than {most:,} bytes"
         setting = "FAIRSHARD_MAX_BODY_BYTES" if own else "FAIRSHARD_MAX_METADATA_BYTES"
         details = {"largest_bytes": most, "setting": setting}
-        return payload(f"the body is larger than {most:,} bytes", status=413, code="too_large", details=details)
-    if status == 429:
-        return payload(
-            f"too many requests: at most {error.description} are answered; Retry-After says when to come back",
-            status=429,
-            code="limit_exceeded",
-            details={"limit": error.description, "setting": "FAIRSHARD_RATE_LIMIT"},
-            headers=headers,
-        )
-    message = _MESSAGES.get(status) or error.description or HTTPStatus(status).phrase
-    return payload(message, status=status, code=_code(status), headers=headers)
+    elif status == 429:
+        message = f"too many requests: at most {error.description} are answered; Retry-After says when to come back"
+        details = {"limit": error.description, "setting": "FAIRSHARD_RATE_LIMIT"}
+    message = message or HTTPStatus(status).phrase
+    return payload(Refused(message, status=status, code=code, details=details, headers=headers))
 
 
 def _code(status: int) -> str:
@@ -163,12 +152,9 @@ def _code(status: int) -> str:
 def _unexpected(error: Exception) -> Response:
     # The stack goes to the log under an id that the caller can quote.
     _log.error("%s %s failed [%s]", request.method, request.path, g.get("request_id"), exc_info=error)
-    return payload(
-        "something went wrong here; the log has it under this request_id",
-        status=500,
-        code="internal_error",
-        details={"request_id": g.get("request_id")},
-    )
+    message = "something went wrong here; the log has it under this request_id"
+    details = {"request_id": g.get("request_id")}
+    return payload(Refused(message, status=500, code="internal_error", details=details))
 
 
 def init_app(app: Flask) -> None:

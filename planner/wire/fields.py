@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, missing
@@ -209,6 +210,12 @@ class Many(fields.Field[list[Any]]):
         if errors:
             raise ValidationError(errors)
         return self.schema.make(values)
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """What to say of a field that is not known: the nearest name that is, if there is one."""
+    near = get_close_matches(name, list(known), n=1)
+    return "is not a known field" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def seconds(**kwargs: Any) -> Number:

@@ -19,9 +19,9 @@ NODES = [
     {"node_id": "big", "flop_per_s": 3e12, "memory_bytes": 8 << 30},
     {"node_id": "small", "flop_per_s": 1e12, "memory_bytes": 2 << 30},
 ]
-#: Metadata of the seed's form.
-SEED_METADATA = {
-    "model_name": "seed/model",
+#: Metadata in the williw form.
+WILLIW_METADATA = {
+    "model_name": "williw/model",
     "model_type": "transformer",
     "batch_size": 1,
     "sequence_length": 512,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 from support.running import RedisProcess
-from support.web_cases import NODES, SEED_METADATA, error_of
+from support.web_cases import NODES, WILLIW_METADATA, error_of
 
 from planner import errors
 from planner.errors import FairshardError
@@ -66,7 +67,11 @@ def test_names_that_are_no_repository_are_refused(client: FlaskClient, path: str
         ({"model_name": "a/b", "process": {"strategy": "magic"}}, "greedy, pipeline, equal, memory"),
         ({"model_name": "a/b", "process": {"model_name": "a/b"}}, "model_name is not a known field"),
         ({"model_name": "a/b", "colour": "blue"}, "colour is not a known field"),
-        ({"model_name": "a/b", "modelname": "a/b"}, "modelname is not a known field"),
+        ({"model_name": "a/b", "modelname": "a/b"}, "modelname is not a known field; did you mean 'model_name'?"),
+        (
+            {"model_name": "a/b", "process": {"stratgy": "equal"}},
+            "process.stratgy is not a known field; did you",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -75,6 +80,22 @@ def test_a_request_with_a_mistake_is_told_which(client: FlaskClient, body: dict[
     assert answer.status_code == 422
     assert says in error_of(answer)["error"]
     assert client.get("/api/jobs").get_json() == {"jobs": []}
+
+
+def test_a_query_parameter_that_no_route_knows_is_refused(client: FlaskClient) -> None:
+    looked = 0
+    for rule in client.application.url_map.iter_rules():
+        if rule.endpoint in {"static", "docs.show"}:
+            continue
+        path = re.sub("<[^>]*>", "abcdef01", rule.rule)
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            answer = client.open(f"{path}?colour=blue", method=method, json={} if method == "POST" else None)
+            assert answer.status_code == 422, (method, path)
+            assert error_of(answer)["error"].startswith("query: colour is not a known field"), path
+            looked += 1
+    assert looked >= 20
+    for path, near in (("/api/jobs?stat=done", "state"), ("/api/plans?limti=1", "limit")):
+        assert error_of(client.get(path))["error"].endswith(f"did you mean {near!r}?")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +201,9 @@ def test_get_plan_of_a_model_without_one_is_404(client: FlaskClient) -> None:
 def test_what_redis_lost_is_answered_from_the_store_until_it_is_deleted(
     client: FlaskClient, settings: Settings, bare_redis: RedisProcess
 ) -> None:
-    made = client.post("/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES}).get_json()
+    made = client.post("/api/plans/preview", json={"metadata": WILLIW_METADATA, "available_nodes": NODES}).get_json()
     plan = {name: value for name, value in made.items() if name != "explanation"}
-    path, asked = f"/api/plans/{plan['plan_id']}", {"model_name": "seed/model", "node_id": "n"}
+    path, asked = f"/api/plans/{plan['plan_id']}", {"model_name": "williw/model", "node_id": "n"}
     open_store(settings.store_dir).write({plan_path(plan["plan_id"]): dumps(plan)}, message="A plan")
     assert client.post("/api/get-plan", json=asked).get_json() == client.get(path).get_json() == plan
     assert [entry["plan_id"] for entry in client.get("/api/plans").get_json()["plans"]] == [plan["plan_id"]]
@@ -190,7 +211,7 @@ def test_what_redis_lost_is_answered_from_the_store_until_it_is_deleted(
     # As the planner does with it.
     assert [step["name"] for step in client.get(f"/api/jobs/{deletion}").get_json()["steps"]] == ["forget"]
     with bare_redis.client() as redis:
-        Plans(redis, lambda: open_store(settings.store_dir)).delete(plan["plan_id"], "seed/model")
+        Plans(redis, lambda: open_store(settings.store_dir)).delete(plan["plan_id"], "williw/model")
     for _ in range(2):
         assert client.get(path).status_code == client.post("/api/get-plan", json=asked).status_code == 404
         assert client.get("/api/plans").get_json() == {"plans": []}
@@ -228,7 +249,7 @@ def test_an_accepted_request_is_queued_and_listed(client: FlaskClient) -> None:
     assert client.delete(f"/api/jobs/{job_id}").get_json()["state"] == "cancelled"
 
 
-def test_the_seeds_health_answer_and_the_page_share_an_address(client: FlaskClient) -> None:
+def test_the_williw_health_answer_and_the_page_share_an_address(client: FlaskClient) -> None:
     for accept in ("*/*", "application/json", ""):
         answer = client.get("/", headers={"Accept": accept})
         assert answer.get_json()["status"] == "healthy"
@@ -301,7 +322,7 @@ def test_an_unexpected_error_shows_no_inside(
 
 
 def test_a_preview_needs_no_cluster(client: FlaskClient) -> None:
-    answer = client.post("/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES})
+    answer = client.post("/api/plans/preview", json={"metadata": WILLIW_METADATA, "available_nodes": NODES})
     assert answer.status_code == 200, answer.get_data(as_text=True)
     plan = answer.get_json()
     assert plan["unit"] == "tensor"
@@ -360,7 +381,7 @@ def test_a_preview_takes_links_as_a_matrix(client: FlaskClient) -> None:
 @pytest.mark.parametrize("replicas", ["auto", 2, 2.0])
 def test_a_preview_with_replicas_has_a_plan_for_each_chain(client: FlaskClient, replicas: object) -> None:
     nodes = [*NODES, *({**node, "node_id": f"{node['node_id']}-2"} for node in NODES)]
-    body = {"metadata": SEED_METADATA, "available_nodes": nodes}
+    body = {"metadata": WILLIW_METADATA, "available_nodes": nodes}
     answer = client.post("/api/plans/preview", json={**body, "replicas": replicas})
     assert answer.status_code == 200, answer.get_data(as_text=True)
     found = answer.get_json()
@@ -381,7 +402,7 @@ def test_a_preview_with_replicas_has_a_plan_for_each_chain(client: FlaskClient, 
 
 @pytest.mark.parametrize("bad", [0, -1, "2", "all", 1.5, True, [], 1001])
 def test_replicas_are_a_number_or_auto(client: FlaskClient, bad: object) -> None:
-    body = {"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": bad}
+    body = {"metadata": WILLIW_METADATA, "available_nodes": NODES, "replicas": bad}
     answer = client.post("/api/plans/preview", json=body)
     assert answer.status_code == 422
     assert "replicas must be auto or a whole number from 1 to 1,000, got" in error_of(answer)["error"]
@@ -403,21 +424,21 @@ def test_a_preview_with_replicas_is_of_no_more_than_the_server_plans_in_time(cli
     ("body", "status", "says"),
     [
         ({"available_nodes": NODES}, 422, "exactly one of"),
-        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": None}, 422, "must not be null"),
-        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": 3}, 409, "3 replicas"),
-        ({"metadata": SEED_METADATA, "available_nodes": NODES, "replicas": 2, "objective": "latency"}, 422,
+        ({"metadata": WILLIW_METADATA, "available_nodes": NODES, "replicas": None}, 422, "must not be null"),
+        ({"metadata": WILLIW_METADATA, "available_nodes": NODES, "replicas": 3}, 409, "3 replicas"),
+        ({"metadata": WILLIW_METADATA, "available_nodes": NODES, "replicas": 2, "objective": "latency"}, 422,
          "one request's time"),
-        ({"metadata": SEED_METADATA, "model_name": "a/b"}, 422, "exactly one of"),
+        ({"metadata": WILLIW_METADATA, "model_name": "a/b"}, 422, "exactly one of"),
         ({"metadata": {}, "available_nodes": NODES}, 422, "model_name"),
         ({"metadata": {"model_name": "a/b", "layers": []}, "available_nodes": NODES}, 422, "layers"),
-        ({"metadata": SEED_METADATA}, 409, "no node is alive"),
+        ({"metadata": WILLIW_METADATA}, 409, "no node is alive"),
         ({"model_name": "a/b", "available_nodes": NODES}, 404, "a/b"),
-        ({"metadata": SEED_METADATA, "available_nodes": [{"node_id": "a", "gpu_available": True, "gpu_name": "Z9"}]},
-         422, "Z9"),
-        ({"metadata": SEED_METADATA, "available_nodes": [NODES[0], NODES[0]]}, 422, "big"),
-        ({"metadata": SEED_METADATA,
+        ({"metadata": WILLIW_METADATA,
+          "available_nodes": [{"node_id": "a", "gpu_available": True, "gpu_name": "Z9"}]}, 422, "Z9"),
+        ({"metadata": WILLIW_METADATA, "available_nodes": [NODES[0], NODES[0]]}, 422, "big"),
+        ({"metadata": WILLIW_METADATA,
           "available_nodes": [{"node_id": "a", "flop_per_s": 1e9, "memory_bytes": 10}]}, 409, "memory"),
-        ({"metadata": SEED_METADATA, "available_nodes": NODES, "pins": {"nothing": "big"}}, 422, "nothing"),
+        ({"metadata": WILLIW_METADATA, "available_nodes": NODES, "pins": {"nothing": "big"}}, 422, "nothing"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.running import RedisProcess
-from support.web_cases import NODES, SEED_METADATA, Server
+from support.web_cases import NODES, WILLIW_METADATA, Server
 
 from web.auth import new_token
 
@@ -72,7 +72,7 @@ def _schemathesis(server: Server, token: str, directory: Path) -> None:
 _BODIES = [
     {"model_name": "a/b", "batch_size": 1, "process": {"pins": {"x": "big"}}},
     {"model_name": "a/b", "node_id": "n", "metadata_repo": "a/c", "available_nodes": NODES},
-    {"metadata": SEED_METADATA, "available_nodes": NODES},
+    {"metadata": WILLIW_METADATA, "available_nodes": NODES},
     {"models": ["a/b", {"model_name": "c/d"}]},
 ]
 _PATHS = ["/api/request", "/api/process", "/api/get-plan", "/api/batches", "/api/plans/preview"]

@@ -12,7 +12,7 @@ from flask.testing import FlaskClient
 from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.running import Service, until
-from support.web_cases import NODES, SEED_METADATA, Server, error_of
+from support.web_cases import NODES, WILLIW_METADATA, Server, error_of
 
 _ENDED = {"done", "failed", "cancelled"}
 
@@ -212,8 +212,8 @@ def test_cancel_ends_a_job_and_an_ended_one_stays(live: FlaskClient, service: Se
     assert live.delete(f"/api/jobs/{job_id}").get_json()["state"] == state
 
 
-class SeedClient:
-    """The three calls and the upload exactly as the seed's client makes them; nothing else is known to it."""
+class WilliwClient:
+    """The three calls and the upload exactly as williw-workers 2.0.0 makes them; nothing else is known to it."""
 
     def __init__(self, worker_url: str, hub: TestHub, metadata_repo: str) -> None:
         from huggingface_hub import HfApi
@@ -255,8 +255,8 @@ class SeedClient:
         )
 
 
-def _seed_metadata(folder: Path, model_name: str) -> dict[str, Any]:
-    """Metadata as the seed's client writes it: one entry a tensor, in the order of the state dict."""
+def _williw_metadata(folder: Path, model_name: str) -> dict[str, Any]:
+    """Metadata as a williw client writes it: one entry a tensor, in the order of the state dict."""
     from safetensors import safe_open
 
     layers = []
@@ -270,7 +270,7 @@ def _seed_metadata(folder: Path, model_name: str) -> dict[str, Any]:
                 "dtype": str(tensor.dtype),
             }
             layers.append(entry | {"compute_required": tensor.numel() * 2.0, "layer_type": "linear"})
-    return SEED_METADATA | {
+    return WILLIW_METADATA | {
         "model_name": model_name,
         "layers": layers,
         "total_compute": sum(layer["compute_required"] for layer in layers),
@@ -278,18 +278,18 @@ def _seed_metadata(folder: Path, model_name: str) -> dict[str, Any]:
     }
 
 
-def test_a_client_of_the_seed_runs_unchanged(
+def test_a_williw_client_runs_unchanged(
     live: FlaskClient, server: Server, service: Service, hub: TestHub, tmp_path: Path
 ) -> None:
-    hub.add_repo("seed/model", checkpoint("llama"))
+    hub.add_repo("williw/model", checkpoint("llama"))
     hub.add_repo("someone/metadata", {"README.md": "metadata"})
-    metadata = _seed_metadata(checkpoint("llama"), "seed/model")
-    result = SeedClient(server.url, hub, "someone/metadata").run(metadata, tmp_path)
+    metadata = _williw_metadata(checkpoint("llama"), "williw/model")
+    result = WilliwClient(server.url, hub, "someone/metadata").run(metadata, tmp_path)
     assert result.get("success")
     plan: dict[str, Any] = {
         name: result.get(name) for name in ("model_name", "split_plan", "megaphone_plan", "selected_nodes")
     }
-    assert plan["model_name"] == "seed/model"
+    assert plan["model_name"] == "williw/model"
     mine = plan["split_plan"].get("big", {}).get("layer_names", [])
     assert mine
     names = [name for part in plan["split_plan"].values() for name in part["layer_names"]]
@@ -299,7 +299,7 @@ def test_a_client_of_the_seed_runs_unchanged(
     for hop in plan["megaphone_plan"]["chain"]:
         assert {"node_id", "step", "layer_names", "next_nodes"} <= set(hop)
     assert result["unit"] == "tensor"
-    again = live.post("/api/get-plan", json={"model_name": "seed/model", "node_id": "big"}).get_json()
+    again = live.post("/api/get-plan", json={"model_name": "williw/model", "node_id": "big"}).get_json()
     assert again["plan_id"] == result["plan_id"]
     _done(live, result["job_id"], service)
 

@@ -1,4 +1,4 @@
-"""What callers send: one schema a body, unknown fields refused, the seed's field names kept."""
+"""What callers send: one schema a body, unknown fields refused, the williw protocol's field names kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 
 from planner.limits import MAX_BATCH_SIZE, MAX_SEQUENCE_LENGTH
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
-from planner.wire.fields import Flag, Integer, NodeId, Number, Text, seconds
+from planner.wire.fields import Flag, Integer, NodeId, Number, Text, seconds, unknown_field
 from web.schemas.fields import Either, Model, Replicas, RepoId, Revision, Timestamp
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
@@ -43,12 +43,21 @@ class Strict(Schema):
 
         unknown = RAISE
 
+    def handle_error(self, error: ValidationError, data: Any, *, many: bool, **kwargs: Any) -> None:  # noqa: ARG002
+        """Where a field is not known, name the nearest that is."""
+        known = [field.data_key or name for name, field in self.load_fields.items()]
+        found: Any = error.messages
+        for messages in found.values() if many else (found,):
+            for name, said in messages.items():
+                if said == [self.error_messages["unknown"]]:
+                    messages[name] = [unknown_field(name, known)]
+
 
 class NodeIn(Strict):
-    """A machine: in our form (`flop_per_s`, `memory_bytes`), in the seed's (`gpu_name`, ...), or by `device`."""
+    """A machine: in our form (`flop_per_s`, `memory_bytes`), in the williw form (`gpu_name`, ...), or by `device`."""
 
     node_id = NodeId()
-    id = NodeId(metadata={"description": "The seed's other name for `node_id`."})
+    id = NodeId(metadata={"description": "The williw protocol's other name for `node_id`."})
     flop_per_s = Number(positive=True, allow_none=True, metadata={"description": "Sustained FLOP/s."})
     memory_bytes = Integer(allow_none=True, metadata={"description": "For weights and KV cache."})
     memory_bytes_per_s = Number(positive=True, allow_none=True)
@@ -174,6 +183,12 @@ class ProcessIn(ProcessOptions):
     revision = Revision()
 
 
+def process(about: str) -> Either:
+    """A field of whether, and how, to go on to plan and split."""
+    plain = {True: {}, False: None}
+    return Either(ProcessOptions, plain=plain, says="true, false", metadata={"description": about})
+
+
 class RequestIn(Strict):
     """POST /api/request."""
 
@@ -189,24 +204,14 @@ class RequestIn(Strict):
         load_default="headers",
         metadata={"description": "`full` fetches the whole checkpoint to the node's cache first."},
     )
-    process = Either(
-        ProcessOptions,
-        plain={True: {}, False: None},
-        says="true, false",
-        metadata={"description": "Go on to plan and split: true, or the options of it."},
-    )
+    process = process("Go on to plan and split: true, or the options of it.")
 
 
 class BatchIn(Strict):
     """POST /api/batches."""
 
     models = fields.List(Model(RequestIn), required=True, validate=validate.Length(min=1))
-    process = Either(
-        ProcessOptions,
-        plain={True: {}, False: None},
-        says="true, false",
-        metadata={"description": "For every entry that does not say it itself."},
-    )
+    process = process("For every entry that does not say it itself.")
 
 
 class GetPlanIn(Strict):
@@ -223,7 +228,7 @@ class PreviewIn(PlanFields):
     model_name = RepoId(metadata={"description": "A model whose metadata is published here; or give `metadata`."})
     revision = Revision()
     metadata = fields.Dict(
-        keys=fields.String(), metadata={"description": "Published metadata, ours or the seed's form."}
+        keys=fields.String(), metadata={"description": "Published metadata, in our form or the williw form."}
     )
     batch_size = batch_size()
     sequence_length = sequence_length()

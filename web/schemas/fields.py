@@ -51,7 +51,7 @@ class Revision(Checked):
 
 
 class Timestamp(fields.Field[Any]):
-    """When the caller sent it: seconds since 1970 (the seed's) or text; it decides nothing."""
+    """When the caller sent it: seconds since 1970 (as williw clients send it) or text; it decides nothing."""
 
     def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
         if (type(value) in (int, float) and abs(value) <= 1e15) or (type(value) is str and len(value) <= 64):

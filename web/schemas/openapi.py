@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import flask
-from flask import Flask
+from flask import Flask, current_app, request
 from flask_smorest import Api
 from flask_smorest import Blueprint as SmorestBlueprint
 from marshmallow import fields
@@ -17,16 +17,44 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from planner.errors import InvalidInput
 from planner.wire import fields as wire_fields
 from planner.wire.documents import loads_json
+from planner.wire.fields import unknown_field
 from web.errors import Refused
 from web.schemas import fields as own
 from web.schemas.answers import ErrorOut
 from web.services import services_of
 
+#: What holds of every call; in Markdown, for the document, Swagger UI and docs/api.md.
+GENERAL = """\
+Divides a Hugging Face model over unequal machines; each gets only its shard.
+
+- A body is JSON. A field or a query parameter that isn't known is refused.
+- Every error is `{"error": ..., "code": ..., "details": {...}}`: what is wrong, with the numbers; a name for
+  programs; the numbers as JSON. No answer shows a stack trace.
+- On loopback nobody asks for a token. Elsewhere each call needs `Authorization: Bearer <token>`: scope `read` to look
+  and to preview, `submit` to submit and to cancel, `admin` to delete a plan; health, page and documentation are open.
+  `python -m web.auth new NAME --scopes read,submit --file tokens.json` makes a token.
+- `X-HF-Token` carries your own Hub token for gated or private models. It is kept encrypted until the job ends, and it
+  is never an argument, a result or a line in a log.
+- An answer with 429 or 503 says in `Retry-After` when to come back.
+- Times are RFC 3339 in UTC. `compute_power` is GFLOP/s, `total_compute` and `compute_required` are FLOP.
+"""
 #: The header that names the job an answer started.
 LOCATION = {"Location": {"description": "The job.", "schema": {"type": "string"}}}
 _View = TypeVar("_View")
 _NODE_ID = "^[A-Za-z0-9](?:\\.?[A-Za-z0-9_-])*\\.?$"
 _PRINTABLE = "^[^\\u0000-\\u001f\\u007f-\\u009f\\u2028\\u2029]+$"
+
+
+def header(name: str, about: str, **more: Any) -> dict[str, Any]:
+    """A header that a caller may send, for the document."""
+    return {
+        "in": "header",
+        "name": name,
+        "required": False,
+        "description": about,
+        "schema": {"type": "string"},
+        **more,
+    }
 
 
 class Decorator(Protocol):
@@ -72,7 +100,16 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
     # flask-smorest has no types; these give its decorators theirs.
     def arguments(self, schema: Any, **options: Any) -> Decorator:
         """Validate a body or a query by `schema` and document it."""
-        return cast("Decorator", super().arguments(schema, **options))
+        decorate = cast("Decorator", super().arguments(schema, **options))
+        if options.get("location") != "query":
+            return decorate
+
+        def decorate_and_name(view: Any) -> Any:
+            decorated = decorate(view)
+            decorated.query_names = tuple(schema().load_fields)
+            return decorated
+
+        return decorate_and_name
 
     def response(self, status_code: int, schema: Any = None, **options: Any) -> Decorator:
         """Document the answer of success."""
@@ -159,12 +196,13 @@ def init_app(app: Flask) -> Api:
         OPENAPI_JSON_PATH="openapi.json",
         API_SPEC_OPTIONS={
             "info": {
-                "description": "Divides a Hugging Face model over unequal machines; each gets only its shard.",
+                "description": GENERAL,
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "security": [{"token": []}] if required else [],
         },
     )
+    app.before_request(_check_query)
     api = _Api()
     api.init_app(app)
     api.spec.components.security_scheme(
@@ -172,6 +210,16 @@ def init_app(app: Flask) -> Api:
     )
     api.ma_plugin.converter.add_attribute_function(_describe)
     return api
+
+
+def _check_query() -> None:
+    if request.endpoint in {None, "static", "docs.show"}:
+        return
+    known = getattr(current_app.view_functions[str(request.endpoint)], "query_names", ())
+    found = [{"path": name, "message": unknown_field(name, known)} for name in request.args if name not in known]
+    if found:
+        shown = f"query: {found[0]['path'][:80]} {found[0]['message']}"
+        raise Refused(shown, status=422, code="invalid_input", details={"fields": found[:20]})
 
 
 def finish(api: Api) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Response, jsonify, url_for
+from flask import Response, jsonify, make_response, url_for
 
 from planner.errors import InvalidInput
 from web.audit import changed
@@ -42,10 +42,7 @@ def submit_batch(given: dict[str, Any]) -> Response:
         submissions.append({"model_name": entry["model_name"], **request_arguments(whole)})
     batch = made.jobs.submit_batch(submissions, hub_token=hub_token(), submitter=caller_name())
     changed("batch", batch_id=batch["batch_id"], models=len(entries))
-    response = jsonify(batch)
-    response.status_code = 202
-    response.headers["Location"] = url_for("batches.show_batch", batch_id=batch["batch_id"])
-    return response
+    return make_response(jsonify(batch), 202, {"Location": url_for("batches.show_batch", batch_id=batch["batch_id"])})
 
 
 @blp.get(f"/<{BATCH_ID}:batch_id>")

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Response, jsonify, request
+from flask import Response, jsonify, make_response, request, url_for
 
 from web.audit import changed
 from web.schemas import answers
 from web.schemas import bodies as schemas
 from web.schemas.ids import JOB_ID
-from web.schemas.openapi import Blueprint
+from web.schemas.openapi import Blueprint, header
 from web.services import services
 from web.views.events import EVENT, stream
 
 blp = Blueprint("jobs", __name__, url_prefix="/api/jobs", description="What runs, and how far it is.")
 
-_LAST = {
-    "in": "header",
-    "name": "Last-Event-ID",
-    "required": False,
-    "description": "The last event that was seen; those after it follow.",
-    "schema": {"type": "string"},
-}
+_LAST = header("Last-Event-ID", "The last event that was seen; those after it follow.")
+
+
+def accepted(said: dict[str, Any], message: str | None = None, *, status: int = 202) -> Response:
+    """An answer that names its job: `said`, whose `job_id` goes on, and what to tell the caller."""
+    body = {**said, "success": True, **({"message": message} if message else {})}
+    return make_response(jsonify(body), status, {"Location": url_for("jobs.show_job", job_id=said["job_id"])})
 
 
 @blp.get("")

@@ -1,4 +1,4 @@
-"""GET /: the page for browsers, the seed's health answer for everyone else."""
+"""GET /: the page for browsers, the williw protocol's health answer for everyone else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from web.views.requests import now
 
 blp = Blueprint("page", __name__)
 
-#: The seed's three calls, by the seed's names.
+#: The three calls of the williw protocol, by its names.
 _APIS = (
-    ("request_inference", "POST", "/api/request", "Have a model profiled."),
+    ("request_inference", "POST", "/api/request", "Profile a model."),
     ("process_metadata", "POST", "/api/process", "Plan a profiled model over the nodes; answers the plan."),
     ("get_plan", "POST", "/api/get-plan", "The model's newest plan."),
 )
@@ -28,7 +28,7 @@ def _wants_html() -> bool:
 @blp.get("/")
 @needs(None)
 def index() -> Response:
-    """The page, or what the seed answered here."""
+    """The page, or what williw clients expect here."""
     if _wants_html():
         made = services()
         response = make_response(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Response, jsonify, url_for
+from flask import Response, jsonify
 
 from planner.errors import NotFound, Unavailable
 from planner.wire.documents import loads_json
@@ -15,6 +15,7 @@ from web.schemas import bodies as schemas
 from web.schemas.ids import PLAN_ID
 from web.schemas.openapi import LOCATION, Blueprint
 from web.services import services
+from web.views.jobs import accepted
 from web.views.preview import preview
 from workers.metadata_store.base import plan_path
 
@@ -54,12 +55,7 @@ def delete_plan(plan_id: str) -> Response:
     """Have a plan forgotten, in the metadata store as well, and its shard deleted by each node."""
     job = services().jobs.submit_delete(plan_id, submitter=caller_name())
     changed("delete", plan_id=plan_id, job_id=job["job_id"])
-    response = jsonify(
-        {**job, "success": True, "message": "The plan is forgotten, then its nodes delete their shards."}
-    )
-    response.status_code = 202
-    response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
-    return response
+    return accepted(job, "The plan is forgotten, then its nodes delete their shards.")
 
 
 def _takes_metadata(view: Any) -> Any:

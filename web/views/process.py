@@ -1,11 +1,11 @@
-"""POST /api/process and /api/get-plan: the seed's two other calls."""
+"""POST /api/process and /api/get-plan: the williw protocol's two other calls."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from flask import Response, jsonify, request, url_for
+from flask import Response, jsonify, request
 
 from planner.errors import Unavailable
 from web.audit import changed
@@ -13,8 +13,9 @@ from web.errors import job_failed
 from web.guard import caller_name, hub_token, needs
 from web.schemas import answers
 from web.schemas import bodies as schemas
-from web.schemas.openapi import LOCATION, Blueprint
+from web.schemas.openapi import LOCATION, Blueprint, header
 from web.services import services, stopping
+from web.views.jobs import accepted
 from web.views.prefer import Waiting, waiting
 from workers.ledger.ledger import ENDED
 
@@ -24,14 +25,11 @@ blp = Blueprint("process", __name__, url_prefix="/api", description="Plan and sp
 DEFAULT_WAIT_S = 30.0
 #: Between two looks at whether the server wants to go, in seconds.
 _SLICE_S = 2.0
-_PREFER = {
-    "in": "header",
-    "name": "Prefer",
-    "required": False,
-    "description": "`wait=N` waits N seconds for the plan (default 30); `respond-async` not at all (RFC 7240).",
-    "schema": {"type": "string"},
-    "examples": {"wait": {"value": "wait=10"}, "async": {"value": "respond-async"}},
-}
+_PREFER = header(
+    "Prefer",
+    "`wait=N` waits N seconds for the plan (default 30); `respond-async` not at all (RFC 7240).",
+    examples={"wait": {"value": "wait=10"}, "async": {"value": "respond-async"}},
+)
 
 
 @blp.post("/process")
@@ -43,7 +41,7 @@ _PREFER = {
 def process_model(given: dict[str, Any]) -> Response:
     """Plan a profiled model over the nodes, and have each cut its shard.
 
-    With `metadata_repo` the metadata is looked for in that Hub repository, a seed client's
+    With `metadata_repo` the metadata is looked for in that Hub repository, a williw client's
     `<owner>_<name>_metadata.json` at its root included; without it the service's own profile is used.
     """
     made = services()
@@ -68,22 +66,14 @@ def _when_planned(job: dict[str, Any], wanted: Waiting) -> Response:
             job = _wait(job, wanted.seconds)
             plan_id = (job.get("result") or {}).get("plan_id")
             if plan_id:
-                plan = {"success": True, **jobs.plan(plan_id), "job_id": job["job_id"]}
-                response = jsonify(plan)
-                response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
-                return response
+                return accepted(jobs.plan(plan_id) | {"job_id": job["job_id"]}, status=200)
             if job["state"] in {"failed", "cancelled"}:
                 return job_failed(job)
         except Unavailable:
             pass  # the job is accepted and will go on; only the view of it is lost for now
         finally:
             places.release()
-    response = jsonify(
-        {**job, "success": True, "message": "The job goes on; Location says how far it is and names the plan."}
-    )
-    response.status_code = 202
-    response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
-    return response
+    return accepted(job, "The job goes on; Location says how far it is and names the plan.")
 
 
 def _wait(job: dict[str, Any], seconds: float) -> dict[str, Any]:

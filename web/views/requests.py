@@ -1,11 +1,11 @@
-"""POST /api/request: have a model profiled. It only acknowledges."""
+"""POST /api/request: profile a model. It only acknowledges."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Response, jsonify, url_for
+from flask import Response
 
 from web.audit import changed
 from web.guard import caller_name, hub_token
@@ -13,8 +13,9 @@ from web.schemas import answers
 from web.schemas import bodies as schemas
 from web.schemas.openapi import LOCATION, Blueprint
 from web.services import services
+from web.views.jobs import accepted
 
-blp = Blueprint("requests", __name__, url_prefix="/api", description="Have models profiled.")
+blp = Blueprint("requests", __name__, url_prefix="/api", description="Profile models.")
 
 _PROFILES = "The request was received; its job downloads and profiles the model. Then call /api/process."
 _PLANS_TOO = "The request was received; its job downloads, profiles and plans the model."
@@ -42,23 +43,14 @@ def request_arguments(given: dict[str, Any]) -> dict[str, Any]:
 @blp.arguments(schemas.RequestIn)
 @blp.response(202, answers.RequestOut, headers=LOCATION)
 def request_model(given: dict[str, Any]) -> Response:
-    """Have a model profiled, and with `process` planned and split.
+    """Profile a model; with `process`, plan and split it too.
 
-    The answer acknowledges; the job that `Location` names says how far it is. A model that a job of the same
-    settings works on already gets that job. A gated or private model needs your Hub token in `X-HF-Token`.
+    The answer acknowledges; the job that `Location` names says how far it is. If an unfinished job has the same
+    settings, you get that job. A gated or private model needs your Hub token in `X-HF-Token`.
     """
     job = services().jobs.submit_request(
         given["model_name"], **request_arguments(given), hub_token=hub_token(), submitter=caller_name()
     )
     changed("request", model_name=given["model_name"], job_id=job["job_id"])
-    response = jsonify(
-        success=True,
-        message=_PLANS_TOO if given.get("process") is not None else _PROFILES,
-        model_name=given["model_name"],
-        node_id=given.get("node_id"),
-        received_at=now(),
-        job_id=job["job_id"],
-    )
-    response.status_code = 202
-    response.headers["Location"] = url_for("jobs.show_job", job_id=job["job_id"])
-    return response
+    said = {"model_name": given["model_name"], "node_id": given.get("node_id"), "received_at": now()}
+    return accepted(said | {"job_id": job["job_id"]}, _PLANS_TOO if given.get("process") is not None else _PROFILES)
