@@ -6,8 +6,14 @@ together leave threads over for everyone else.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
 import socket
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +38,39 @@ limit_request_fields = 64
 accesslog = None
 errorlog = "-"
 
+#: Where the processes keep what they count, each in files of its own (prometheus_client's multi-process mode). In
+#: memory as well: on a full disk, writing to a mapped file kills the process.
+_counts = Path(worker_tmp_dir or tempfile.gettempdir()) / f"fairshard-counts-{os.getuid()}-{secrets.token_hex(8)}"
+raw_env = [f"PROMETHEUS_MULTIPROC_DIR={_counts}"]
+
 #: Seconds that a request under way may say nothing: it holds a thread until it was read.
 _SILENCE_S = 10
+
+
+def on_starting(_server: Any) -> None:
+    """Make the folder of counts anew, and remove those of servers that were killed: nobody holds their lock."""
+    for old in _counts.parent.glob(f"fairshard-counts-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):  # its server lives, or has just removed it
+            handle = os.open(old, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old)
+            finally:
+                os.close(handle)
+    _counts.mkdir(mode=0o700)
+    fcntl.flock(os.open(_counts, os.O_RDONLY), fcntl.LOCK_SH)  # until this process and its children are gone
+
+
+def child_exit(_server: Any, worker: Any) -> None:
+    """A process ended: what it counted stays counted."""
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(_server: Any) -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(_counts, ignore_errors=True)
 
 
 def post_worker_init(worker: Any) -> None:

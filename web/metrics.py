@@ -1,66 +1,110 @@
-"""GET /metrics: Prometheus' text format, written plainly.
+"""GET /metrics: Prometheus' numbers, of the whole service and of all processes of this server.
 
-The ledger's numbers are those of the whole service. What this server counts itself (answers by operation and status,
-which shows the limits that were reached) is per process, and says so in its label `process`.
+What the ledger and the registry know is read from Redis at the scrape, once, whichever process answers. What the
+processes count themselves (answers, limits that were reached) lies in files that they share under gunicorn
+(`web.gunicorn_conf`), or in this process where there is but one.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 import time
-from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 from flask import Blueprint, Flask, Response, current_app, g, request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from planner.errors import Unavailable
 from web.errors import LIMITS
-from web.services import services
+from web.services import services_of
+from workers.jobs.jobs import Jobs
 
 blp = Blueprint("metrics", __name__)
 
-_KEY = "fairshard-counts"
-_NAME = re.compile(r"[^a-zA-Z0-9_]")
+_KEY = "fairshard-metrics"
+_METHODS = frozenset({"GET", "POST", "DELETE", "OPTIONS", "HEAD"})
+#: Of a look (5 ms) and of a caller who waits for a plan (two minutes at most), in seconds.
+_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
+_CONVERTER = re.compile(r"<\w+:")
 
 
-class Counts:
-    """Answers and the seconds they took, by operation."""
+class ServiceCollector(Collector):
+    """What Redis knows of the service, read when it is asked for."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.answers: Counter[tuple[str, str, int]] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.limits = dict.fromkeys(LIMITS, 0)
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
 
-    def add(self, operation: str, method: str, status: int, seconds: float, limit: str | None) -> None:
-        """Count an answer, and the setting whose limit was reached."""
-        with self._lock:
-            if limit is not None:
-                self.limits[limit] += 1
-            self.answers[operation, method, status] += 1
-            self.seconds[operation] += seconds
+    def describe(self) -> list[Metric]:
+        """Nothing: to register must not ask Redis."""
+        return []
 
-    def lines(self) -> list[str]:
-        """The counts in Prometheus' format."""
-        label = f'process="{os.getpid()}"'
-        with self._lock:
-            answers, seconds = sorted(self.answers.items()), sorted(self.seconds.items())
-            limits = sorted(self.limits.items())
-        return [
-            "# HELP fairshard_http_responses_total Answers by operation and status; 413, 429 and 503 are limits.",
-            "# TYPE fairshard_http_responses_total counter",
-            *(
-                f'fairshard_http_responses_total{{operation="{op}",method="{method}",status="{status}",{label}}} {n}'
-                for (op, method, status), n in answers
-            ),
-            "# HELP fairshard_limits_reached_total Requests that a limit refused, by the setting that has it.",
-            "# TYPE fairshard_limits_reached_total counter",
-            *(f'fairshard_limits_reached_total{{setting="{setting}",{label}}} {n}' for setting, n in limits),
-            "# HELP fairshard_http_seconds_total Time spent answering, by operation.",
-            "# TYPE fairshard_http_seconds_total counter",
-            *(f'fairshard_http_seconds_total{{operation="{op}",{label}}} {spent:.6f}' for op, spent in seconds),
-        ]
+    def collect(self) -> Iterator[Metric]:
+        """The numbers; without Redis only that it is away."""
+        ready = self._jobs.ready()
+        accepts = ready["redis"] and ready.get("journal", True)
+        yield GaugeMetricFamily("fairshard_accepts_jobs", "Whether a job can be accepted and kept now.", accepts)
+        try:
+            numbers, steps = self._jobs.metrics(), self._jobs.step_seconds()
+        except Unavailable:
+            yield GaugeMetricFamily("fairshard_redis_up", "Whether Redis answered this scrape.", 0)
+            return
+        yield GaugeMetricFamily("fairshard_redis_up", "Whether Redis answered this scrape.", 1)
+        for name, value in sorted(numbers.items()):
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(f"fairshard_{name}", f"Of the whole service: {name.replace('_', ' ')}.", value)
+        took = HistogramMetricFamily("fairshard_step_seconds", "How long steps took that were done.", labels=["step"])
+        for step, (buckets, total) in sorted(steps.items()):
+            took.add_metric((step,), [*buckets], total)
+        yield took
+
+
+class Metrics:
+    """What an application counts, and the registry that shows it."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        try:
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+            own = None
+        except ValueError:  # no folder is shared: one process
+            own = self.registry
+        self.registry.register(ServiceCollector(jobs))
+        self.answers = Counter(
+            "fairshard_http_responses",
+            "Answers by route and status; 413, 429 and 503 are limits.",
+            ("route", "method", "status"),
+            registry=own,
+        )
+        self.seconds = Histogram(
+            "fairshard_http_response_seconds",
+            "Time until an answer began, by route and class of status.",
+            ("route", "method", "status"),
+            buckets=_BUCKETS_S,
+            registry=own,
+        )
+        self.limits = Counter(
+            "fairshard_limits_reached",
+            "Requests that a limit refused, by the setting that has it.",
+            ("setting",),
+            registry=own,
+        )
+        for setting in LIMITS:
+            self.limits.labels(setting)
+
+    def count(self, response: Response) -> Response:
+        """Count an answer. Paths that no route has share one label, methods that nobody knows another."""
+        rule = request.url_rule
+        route = "unmatched" if rule is None else _CONVERTER.sub("<", rule.rule)
+        method = request.method if request.method in _METHODS else "other"
+        self.answers.labels(route, method, str(response.status_code)).inc()
+        seconds = time.perf_counter() - g.get("started", time.perf_counter())
+        self.seconds.labels(route, method, f"{response.status_code // 100}xx").observe(seconds)
+        if limit := g.get("limit"):
+            self.limits.labels(limit).inc()
+        return response
 
 
 def _start() -> None:
@@ -69,40 +113,15 @@ def _start() -> None:
 
 def init_app(app: Flask) -> None:
     """Count the answers of `app`, and show them."""
-    counts = Counts()
-    app.extensions[_KEY] = counts
-
-    def count(response: Response) -> Response:
-        known = {"GET", "POST", "DELETE", "OPTIONS", "HEAD"}
-        counts.add(
-            request.endpoint or "none",
-            request.method if request.method in known else "other",
-            response.status_code,
-            time.perf_counter() - g.get("started", time.perf_counter()),
-            g.get("limit"),
-        )
-        return response
-
+    metrics = Metrics(services_of(app).jobs)
+    app.extensions[_KEY] = metrics
     app.before_request(_start)
-    app.after_request(count)
+    app.after_request(metrics.count)
     app.register_blueprint(blp)
 
 
 @blp.get("/metrics")
 def show() -> Response:
-    """The service's numbers and this process's."""
-    counts: Counts = current_app.extensions[_KEY]
-    try:
-        numbers, up = services().jobs.metrics(), 1
-    except Unavailable:
-        numbers, up = {}, 0
-    lines = [
-        "# HELP fairshard_redis_up Whether Redis answered this scrape.",
-        "# TYPE fairshard_redis_up gauge",
-        f"fairshard_redis_up {up}",
-    ]
-    for name, value in sorted(numbers.items()):
-        full = f"fairshard_{_NAME.sub('_', name)}"
-        lines += [f"# TYPE {full} {'counter' if full.endswith('_total') else 'gauge'}", f"{full} {value:g}"]
-    text = "\n".join([*lines, *counts.lines(), ""])
-    return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+    """All numbers, as Prometheus reads them."""
+    metrics: Metrics = current_app.extensions[_KEY]
+    return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)

@@ -38,6 +38,8 @@ class Replayer:
         self._stop.set()
 
     def _run(self) -> None:
+        for warning in self._jobs.warnings():
+            _log.warning("%s", warning)
         while not self._stop.is_set():
             try:
                 if count := self._jobs.replay():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 from support.running import RedisProcess, until
-from support.web_cases import NODES, SEED_METADATA, error_of
+from support.web_cases import NODES, WILLIW_METADATA, error_of
 
 from planner.wire.documents import dumps
 from web.app import create_app
@@ -65,13 +65,14 @@ def test_without_redis_posts_are_503_soon(own: Settings, redis: RedisProcess) ->
         "status": "degraded",
         "live": True,
         "ready": False,
-        "reason": "Redis does not answer, or refuses writes",
+        "reason": "Redis does not answer, or refuses writes (its memory or its disk is full)",
+        "warnings": [],
         "checks": {"redis": False, "planner": False, "nodes": False, "journal": True},
         "version": "",
         "timestamp": "",
     }
     assert client.get("/api/health/live").status_code == 200
-    assert "fairshard_redis_up 0" in client.get("/metrics").get_data(as_text=True)
+    assert "fairshard_redis_up 0.0" in client.get("/metrics").get_data(as_text=True)
     assert client.get("/", headers={"Accept": "text/html"}).status_code == 200
     # And it needs no restart to find Redis again.
     redis.start()
@@ -108,6 +109,46 @@ def test_a_redis_without_room_on_its_disk_is_like_none(own: Settings, redis: Red
     assert len(client.get("/api/jobs").get_json()["jobs"]) == 2
 
 
+def test_a_full_redis_is_not_ready_and_says_so(own: Settings, redis: RedisProcess) -> None:
+    client = create_app(own, background=False).test_client()
+    assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
+    with redis.client() as full:
+        full.config_set("maxmemory", "1mb")  # less than it takes already
+        answer = client.post("/api/request", json={"model_name": "a/c"})
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+        health = client.get("/api/health")
+        assert (health.status_code, health.get_json()["ready"]) == (503, False)
+        assert "memory" in health.get_json()["reason"]
+        text = client.get("/metrics").get_data(as_text=True)
+        assert "fairshard_accepts_jobs 0.0" in text
+        assert "fairshard_redis_up 1.0" in text
+        assert "fairshard_jobs_unfinished 1.0" in text
+        full.config_set("maxmemory", "0")
+    assert client.get("/api/health").get_json()["ready"]
+    assert "fairshard_accepts_jobs 1.0" in client.get("/metrics").get_data(as_text=True)
+    assert client.post("/api/request", json={"model_name": "a/c"}).status_code == 202
+
+
+def test_a_redis_that_evicts_is_warned_of(
+    own: Settings, redis: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(own, background=False)
+    client = app.test_client()
+    assert client.get("/api/health").get_json()["warnings"] == []
+    with redis.client() as evicting:
+        evicting.config_set("maxmemory-policy", "allkeys-lru")
+    health = client.get("/api/health").get_json()
+    (warning,) = health["warnings"]
+    assert health["ready"]
+    assert "allkeys-lru" in warning
+    assert "noeviction" in warning
+    replayer = Replayer(app.extensions["fairshard"].jobs, period_s=0.1)
+    with caplog.at_level("WARNING", logger="fairshard.web"):
+        replayer.ensure()
+        until(lambda: warning in caplog.text, what="the log warns at the start", timeout_s=10)
+    replayer.stop()
+
+
 def test_without_a_journal_that_can_be_written_it_is_not_ready(own: Settings, redis: RedisProcess) -> None:
     client = create_app(own, background=False).test_client()
     assert client.get("/api/health").get_json()["reason"] is None
@@ -137,7 +178,7 @@ def test_the_rate_is_still_limited(own: Settings, redis: RedisProcess) -> None:
 
 def test_a_stored_plan_is_answered_from_the_store(own: Settings, redis: RedisProcess) -> None:
     client = create_app(own, background=False).test_client()
-    made = client.post("/api/plans/preview", json={"metadata": SEED_METADATA, "available_nodes": NODES}).get_json()
+    made = client.post("/api/plans/preview", json={"metadata": WILLIW_METADATA, "available_nodes": NODES}).get_json()
     plan = {name: value for name, value in made.items() if name != "explanation"}
     open_store(own.store_dir).write({plan_path(plan["plan_id"]): dumps(plan)}, message="A plan")
     redis.kill()

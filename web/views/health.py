@@ -18,7 +18,7 @@ blp = Blueprint("health", __name__, url_prefix="/api/health", description="Does 
 #: What must be there for a job to be accepted and kept, and what it means where it is not. Planner and nodes may come
 #: later. Anybody may ask, so it names no address and no path: the log and a refused POST do.
 _NEEDED = {
-    "redis": "Redis does not answer, or refuses writes",
+    "redis": "Redis does not answer, or refuses writes (its memory or its disk is full)",
     "journal": "the journal of accepted jobs can't be written: is the disk of FAIRSHARD_DATA full?",
 }
 
@@ -32,6 +32,7 @@ def _health(*, live_only: bool = False) -> Response:
         live=True,
         ready=ready,
         reason="; ".join(reasons) or None,
+        warnings=[] if live_only else services().jobs.warnings(),
         checks=checks,
         version=version("fairshard"),
         timestamp=now(),
@@ -43,22 +44,13 @@ def _health(*, live_only: bool = False) -> Response:
 
 
 @blp.get("")
+@blp.get("/ready")
 @blp.response(200, answers.HealthOut)
 @blp.alt_response(503, schema=answers.HealthOut, description="No job can be accepted; `reason` says why.")
 @blp.doc(security=[])
 @needs(None)
 def health() -> Response:
     """Whether it can accept work: `ready` with Redis and the journal, `healthy` with a planner and a node as well."""
-    return _health()
-
-
-@blp.get("/ready")
-@blp.response(200, answers.HealthOut)
-@blp.alt_response(503, schema=answers.HealthOut, description="No job can be accepted; `reason` says why.")
-@blp.doc(security=[])
-@needs(None)
-def ready() -> Response:
-    """The same, by the name that orchestrators look for."""
     return _health()
 
 

@@ -13,7 +13,7 @@ from planner.errors import FairshardError, NotFound, Unavailable
 from planner.names import check_model_name
 from workers.jobs.replay import replay
 from workers.jobs.submissions import JobView, Submissions
-from workers.ledger.connection import reachable
+from workers.ledger.connection import eviction, reachable
 from workers.ledger.ledger import ENDED
 from workers.ledger.views import accepted_view, batch_view, failed_view
 
@@ -234,13 +234,21 @@ class Jobs(Submissions):
             metrics["journal_jobs"] = float(len(self._journal)) if self._journal is not None else 0.0
         return metrics
 
+    def step_seconds(self) -> dict[str, tuple[list[tuple[str, int]], float]]:
+        """As `Ledger.step_seconds`."""
+        return self._services.ledger.step_seconds()
+
     def ready(self) -> dict[str, bool]:
-        """`{redis, planner, nodes}`: whether each answers, and `journal`, whether it can be written; never raises."""
+        """`{redis, planner, nodes, journal}`: whether Redis and the journal can be written, and who is alive.
+
+        Never raises.
+        """
         answers = {"redis": False, "planner": False, "nodes": False}
         with contextlib.suppress(FairshardError):
             services = self._services
             with reachable():
-                answers["redis"] = bool(services.redis.ping())
+                # A write: with its memory or its disk full, Redis still answers what only looks.
+                answers["redis"] = bool(services.redis.set(f"{services.queue.prefix}probe", "", px=1000))
                 answers["planner"] = bool(services.redis.exists(f"{services.queue.prefix}planner"))
             answers["nodes"] = bool(services.registry.alive())
         if self._journals:
@@ -250,6 +258,14 @@ class Jobs(Submissions):
                     self._journal.check()
                     answers["journal"] = True
         return answers
+
+    def warnings(self) -> list[str]:
+        """What is set so that jobs can be lost; nothing where Redis cannot be asked, since `ready` says that."""
+        try:
+            found = eviction(self._services.redis)
+        except Unavailable:
+            return []
+        return [found] if found else []
 
     def replay(self) -> int:
         """Submit again what the journal has and Redis lost; the web process calls this every few seconds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 from redis import Redis
@@ -43,6 +44,23 @@ def is_local(url: str) -> bool:
         return ip_address(parts.hostname or "localhost").is_loopback
     except ValueError:
         return parts.hostname == "localhost"
+
+
+def eviction(redis: Redis) -> str | None:
+    """What to tell where this Redis drops keys once its memory is full; None where it refuses writes instead.
+
+    Raises:
+        Unavailable: If it cannot be asked.
+    """
+    with reachable():
+        info: Any = redis.info("memory")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy == "noeviction":
+        return None
+    return (
+        f"Redis' maxmemory-policy is {policy}: once its memory is full it drops jobs and plans unseen; "
+        "set it to noeviction (redis-cli CONFIG SET maxmemory-policy noeviction)"
+    )
 
 
 #: What a Redis says that can't write now (its disk is full, its memory is, it is a replica) where redis-py has no

@@ -24,6 +24,16 @@ local function count(name) redis.call('HINCRBY', P .. 'counters', name, 1) end
 local function event(job, ...)
   redis.call('XADD', P .. 'events:' .. job, 'MAXLEN', '~', EVENTS_KEPT, '*', 'at', string.format('%d', now), ...)
 end
+-- How long the step that is done ran: a count by the least bound that it kept, and the sum. Bounds as in reads.py.
+local STEP_BOUNDS_S = {'0.1', '0.5', '2', '10', '60', '300', '1800', '7200'}
+local function took(step, begun)
+  local ms, kind, within = math.max(0, now - begun), string.match(step, '^[^:]+'), '+Inf'
+  for _, bound in ipairs(STEP_BOUNDS_S) do
+    if ms <= 1000 * tonumber(bound) then within = bound break end
+  end
+  redis.call('HINCRBY', P .. 'step_seconds', kind .. ' ' .. within, 1)
+  redis.call('HINCRBY', P .. 'step_seconds', kind .. ' ms', ms)
+end
 local OPEN = {waiting = true, queued = true, running = true}
 local ENDED = {done = true, failed = true, cancelled = true}
 
@@ -40,8 +50,9 @@ end
 
 local function close_step(job, step, state, err)
   local key = step_key(job, step)
-  local was = redis.call('HMGET', key, 'state', 'node_id')
+  local was = redis.call('HMGET', key, 'state', 'node_id', 'started_at')
   if not OPEN[was[1]] then return false end
+  if state == 'done' and was[3] then took(step, tonumber(was[3])) end
   redis.call('HSET', key, 'state', state, 'ended_at', now)
   if present(err) then redis.call('HSET', key, 'error', err) end
   redis.call('ZREM', P .. 'due', job .. '|' .. step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from redis import Redis
@@ -11,6 +12,9 @@ from redis import Redis
 from planner.errors import NotFound
 from workers.ledger.connection import reachable
 from workers.ledger.views import event_view, job_view, step_view
+
+#: Bounds of the histogram of steps' durations, in seconds; the same as in ledger.lua.
+STEP_BOUNDS_S = ("0.1", "0.5", "2", "10", "60", "300", "1800", "7200", "+Inf")
 
 
 class LedgerReads:
@@ -98,6 +102,21 @@ class LedgerReads:
             "jobs_unfinished": float(unfinished),
             "steps_due": float(due),
         }
+
+    def step_seconds(self) -> dict[str, tuple[list[tuple[str, int]], float]]:
+        """How long steps that were done took: kind of step -> (`(at most seconds, how many)` up to "+Inf", sum)."""
+        with reachable():
+            found = self.redis.hgetall(f"{self.prefix}step_seconds")
+        counted: dict[str, dict[str, int]] = {}
+        for field, value in found.items():
+            kind, _, bound = field.partition(" ")
+            counted.setdefault(kind, {})[bound] = int(value)
+        result = {}
+        for kind, buckets in counted.items():
+            total_ms = buckets.pop("ms")
+            sums = accumulate(buckets.get(bound, 0) for bound in STEP_BOUNDS_S)
+            result[kind] = (list(zip(STEP_BOUNDS_S, sums, strict=True)), total_ms / 1000)
+        return result
 
     def running_request(self, model_name: str) -> str | None:
         """The newest unfinished request for the model, or None."""

@@ -16,7 +16,7 @@ from celery.events.dispatcher import EventDispatcher
 from celery.worker import state
 
 from planner.errors import Conflict, FairshardError, InvalidInput
-from workers.ledger.connection import is_local
+from workers.ledger.connection import eviction, is_local
 from workers.queue.messages import COMPUTE, PLANNER, node_queue
 from workers.queue.process import current
 from workers.queue.reconciler import Reconciler, ReconcilerThread
@@ -131,6 +131,9 @@ class Presence:
             _once(beat)
         if beats:
             threading.Thread(target=self._again, args=(services, beats), name="fairshard-alive", daemon=True).start()
+        with contextlib.suppress(FairshardError):
+            if warning := eviction(services.redis):
+                logger.warning("%s", warning)
         logger.info("serving %s", ", ".join(sorted(queues)))
 
     def _node(self, services: Services) -> Callable[[], None]:

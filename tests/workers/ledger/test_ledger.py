@@ -95,6 +95,18 @@ def test_a_repeated_call_of_the_client_is_one_claim_and_one_commit(clocked: Cloc
     assert clocked.ledger.metrics()["steps_done_total"] == 1
 
 
+def test_how_long_steps_took_is_a_histogram_by_kind(clocked: Clocked) -> None:
+    for seconds in (1, 45, 10_000):
+        job_id = submit(clocked, "split:a")
+        first = claim(clocked, job_id, "split:a")
+        clocked.advance(seconds)
+        assert clocked.ledger.commit(first, {}) == "ok"
+    clocked.ledger.cancel(submit(clocked, "plan"))  # was never run
+    ((kind, (buckets, total)),) = clocked.ledger.step_seconds().items()
+    assert (kind, total) == ("split", 10_046.0)
+    assert dict(buckets) == {"0.1": 0, "0.5": 0, "2": 1, "10": 1, "60": 2, "300": 2, "1800": 2, "7200": 2, "+Inf": 3}
+
+
 def test_the_same_submission_runs_once_until_it_ended(clocked: Clocked) -> None:
     one = submit(clocked, single_flight="k")
     assert submit(clocked, single_flight="k") == one
