@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from planner.cluster import Link
+from planner.cluster import Cluster, Link
 from planner.profile import Unit
 
 Objective = Literal["throughput", "latency"]
@@ -153,6 +153,13 @@ class Plan:
     predicted: Prediction
     nodes: tuple[NodeReport, ...]
     megaphone: Megaphone
+    #: Why the profile's FLOP, KV cache or activations are estimates, as the profile says it; what is predicted from
+    #: them is no better. Empty: they were counted.
+    approximate: tuple[str, ...] = ()
+    #: What the plan was made for: the nodes as they were used (by id, without device names), their links, and the
+    #: options. None in plans of earlier releases.
+    cluster: Cluster | None = None
+    options: PlanOptions | None = None
     generated_at: str | None = None
 
 

@@ -19,7 +19,10 @@ def explain(plan: Plan) -> str:
     # Within a time budget the fewest nodes are taken, and the bound is that of just these.
     few = plan.objective == "throughput" and plan.time_budget_s > predicted.bottleneck_s * (1 + SLACK)
     proof = (
-        f"which is proven to be the best{' of just these nodes' if few else ''}"
+        f"{'the best' if predicted.exact else f'at most {predicted.gap:.2%} above the best'}"
+        f"{' of just these nodes' if few else ''} as far as an approximate profile can tell"
+        if plan.approximate
+        else f"which is proven to be the best{' of just these nodes' if few else ''}"
         if predicted.exact
         else f"at most {predicted.gap:.2%} above the best {'of just these nodes' if few else 'there can be'} "
         f"(proven bound {seconds_text(predicted.lower_bound_s)})"
@@ -32,6 +35,7 @@ def explain(plan: Plan) -> str:
         f"One pass through the chain of {len(plan.megaphone.chain)} steps takes {seconds_text(predicted.latency_s)}, "
         f"{seconds_text(sum(hop.transfer_s for hop in plan.megaphone.chain))} of it on links. " + _limits(plan)
     ]
+    lines += [f"  All figures rest on an approximate profile: {reason}" for reason in plan.approximate]
     lines += [f"  {report.node_id}: {report.reason}" for report in used[:_MOST]]
     if len(used) > _MOST:
         lines.append(f"  ... and {len(used) - _MOST} nodes more")

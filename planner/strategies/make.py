@@ -192,6 +192,12 @@ def plan_for(
     return accept(problem, baseline(problem, options.strategy, nodes), generated_at=generated_at)
 
 
+def _as_used(cluster: Cluster) -> Cluster:
+    nodes = sorted(cluster.nodes, key=lambda node: node.node_id)
+    # Without the device: a reader would complete the node's figures from the catalogue, which this plan did not use.
+    return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, device=None) for node in nodes))
+
+
 def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None) -> Plan:
     """Check an answer's invariants and state it as a plan, with its prediction, reports and chain."""
     profile, options, nodes = problem.profile, problem.options, answer.nodes
@@ -245,5 +251,8 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
         ),
         nodes=node_reports(problem, nodes, max(budget, bottleneck)),
         megaphone=chain,
+        approximate=profile.approximate,
+        cluster=_as_used(problem.cluster),
+        options=options,
         generated_at=generated_at,
     )

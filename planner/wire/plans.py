@@ -12,6 +12,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
 from planner.plan import OBJECTIVES, PHASES, Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
+from planner.wire.clusters import ClusterSchema
 from planner.wire.fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
 from planner.wire.write import SCHEMA_VERSION
 
@@ -165,6 +166,13 @@ class PlanSchema(Lenient):
     predicted = fields.Nested(PredictionSchema, required=True)
     nodes = Many(NodeReportSchema, shortest=1, longest=MAX_NODES, required=True)
     megaphone_plan = fields.Nested(MegaphoneSchema, required=True)
+    approximate = fields.List(Text(longest=4096), load_default=list)
+    cluster = fields.Nested(ClusterSchema, load_default=None, allow_none=True)
+    options = fields.Nested(
+        lambda: OptionsSchema(),  # noqa: PLW0108  (it is defined below)
+        load_default=None,
+        allow_none=True,
+    )
     generated_at = Text(longest=64, load_default=None, allow_none=True)
 
     @post_load
@@ -174,7 +182,7 @@ class PlanSchema(Lenient):
         allocation = {node: tuple(share["layer_names"]) for node, share in data.pop("split_plan").items()}
         del data["schema_version"]
         data.update(totals, allocation=allocation, megaphone=data.pop("megaphone_plan"))
-        for name in ("stages", "nodes"):
+        for name in ("stages", "nodes", "approximate"):
             data[name] = tuple(data[name])
         plan = Plan(**data)
         _check_agreement(plan)

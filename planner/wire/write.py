@@ -110,6 +110,9 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
             }
             for report in plan.nodes
         ],
+        "approximate": list(plan.approximate),
+        "cluster": None if plan.cluster is None else cluster_to_json(plan.cluster),
+        "options": None if plan.options is None else options_to_json(plan.options),
     }
 
 

@@ -1,5 +1,7 @@
 // The API as this page calls it.
 
+// A server that is silent for so long does not answer.
+const LONGEST_MS = 8000;
 const KEY = "fairshard-token";
 let token = sessionStorage.getItem(KEY) || "";
 
@@ -26,15 +28,17 @@ async function failure(response) {
   return new ApiError(found.error || `The server answered ${response.status}.`, response.status, found.code);
 }
 
-export async function call(method, path, {body, more} = {}) {
+/** The JSON of an answer; ApiError where it is none of success, unless `refused` says that its JSON is wanted too. */
+export async function call(method, path, {body, more, refused} = {}) {
   const sent = body === undefined ? {} : {"Content-Type": "application/json"};
   let response;
   try {
-    response = await fetch(path, {method, headers: headers({...sent, ...more}), body: body === undefined ? undefined : JSON.stringify(body)});
+    response = await fetch(path, {method, headers: headers({...sent, ...more}), body: body === undefined ? undefined : JSON.stringify(body),
+      signal: method === "GET" ? AbortSignal.timeout(LONGEST_MS) : undefined});
   } catch {
     throw new ApiError("The server does not answer.", 0, "away");
   }
-  if (!response.ok) throw await failure(response);
+  if (!response.ok && !refused) throw await failure(response);
   return response.json();
 }
 

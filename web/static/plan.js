@@ -3,17 +3,27 @@
 import {bar, fill, h} from "./dom.js";
 import {bytes, flop, percent, ranges, rate, seconds} from "./format.js";
 
+const estimated = (plan) => (plan.approximate || []).length > 0;
+// What rests on estimates says so.
+const marked = (plan) => (text) => (estimated(plan) && text !== "–" ? `≈ ${text}` : text);
+
 const fact = (name, value, title) => h("div", {title}, h("dt", {}, name), h("dd", {}, value));
 
 function facts(plan) {
   const {predicted} = plan;
+  const about = marked(plan);
   return h("dl", {class: "facts"},
     fact("strategy", plan.strategy),
     fact(plan.unit === "tensor" ? "tensors" : "layers", plan.metadata.total_layers.toLocaleString("en")),
-    fact("one pass", flop(plan.metadata.total_compute)),
-    fact("bottleneck", seconds(predicted.bottleneck_s), "The slowest node's time for one pass; it bounds throughput."),
-    fact("latency", seconds(predicted.latency_s), "One pass through the chain, links included."),
-    fact("above the proven bound", predicted.exact ? "0 %, proven" : percent(predicted.gap), `No plan on these nodes is faster than ${seconds(predicted.lower_bound_s)}.`));
+    fact("one pass", about(flop(plan.metadata.total_compute))),
+    fact("bottleneck", about(seconds(predicted.bottleneck_s)), "The slowest node's time for one pass; it bounds throughput."),
+    fact("latency", about(seconds(predicted.latency_s)), "One pass through the chain, links included."),
+    fact("above the bound", predicted.exact && !estimated(plan) ? "0 %, proven" : about(percent(predicted.gap)), `No plan on these nodes is faster than ${about(seconds(predicted.lower_bound_s))}.`));
+}
+
+function warning(plan) {
+  if (!estimated(plan)) return null;
+  return h("p", {class: "notice", role: "note"}, `The figures marked ≈ rest on an approximate profile: ${plan.approximate.join("; ")}.`);
 }
 
 function strip(plan, tone) {
@@ -34,13 +44,14 @@ const unit = (plan, count) => `${plan.unit === "tensor" ? "tensor" : "layer"}${c
 function share(plan, report, tone) {
   const part = plan.split_plan[report.node_id];
   const memory = report.memory_used_bytes + report.memory_free_bytes;
+  const about = marked(plan);
   return h("div", {class: `share ${tone(report.node_id)} ${report.used ? "" : "unused"}`},
     h("div", {},
       h("span", {class: "name"}, h("span", {class: "dot", "aria-hidden": "true"}), report.node_id),
       h("span", {class: "layers"}, part ? `${part.layer_names.length} ${unit(plan, part.layer_names.length)}: ${ranges(part.layer_names)}` : "not used")),
     h("div", {},
-      report.used ? gauge("compute", report.compute_utilization, `${flop(report.flop)} · ${percent(report.compute_utilization)} of ${seconds(report.seconds / Math.max(report.compute_utilization, 1e-12))}`, report.node_id) : null,
-      report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, `${bytes(report.memory_used_bytes)} of ${bytes(memory)}`, report.node_id, "memory") : null,
+      report.used ? gauge("compute", report.compute_utilization, about(`${flop(report.flop)} · ${percent(report.compute_utilization)} of ${seconds(plan.time_budget_s)}`), report.node_id) : null,
+      report.used ? gauge("memory", memory ? report.memory_used_bytes / memory : 0, about(`${bytes(report.memory_used_bytes)} of ${bytes(memory)}`), report.node_id, "memory") : null,
       h("p", {class: "reason"}, report.reason)));
 }
 
@@ -60,16 +71,17 @@ function chain(plan, tone) {
 export function comparison(plan, outcomes) {
   if (outcomes === null) return h("p", {class: "hint"}, "Comparing strategies …");
   if (typeof outcomes === "string") return h("p", {class: "hint"}, `The strategies could not be compared: ${outcomes}`);
+  const about = marked(plan);
   const feasible = Object.values(outcomes).filter((outcome) => outcome.feasible);
   const least = (key) => Math.min(...feasible.map((outcome) => outcome[key]));
-  const cell = (outcome, key) => h("td", {class: `number ${outcome[key] <= least(key) * 1.0005 ? "best" : ""}`}, seconds(outcome[key]));
+  const cell = (outcome, key) => h("td", {class: `number ${outcome[key] <= least(key) * 1.0005 ? "best" : ""}`}, about(seconds(outcome[key])));
   return h("div", {class: "scroll"}, h("table", {},
     h("caption", {}, "The same model on the same nodes; the best of each column in green"),
     h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Strategy"), ...["Bottleneck", "Latency", "Above bound", "Nodes"].map((name) => h("th", {scope: "col", class: "number"}, name)))),
     h("tbody", {}, Object.entries(outcomes).map(([name, outcome]) => h("tr", {class: name === plan.strategy ? "chosen" : null},
       h("th", {scope: "row"}, name === plan.strategy ? `${name}, as planned` : name),
       ...(outcome.feasible
-        ? [cell(outcome, "bottleneck_s"), cell(outcome, "latency_s"), h("td", {class: "number"}, percent(outcome.gap)), h("td", {class: "number"}, outcome.nodes_used)]
+        ? [cell(outcome, "bottleneck_s"), cell(outcome, "latency_s"), h("td", {class: "number"}, about(percent(outcome.gap))), h("td", {class: "number"}, outcome.nodes_used)]
         : [h("td", {colspan: 4, class: "error"}, outcome.error)]))))));
 }
 
@@ -80,6 +92,7 @@ export function showPlan(element, plan, outcomes) {
   const tone = (node) => `tone${place.get(node) % 8}`;
   fill(element,
     facts(plan),
+    warning(plan),
     strip(plan, tone),
     h("p", {class: "hint"}, "Layers in order of execution, and below what each node holds of them."),
     h("div", {}, reports.slice(0, 200).map((report) => share(plan, report, tone))),

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan as a table of nodes, with its prediction below."""
+    """The plan as a table of nodes, with its prediction below; what rests on an approximate profile is marked ≈."""
+    mark = "≈ " if plan.approximate else ""
     parts: dict[str, list[str]] = {}
     for stage in plan.stages:
         parts.setdefault(stage.node_id, []).append(span(stage.start, stage.end))
@@ -28,22 +29,24 @@ def plan_lines(plan: Plan) -> list[str]:
                 report.node_id,
                 len(plan.allocation.get(report.node_id, ())) or "–",
                 shortened(parts.get(report.node_id, ())) or "–",
-                shown_flop(report.flop) if report.used else "–",
-                shown_seconds(report.seconds) if report.used else "–",
-                f"{report.compute_utilization:.0%}" if report.used else "–",
-                f"{shown_bytes(report.memory_used_bytes)} of {shown_bytes(memory)}" if report.used else "–",
+                f"{mark}{shown_flop(report.flop)}" if report.used else "–",
+                f"{mark}{shown_seconds(report.seconds)}" if report.used else "–",
+                f"{mark}{report.compute_utilization:.0%}" if report.used else "–",
+                f"{mark}{shown_bytes(report.memory_used_bytes)} of {shown_bytes(memory)}" if report.used else "–",
                 report.limit or "",
             )
         )
     head = ("node", "layers", "which", "compute", "time", "busy", "memory", "limit")
     lines = table(head, rows, right=" r rrrr")
     found = plan.predicted
-    proof = "proven best" if found.exact else f"at most {found.gap:.2%} over the best possible"
+    proof = f"{mark}at most {found.gap:.2%} over the best possible"
+    if found.exact:
+        proof = "the best, as far as an approximate profile can tell" if mark else "proven best"
     asked = f"{plan.strategy}, {plan.objective}, {plan.phase}; {plan.batch_size} × {plan.sequence_length} tokens"
     times = (("bottleneck", found.bottleneck_s), ("one pass", found.latency_s), ("time budget", plan.time_budget_s))
     lines.append("")
     lines.append(f"plan {plan.plan_id} of {plan.model_name} ({asked})")
-    lines.append(", ".join(f"{name} {shown_seconds(value)}" for name, value in times) + f"; {proof}")
+    lines.append(", ".join(f"{name} {mark}{shown_seconds(value)}" for name, value in times) + f"; {proof}")
     lines.append(f"chain: {chain(plan)}")
     return lines
 
@@ -93,6 +96,7 @@ def compared(found: Mapping[str, Plan | Infeasible]) -> list[dict[str, Any]]:
                     "exact": predicted.exact,
                     "nodes_used": len(plan.allocation),
                     "hops": len(plan.megaphone.chain) - 1,
+                    "approximate": bool(plan.approximate),
                 }
             )
     return rows
@@ -103,9 +107,10 @@ def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
     rows = [
         (
             row["strategy"],
-            shown_seconds(row["bottleneck_s"]),
-            shown_seconds(row["latency_s"]),
-            f"{row['gap']:.2%}",
+            *(
+                f"{'≈ ' * row['approximate']}{text}"
+                for text in (shown_seconds(row["bottleneck_s"]), shown_seconds(row["latency_s"]), f"{row['gap']:.2%}")
+            ),
             row["nodes_used"],
             row["hops"],
             "",

@@ -11,7 +11,7 @@ from workers.cli.plan_tables import plan_lines, wrapped
 
 if TYPE_CHECKING:
     from planner.cluster import Cluster
-    from planner.plan import PlanOptions
+    from planner.plan import Plan, PlanOptions
     from planner.profile import ModelProfile
     from planner.replicas.make import Replicas
 
@@ -55,7 +55,7 @@ def run_replicas(
             say(args, f"wrote {path}")
     lines: list[str] = []
     for number, plan in enumerate(found.plans, 1):
-        rate = _per_s(1 / plan.predicted.bottleneck_s)
+        rate = _per_s(1 / plan.predicted.bottleneck_s, plan)
         lines += [f"chain {number} of {len(found.plans)}: {rate}", "", *plan_lines(plan)]
         if args.explain:
             text = explain(plan)
@@ -69,14 +69,17 @@ def run_replicas(
 def _sum_lines(found: Replicas) -> list[str]:
     """What the chains make together, and who is in none."""
     chains = "1 chain makes" if len(found.plans) == 1 else f"{len(found.plans)} chains make"
-    proof = "proven best" if found.exact else f"the best possible makes at most {found.gap:.2%} more"
-    one = _per_s(1 / found.one_chain.predicted.bottleneck_s)
+    first = found.one_chain
+    proof = f"the best possible makes at most {found.gap:.2%} more"
+    if found.exact:
+        proof = "the best, as far as an approximate profile can tell" if first.approximate else "proven best"
+    one = _per_s(1 / first.predicted.bottleneck_s, first)
     lines = [
-        f"{chains} {_per_s(found.throughput_per_s)} together, {found.ratio:.3f} × one chain's {one}",
-        f"upper bound {_per_s(found.upper_bound_per_s)}; {proof}",
+        f"{chains} {_per_s(found.throughput_per_s, first)} together, {found.ratio:.3f} × one chain's {one}",
+        f"upper bound {_per_s(found.upper_bound_per_s, first)}; {proof}",
     ]
     return lines + [f"idle: {node_id}: {why}" for node_id, why in found.idle]
 
 
-def _per_s(rate: float) -> str:
-    return f"{rate:.4g} passes/s"
+def _per_s(rate: float, plan: Plan) -> str:
+    return f"{'≈ ' if plan.approximate else ''}{rate:.4g} passes/s"

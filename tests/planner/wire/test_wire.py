@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from planner.cluster import Cluster, Link, Node
 from planner.errors import InvalidInput, InvalidMetadata
+from planner.explain.words import explain
 from planner.plan import Plan, PlanOptions
 from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
 from planner.strategies.make import make_plan
@@ -112,6 +114,22 @@ def test_a_plan_comes_back_equal(strategy: str, phase: Any) -> None:
         profile(9), cluster(), PlanOptions(strategy=strategy, phase=phase), generated_at="2026-01-02T03:04:05Z"
     )
     assert wire.plan_from_json(through_text(wire.plan_to_json(plan))) == plan
+
+
+def test_a_plan_says_what_it_was_made_for_and_what_its_figures_rest_on() -> None:
+    options = PlanOptions(strategy="pipeline", reserve_bytes=7, exclude=frozenset({"a"}))
+    plan = make_plan(profile(9), cluster(), options)
+    obj = through_text(wire.plan_to_json(plan))
+    assert obj["approximate"] == ["FLOP by the general rule"]
+    used = wire.cluster_from_json(obj["cluster"])
+    again = make_plan(profile(9), used, wire.options_from_json(obj["options"]))
+    assert wire.plan_to_json(again) == obj
+    assert "proven" not in explain(plan)
+    assert "an approximate profile: FLOP by the general rule" in explain(plan)
+    counted = make_plan(replace(profile(9), approximate=()), cluster(), options)
+    assert (counted.approximate, "proven" in explain(counted)) == ((), True)
+    old = {name: value for name, value in obj.items() if name not in {"approximate", "cluster", "options"}}
+    assert wire.plan_from_json(old) == replace(plan, approximate=(), cluster=None, options=None)
 
 
 def test_options_come_back_equal_and_defaults_are_left_out() -> None:
