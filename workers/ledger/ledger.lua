@@ -31,8 +31,8 @@ local function took(step, begun)
   for _, bound in ipairs(STEP_BOUNDS_S) do
     if ms <= 1000 * tonumber(bound) then within = bound break end
   end
-  redis.call('HINCRBY', P .. 'step_seconds', kind .. ' ' .. within, 1)
-  redis.call('HINCRBY', P .. 'step_seconds', kind .. ' ms', ms)
+  redis.call('HINCRBY', P .. 'counters:step_seconds', kind .. ' ' .. within, 1)
+  redis.call('HINCRBY', P .. 'counters:step_seconds', kind .. ' ms', ms)
 end
 local OPEN = {waiting = true, queued = true, running = true}
 local ENDED = {done = true, failed = true, cancelled = true}

@@ -106,7 +106,7 @@ class LedgerReads:
     def step_seconds(self) -> dict[str, tuple[list[tuple[str, int]], float]]:
         """How long steps that were done took: kind of step -> (`(at most seconds, how many)` up to "+Inf", sum)."""
         with reachable():
-            found = self.redis.hgetall(f"{self.prefix}step_seconds")
+            found = self.redis.hgetall(f"{self.prefix}counters:step_seconds")
         counted: dict[str, dict[str, int]] = {}
         for field, value in found.items():
             kind, _, bound = field.partition(" ")

@@ -13,11 +13,12 @@ from workers.shards.verify import VerifyReport
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Print the plan as a table."""
     metadata, predicted = plan["metadata"], plan["predicted"]
+    bound = "bound of an approximate profile" if plan["approximate"] else "proven bound"
     print(f"\nPlan {plan['plan_id']} of {plan['model_name']}, revision {str(plan['revision'])[:12]}")
     print(
         f"  {metadata['total_layers']} layers, {metadata['total_compute'] / 1e9:,.2f} GFLOP a pass; strategy "
         f"{plan['strategy']}: slowest node {predicted['bottleneck_s'] * 1e3:,.2f} ms, "
-        f"{predicted['gap']:.2%} above the proven bound"
+        f"{predicted['gap']:.2%} above the {bound}"
     )
     rows = [("NODE", "LAYERS", "GFLOP", "BUDGET USED", "MEMORY", "HOLDS")]
     memory = {node["node_id"]: node.get("memory_used_bytes", 0) for node in plan["nodes"]}
