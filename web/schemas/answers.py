@@ -23,7 +23,7 @@ def _options(about: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def text(about: str = "", *, choices: tuple[str, ...] = (), **options: Any) -> Field:
     """A string; of `choices` if there are any."""
-    return fields.String(**_options(about, options), **({"validate": validate.OneOf(choices)} if choices else {}))
+    return fields.String(**_options(about, options), validate=validate.OneOf(choices) if choices else None)
 
 
 def number(about: str = "", **options: Any) -> Field:

@@ -185,7 +185,7 @@ class ProcessIn(ProcessOptions):
 
 def process(about: str) -> Either:
     """A field of whether, and how, to go on to plan and split."""
-    plain = {True: {}, False: None}
+    plain: dict[bool, Any] = {True: {}, False: None}
     return Either(ProcessOptions, plain=plain, says="true, false", metadata={"description": about})
 
 
