@@ -60,9 +60,10 @@ format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install-dev ## Write docs/modules.md and docs/api.md anew
+docs: install-dev ## Write docs/modules.md, docs/api.md and the table of settings anew
 	$(BIN)/python scripts/modules_doc.py
 	$(BIN)/python scripts/api_doc.py
+	$(BIN)/python scripts/settings_doc.py
 
 bench: install-dev ## Measure: planner, profile, split, queue
 	$(BIN)/python -m benchmarks.planner

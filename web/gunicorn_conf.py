@@ -13,14 +13,20 @@ import secrets
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from planner.errors import FairshardError
 from web.services import stop_when
-from workers.settings import WebSettings
+from workers.settings import WebSettings, check_environment
 
-_web = WebSettings.from_env()
+try:
+    check_environment()
+    _web = WebSettings.from_env()
+except FairshardError as error:
+    sys.exit(f"fairshard: {error}")  # gunicorn would show a traceback
 
 bind = _web.bind
 worker_class = "web.gunicorn_worker.Worker"

@@ -10,6 +10,7 @@ from web.auth import is_loopback
 from web.errors import Refused
 from web.guard import caller_name
 from web.services import services, services_of
+from workers.ledger.connection import connect
 from workers.settings import QueueSettings
 
 _DEFAULT = "600/minute"
@@ -46,16 +47,16 @@ def init_app(app: Flask) -> None:
     limit = made.web.rate_limit or ("off" if is_loopback(made.web.bind) else _DEFAULT)
     if limit == "off":
         return
+    pool = connect(made.settings.redis_url, timeout_s=1.0).connection_pool
     limiter = Limiter(
         _key,
         # Over all addresses together: a default limit would be each address's own.
         application_limits=[limit],
         application_limits_exempt_when=_exempt,
-        storage_uri=made.settings.redis_url,
+        storage_uri="redis://",
         # Below the service's own keys: deploy/redis.sh lets it write no others.
         storage_options={
-            "socket_connect_timeout": 1,
-            "socket_timeout": 1,
+            "connection_pool": pool,  # type: ignore[dict-item]  # its types know texts and numbers only
             "key_prefix": f"{QueueSettings.from_env().prefix}limits",
         },
         headers_enabled=True,

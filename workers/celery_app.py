@@ -10,13 +10,17 @@ celery 5.7.0 and kombu 5.7.0: a message can be lost between BRPOP and the write 
 from __future__ import annotations
 
 import logging
+import sys
 from functools import cache
 from typing import Any
 
 from celery import Celery
 
+from planner.errors import FairshardError
+from workers.ledger.connection import for_celery
+from workers.queue import transport as transports
 from workers.queue.messages import COMPUTE
-from workers.settings import QueueSettings, Settings
+from workers.settings import QueueSettings, Settings, check_environment
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +38,10 @@ def create_app(
         queue: Likewise.
         results: Whether there is a result backend; the web process needs none.
     """
+    transports.install()
     settings = settings or Settings.from_env()
     queue = queue or QueueSettings.from_env()
+    redis = for_celery(settings.redis_url)
     transport = {
         "visibility_timeout": _VISIBILITY_S,
         "unacked_restore_interval": 10,
@@ -50,8 +56,8 @@ def create_app(
     }
     app = Celery(
         "fairshard",
-        broker=settings.redis_url,
-        backend=settings.redis_url if results else None,
+        broker=redis.pop("broker_url"),
+        backend=redis.pop("result_backend") if results else None,
         include=["planner.tasks", "workers.tasks"],
         set_as_current=False,
     )
@@ -75,12 +81,12 @@ def create_app(
         worker_enable_soft_shutdown_on_idle=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport="workers.queue.transport:Transport",
-        broker_transport_options=transport,
+        broker_transport_options=redis.pop("broker_transport_options") | transport,
         # No `result_extended`: it would store the arguments.
         result_expires=86400,
         result_backend_always_retry=True,
-        result_backend_transport_options={
+        result_backend_transport_options=redis.pop("result_backend_transport_options")
+        | {
             "global_keyprefix": f"{queue.prefix}celery:",
             "retry_policy": {"timeout": 5.0},
         },
@@ -94,6 +100,7 @@ def create_app(
         task_send_sent_event=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
+        **redis,  # TLS
     )
     return app
 
@@ -102,7 +109,11 @@ def create_app(
 def _default_app() -> Celery:
     from workers.queue.bootsteps import install
 
-    app = create_app()
+    try:
+        check_environment()
+        app = create_app()
+    except FairshardError as error:
+        sys.exit(f"fairshard: {error}")  # Celery would show a traceback
     install(app)
     app.set_default()
     return app

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hub.server import TestHub
 from support.checkpoints import checkpoint
+from support.redis_roles import counted, waiting
 from support.running import Service, free_port, until
 
 from planner.errors import Unavailable
@@ -80,9 +81,7 @@ def guarded(tmp_path: Path) -> Iterator[tuple[Service, TlsProxy]]:
     subprocess.run([sys.executable, str(ROOT / "deploy/certs.py"), str(certs), "localhost"], check=True)
     service = Service(tmp_path, nodes={"one": (1e11, 2 << 30)}, env={"HF_HOME": str(tmp_path / "hf")})
     proxy = TlsProxy(certs, service.redis.port)
-    url = f"rediss://localhost:{proxy.port}/0?ssl_cert_reqs=required&ssl_ca_certs={certs}/ca.crt"
-    for env in (service.env, service.planner.env, *(worker.env for worker in service.workers.values())):
-        env["REDIS_URL"] = url
+    service.redis_url = f"rediss://localhost:{proxy.port}/0?ssl_ca_certs={certs}/ca.crt"
     with service:
         yield service, proxy
     proxy.close()
@@ -105,13 +104,16 @@ def test_a_job_passes_over_tls_and_a_strangers_certificate_is_refused(
         env = service.env | {"REDIS_URL": url}
         Jobs.from_settings(Settings.from_env(env), queue=QueueSettings()).jobs()
 
+    # Flower's and the limiter's connections are checked too.
+    assert counted(service, limits="9/minute") == 1
+    assert waiting(service) == [{"name": "planner", "messages": 0}]
     # Another authority's certificate, a name that it does not carry, no TLS at all.
     subprocess.run([sys.executable, str(ROOT / "deploy/certs.py"), str(tmp_path / "other"), "localhost"], check=True)
     url = service.env["REDIS_URL"]
     reached(url)
     for wrong in (
         url.replace("/certs/ca.crt", "/other/ca.crt"),
-        url.replace("@localhost", "@127.0.0.1").replace("//localhost", "//127.0.0.1"),
+        url.replace("//localhost", "//127.0.0.1"),
         url.replace("rediss://", "redis://").partition("?")[0],
         url.replace(str(proxy.port), str(free_port())),
     ):

@@ -190,19 +190,21 @@ def test_a_wrong_setting_of_all_roles_is_refused_before_anything_starts(tmp_path
     command = [str(FAIRSHARD), "up", "--port", "0", "--data", str(tmp_path / "data")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "FAIRSHARD_LEASE_S must be a positive number" in done.stderr
+    assert "FAIRSHARD_LEASE_S must be a number of seconds above 0" in done.stderr
     assert not (tmp_path / "data" / "redis").exists()
 
 
 def test_a_role_that_can_not_start_is_given_up_with_the_end_of_its_log(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    env = child_env({"FAIRSHARD_MAX_WAIT_S": "never"})  # read by the API alone
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("{}")
+    env = child_env({"FAIRSHARD_REQUIRE_TOKEN": "always", "FAIRSHARD_TOKENS_FILE": str(tokens)})  # the API's alone
     command = [str(FAIRSHARD), "up", "--port", "0", "--nodes", "1", "--data", str(data)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "died 3 times. The end of" in done.stderr
-    assert "FAIRSHARD_MAX_WAIT_S must be a positive number" in done.stderr
+    assert 'fairshard: the tokens file tokens.json must be {"tokens": [...]}' in done.stderr
     assert "nothing is left running" in done.stderr
 
 

@@ -54,11 +54,14 @@ class RedisProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._appendonly = appendonly
         self._binary, _ = find_binary()
+        #: More of redis-server's options.
+        self.options: list[str] = []
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""
         self.directory.mkdir(parents=True, exist_ok=True)
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        arguments += self.options
         arguments += ["--appendonly", "yes" if self._appendonly else "no", "--appendfsync", "everysec"]
         if _version(self._binary) >= (7,):
             arguments += ["--enable-protected-configs", "local"]  # `find_disk` names the folder anew
@@ -360,6 +363,16 @@ class Service:
             "FAIRSHARD_MEMORY_BYTES": str(memory_bytes),
         }
         return Worker(node_id, f"compute,node.{node_id}", env=env, directory=self.directory / "logs", app=self.app)
+
+    @property
+    def redis_url(self) -> str:
+        """How the processes reach Redis."""
+        return self.env["REDIS_URL"]
+
+    @redis_url.setter
+    def redis_url(self, url: str) -> None:
+        for env in (self.env, *(worker.env for worker in self.all_workers)):
+            env["REDIS_URL"] = url
 
     @property
     def all_workers(self) -> list[Worker]:

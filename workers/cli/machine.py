@@ -1,9 +1,10 @@
-"""fairshard up, node, devices: this machine as a service or as a compute node."""
+"""fairshard up, node, config, devices: this machine as a service or as a compute node."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ examples:
   fairshard node --node-id 'node-*'   one of several in a data folder: the first number that is free
 
 The service lets it in by FAIRSHARD_JOIN_KEY (the service's) and FAIRSHARD_JOIN_TOKEN (this node's own).
+"""
+_CONFIG = """\
+examples:
+  fairshard config                    every setting: its value here, and what it does
+  fairshard config redis              those whose name or description has this word
+  fairshard config --json
+
+Secrets are not shown. The exit status is 2 if a setting is wrong: then nothing else starts.
 """
 _DEVICES = """\
 examples:
@@ -52,6 +61,11 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
     command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
     command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
+
+    command = add("config", config, "the settings in force here", _CONFIG)
+    command.add_argument(
+        "word", nargs="?", default="", metavar="WORD", help="only settings that have it in their text"
+    )
 
     command = add("devices", devices, "the devices whose figures are known", _DEVICES)
     command.add_argument("name", nargs="?", metavar="NAME", help="one of them, by any of its names")
@@ -89,6 +103,27 @@ def node(args: argparse.Namespace) -> int:
     argv = worker_argv(Settings.from_env(env))
     say(args, f"node {Settings.from_env(env).node_id} starts; Ctrl-C ends it")
     os.execve(argv[0], argv, env)  # noqa: S606  (no shell is wanted)
+
+
+def config(args: argparse.Namespace) -> int:
+    """Fairshard config."""
+    from workers.settings import settings_in_force
+
+    rows, errors = settings_in_force()
+    word = args.word.lower()
+    rows = [row for row in rows if word in f"{row['name']} {row['what']}".lower()]
+    lines = table(
+        ("setting", "value", "from", "default", "what it does"),
+        [
+            (row["name"], row["value"], "wrong" if row["error"] else row["whence"], row["default"], row["what"])
+            for row in rows
+        ],
+    )
+    emit(args, {"settings": rows, "errors": [str(error) for error in errors]}, lines)
+    sys.stdout.flush()
+    for error in errors:
+        print(f"fairshard config: {error}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def devices(args: argparse.Namespace) -> int:

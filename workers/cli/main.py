@@ -20,6 +20,7 @@ from workers.cli import models as cli_models
 from workers.cli import plan as cli_plan
 from workers.cli import service as cli_service
 from workers.cli import shards as cli_shards
+from workers.settings import check_environment
 
 DONE, FAILED, USAGE, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -33,8 +34,7 @@ examples:
   fairshard profile ./my-model                        what each layer costs
   fairshard plan ./my-model --nodes nodes.yaml        who would hold what, and how fast that is
 
-settings: FAIRSHARD_URL, FAIRSHARD_TOKEN (the service), FAIRSHARD_DATA, FAIRSHARD_MODELS_DIR, METADATA_REPO,
-          NODE_ID, REDIS_URL, HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE
+settings are environment variables, such as FAIRSHARD_URL and FAIRSHARD_TOKEN: `fairshard config` shows all of them
 """
 
 
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Libraries' warnings are for those who write programs, not for those who run this one.
         warnings.simplefilter("ignore")
     try:
+        if args.command != "config":
+            check_environment()
         status: int = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -33,9 +33,10 @@ def open_store(
     Raises:
         InvalidInput: If `spec` names neither.
     """
-    if isinstance(spec, str) and not spec.strip():
+    if isinstance(spec, str) and (not spec.strip() or "://" in spec):
         raise InvalidInput(
-            "the metadata store must be 'owner/name' of a Hub repository, or a folder; got an empty name"
+            "the metadata store must be 'owner/name' of a Hub repository (not its address), or a folder; "
+            f"got {spec.rpartition('@')[2]!r}"
         )
     text = str(spec)
     kind, name = ("dataset", text.removeprefix("datasets/")) if text.startswith("datasets/") else ("model", text)

@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import redis
 
 from planner.errors import FairshardError, InvalidInput, Unavailable
-from workers.settings import Settings
+from workers.ledger.connection import is_local
+from workers.settings import Settings, check_environment
+from workers.settings.redis_url import RedisUrl
 
 #: The ledger's Lua and the streams need no command newer than this.
 OLDEST = (6, 2)
@@ -125,15 +126,15 @@ def answers(url: str) -> bool:
 def main() -> int:
     """Become a Redis at REDIS_URL, with its file in <data>/redis; returns only if that can't be."""
     try:
+        check_environment()
         settings = Settings.from_env()
-        url = urlsplit(settings.redis_url)
-        if url.scheme != "redis" or url.hostname not in {"127.0.0.1", "localhost"} or url.username:
+        at = RedisUrl.parse(settings.redis_url)
+        if not at.hosts or not is_local(settings.redis_url) or at.username or at.tls or at.master:
             raise InvalidInput(
                 "a private Redis serves redis://[:password@]127.0.0.1:port, and REDIS_URL names another: leave out "
                 "this process, or REDIS_URL"
             )
-        password = unquote(url.password) if url.password else None
-        config = write_config(settings.data_dir / "redis", port=url.port or 6379, password=password)
+        config = write_config(settings.data_dir / "redis", port=at.hosts[0][1], password=at.password)
         command, which = find_server()
         print(f"redis: {which}", file=sys.stderr, flush=True)
         os.execv(command[0], [*command, str(config)])  # noqa: S606  (no shell is wanted: signals reach Redis itself)

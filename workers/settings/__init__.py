@@ -1,0 +1,15 @@
+"""The settings of a process: declared once, read from the environment here and nowhere else."""
+
+from workers.settings.environment import check_environment, child_env, settings_in_force
+from workers.settings.groups import ClientSettings, HubSettings, QueueSettings, Settings, WebSettings
+
+__all__ = [
+    "ClientSettings",
+    "HubSettings",
+    "QueueSettings",
+    "Settings",
+    "WebSettings",
+    "check_environment",
+    "child_env",
+    "settings_in_force",
+]
