@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from planner.errors import InvalidInput
 
 #: Sequences in one pass; far beyond what serves, well below where products of sizes lose their exactness.
@@ -50,3 +52,22 @@ def check_sequence_length(value: object) -> int:
         InvalidInput: If it is not a whole number from 1 to `MAX_SEQUENCE_LENGTH`.
     """
     return _check_count(value, "sequence_length", MAX_SEQUENCE_LENGTH)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "2GiB", "500 MB" or "1e9"; the unit in any case, a point for the fraction.
+
+    Raises:
+        InvalidInput: If it is none of these, or above `MAX_BYTES`.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    if found and found[2] in _UNITS:
+        value = float(found[1]) * _UNITS[found[2]]
+        if value <= MAX_BYTES:
+            return int(value)
+    shown = repr(text) if len(repr(text)) <= 40 else f"{repr(text)[:37]}..."
+    raise InvalidInput(f"must be a size such as 2GiB, 500MB or 1000000000, got {shown}")

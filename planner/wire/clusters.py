@@ -1,40 +1,71 @@
-"""marshmallow schemas of nodes files: our form and the seed's."""
+"""marshmallow schemas of nodes files: our form and williw's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from difflib import get_close_matches
 from typing import Any
 
-from marshmallow import ValidationError, fields, post_load, pre_load, validate
+from marshmallow import Schema, ValidationError, fields, post_load, pre_load, validate
 
 from planner import devices
 from planner.cluster import Cluster, Link, Node
 from planner.errors import InvalidInput
-from planner.limits import MAX_NODES
+from planner.limits import MAX_NODES, parse_bytes
 from planner.wire.fields import Flag, Integer, Lenient, Many, NodeId, Number, Text, seconds, shown
 
 #: What the reader knows beside the text: the model's dtype, which decides the catalogue's FLOP/s.
 MODEL_DTYPE: ContextVar[str | None] = ContextVar("MODEL_DTYPE", default=None)
 
 
+#: What GET /api/nodes tells of a node beside its size: its answer is a nodes file, too.
+_ANNOUNCED = {
+    "stated", "peer_url", "versions", "host", "pid", "instance", "started_at", "state", "disk_free_bytes", "shards",
+    "seen_at", "signed_at",
+}  # fmt: skip
+
+
+class Bytes(Integer):
+    """Bytes: 24e9, or with a unit as on the command line: "80MB", "24 GiB"."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> int:
+        return super()._deserialize(_with_unit(value), attr, data, **kwargs)
+
+
+class ByteRate(Number):
+    """Bytes a second: 1e12, "40GB" or "40GB/s"."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> float:
+        return super()._deserialize(_with_unit(value, "/s"), attr, data, **kwargs)
+
+
+def _with_unit(value: Any, suffix: str = "") -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_bytes(value.removesuffix(suffix))
+    except InvalidInput as error:
+        raise ValidationError(str(error)) from None
+
+
 class NodeSchema(Lenient):
-    """A node in our form, in the seed's, or in a mixture: what is stated wins over what the catalogue says."""
+    """A node in our form, in williw's, or in a mixture: what is stated wins over what the catalogue says."""
 
     node_id = NodeId(required=True)
     flop_per_s = Number(positive=True, load_default=None, allow_none=True)
-    memory_bytes = Integer(load_default=None, allow_none=True)
-    memory_bytes_per_s = Number(positive=True, load_default=None, allow_none=True)
+    memory_bytes = Bytes(load_default=None, allow_none=True)
+    memory_bytes_per_s = ByteRate(positive=True, load_default=None, allow_none=True)
     busy = Number(high=1.0, data_key="load", load_default=None, allow_none=True)
     device = Text(longest=256, load_default=None, allow_none=True)
-    # The seed's.
+    # williw's.
     gpu_available = Flag(load_default=None, allow_none=True)
     gpu_name = Text(longest=256, load_default=None, allow_none=True)
     gpu_usage_percent = Number(high=100.0, load_default=None, allow_none=True)
     cpu_cores = Integer(low=1, high=65_536, load_default=None, allow_none=True)
 
     @pre_load
-    def take_the_seeds_id(self, data: Any, **_: Any) -> Any:
+    def take_williws_id(self, data: Any, **_: Any) -> Any:
         """`id` stands for `node_id`."""
         if isinstance(data, Mapping) and "node_id" not in data and "id" in data:
             return {**data, "node_id": data["id"]}
@@ -55,21 +86,21 @@ class PairSchema(Lenient):
     source = NodeId(data_key="from", required=True)
     target = NodeId(data_key="to", required=True)
     latency_s = seconds()
-    bytes_per_s = Number(positive=True, allow_none=True)
+    bytes_per_s = ByteRate(positive=True, allow_none=True)
 
 
 class MatrixSchema(Lenient):
     """Row: from; column: to; in the order of the nodes. null: the default's; the diagonal is not read."""
 
     latency_s = fields.List(fields.List(seconds(allow_none=True)), load_default=None, allow_none=True)
-    bytes_per_s = fields.List(fields.List(Number(allow_none=True)), load_default=None, allow_none=True)
+    bytes_per_s = fields.List(fields.List(ByteRate(allow_none=True)), load_default=None, allow_none=True)
 
 
 class LinksSchema(Lenient):
     """The default link, and pairs that differ from it."""
 
     latency_s = seconds(load_default=0.0, allow_none=True)
-    bytes_per_s = Number(positive=True, load_default=None, allow_none=True)
+    bytes_per_s = ByteRate(positive=True, load_default=None, allow_none=True)
     pairs = Many(PairSchema, longest=10**6, load_default=list)
     matrix = fields.Nested(MatrixSchema, load_default=None, allow_none=True)
 
@@ -112,6 +143,29 @@ class LinksAloneSchema(Lenient):
         """A cluster without nodes."""
         default = _default(data["links"])
         return Cluster(nodes=(), default_link=default, links=_from_pairs(data["links"]["pairs"], default))
+
+
+def unknown_keys(obj: object, schema: Schema, path: str = "") -> Iterator[dict[str, str]]:
+    """{path, message} of each key of a nodes file that means nothing there: a typing error, which changes nothing."""
+    if not isinstance(obj, Mapping):
+        return  # the schema says what must be here
+    known = {field.data_key or name: field for name, field in schema.load_fields.items()}
+    also = {"id", *_ANNOUNCED} if isinstance(schema, NodeSchema) else set()
+    for key, value in obj.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in known:
+            field = known[key]
+            inner = field.inner if isinstance(field, fields.List) else field
+            nested = inner.schema if isinstance(inner, (fields.Nested, Many)) else None
+            for position, item in enumerate(value if isinstance(value, list) else ()):
+                if nested is not None:
+                    yield from unknown_keys(item, nested, f"{where}[{position}]")
+            if nested is not None:
+                yield from unknown_keys(value, nested, where)
+        elif key not in also:
+            near = get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            yield {"path": where[:200], "message": f"is not a known field{hint}"}
 
 
 def _default(links: Mapping[str, Any]) -> Link:

@@ -8,6 +8,7 @@ bounded, names are printable, file names stay below their root.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from planner.cluster import Cluster, Node
@@ -36,10 +37,10 @@ __all__ = [
 
 
 def profile_from_json(obj: object) -> ModelProfile:
-    """The profile that metadata means, in our form or the seed's.
+    """The profile that metadata means, in our form or williw's.
 
     Only `model_name` and each layer's `name` and `compute_required` are required. Byte counts that are missing come
-    from `shape` and `dtype`, or are 0. Without a `schema_version` the layers are the seed's: single tensors.
+    from `shape` and `dtype`, or are 0. Without a `schema_version` the layers are williw's: single tensors.
 
     Raises:
         InvalidMetadata: If it cannot be planned from; `details["errors"]` lists path and message.
@@ -80,7 +81,7 @@ def options_from_json(obj: object) -> PlanOptions:
 
 
 def node_from_json(obj: object, *, dtype: str | None = None) -> Node:
-    """A node in our form, the seed's, or a mixture; what is missing comes from the catalogue.
+    """A node in our form, williw's, or a mixture; what is missing comes from the catalogue.
 
     Args:
         obj: {node_id, flop_per_s, memory_bytes, ...} or {node_id|id, gpu_available, gpu_name, gpu_usage_percent,
@@ -96,20 +97,26 @@ def node_from_json(obj: object, *, dtype: str | None = None) -> Node:
     return node
 
 
-def cluster_from_json(obj: object, *, dtype: str | None = None) -> Cluster:
+def cluster_from_json(obj: object, *, dtype: str | None = None, strict: bool = False) -> Cluster:
     """The cluster that a nodes file means: {nodes: [...], links?: {...}}, or the list of nodes alone.
 
     Args:
         obj: The file's object.
         dtype: The model's, for the catalogue's FLOP/s; None: float16.
+        strict: Refuse keys that are not known: a person wrote the file, and a typing error would change nothing.
 
     Raises:
         InvalidInput: If a field is wrong; `details["errors"]` lists path and message.
     """
-    from planner.wire.clusters import ClusterSchema
+    from planner.wire.clusters import ClusterSchema, unknown_keys
 
     whole = {"nodes": obj} if isinstance(obj, list) else obj
-    cluster: Cluster = _load_for(dtype, ClusterSchema(), whole, what="nodes file")
+    schema = ClusterSchema()
+    found = list(islice(unknown_keys(whole, schema), 20)) if strict else []
+    if found:
+        line = "; ".join(f"{item['path']} {item['message']}" for item in found[:3])
+        raise InvalidInput(f"nodes file: {line}", details={"errors": found})
+    cluster: Cluster = _load_for(dtype, schema, whole, what="nodes file")
     return cluster
 
 

@@ -36,7 +36,7 @@ def stated_nodes(nodes: str | None, *, memory_bytes: int | None = None) -> tuple
     if not text.isdecimal():
         if not Path(text).is_file():
             raise InvalidInput(f"--nodes takes a number or a nodes file, and there is no file {text!r}")
-        cluster = cluster_from_json(load_file(Path(text)))
+        cluster = cluster_from_json(load_file(Path(text)), strict=True)
         if not cluster.nodes:
             raise InvalidInput(f"{text} lists no nodes")
         taken = _ROLES & {node.node_id for node in cluster.nodes}

@@ -439,6 +439,55 @@ def test_a_bad_nodes_file_is_refused_at_its_field(obj: Any, where: str, message:
     assert message in caught.value.details["errors"][0]["message"]
 
 
+@pytest.mark.parametrize(
+    ("obj", "where", "near"),
+    [
+        ({"nodes": [{"node_id": "a", "laod": 0.5}]}, "nodes[0].laod", "load"),
+        ({"nodes": [{}, {"memory_bytes_per_sec": 1}]}, "nodes[1].memory_bytes_per_sec", "memory_bytes_per_s"),
+        ({"nodes": [], "link": {}}, "link", "links"),
+        ({"nodes": [], "links": {"latency": 1}}, "links.latency", "latency_s"),
+        ({"nodes": [], "links": {"pairs": [{"form": "a"}]}}, "links.pairs[0].form", "from"),
+        ({"nodes": [], "links": {"matrix": {"bytes_per_sec": []}}}, "links.matrix.bytes_per_sec", "bytes_per_s"),
+        ([{"gpu_nmae": "T4"}], "nodes[0].gpu_nmae", "gpu_name"),
+        ([{"colour": "red"}], "nodes[0].colour", None),
+    ],
+)
+def test_a_key_that_a_nodes_file_does_not_know_is_refused_with_the_nearest(
+    obj: Any, where: str, near: str | None
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        wire.cluster_from_json(obj, strict=True)
+    (error,) = caught.value.details["errors"]
+    assert error["path"] == where
+    assert (f"did you mean {near}?" if near else "known are node_id, ") in error["message"]
+
+
+def test_a_strict_reader_takes_our_nodes_williws_and_announced_ones() -> None:
+    williw = {
+        "id": "w", "gpu_available": True, "gpu_name": "Tesla T4", "gpu_usage_percent": 20, "cpu_cores": 8,
+    }  # fmt: skip
+    ours = {"node_id": "a", "flop_per_s": 1e12, "memory_bytes": 1, "memory_bytes_per_s": 1, "load": 0, "device": None}
+    said = {**ours, "node_id": "b", "host": "h", "pid": 1, "versions": {}, "state": "idle", "shards": []}
+    found = wire.cluster_from_json([williw, ours, said], strict=True)
+    assert found == wire.cluster_from_json([williw, ours, said])
+    assert [node.node_id for node in found.nodes] == ["w", "a", "b"]
+    assert wire.cluster_from_json(wire.cluster_to_json(found), strict=True) == found
+
+
+def test_bytes_and_rates_have_units_as_on_the_command_line() -> None:
+    node = {"node_id": "a", "flop_per_s": 1, "memory_bytes": "80MB", "memory_bytes_per_s": "40 GB/s"}
+    links = {"bytes_per_s": "125MB", "pairs": [{"from": "a", "to": "b", "bytes_per_s": "1GiB/s"}]}
+    read = wire.cluster_from_json(
+        {"nodes": [node, {**node, "node_id": "b", "memory_bytes": "1.5GiB"}], "links": links}
+    )
+    assert [made.memory_bytes for made in read.nodes] == [80 * 10**6, 3 * 2**29]
+    assert read.nodes[0].memory_bytes_per_s == 40e9
+    assert (read.link("b", "a").bytes_per_s, read.link("a", "b").bytes_per_s) == (125e6, 2**30)
+    for text in ("80XB", "much", "", "-1", "80MB/s", "9e99"):
+        with pytest.raises(InvalidInput, match="must be a size such as 2GiB"):
+            wire.cluster_from_json([{**node, "memory_bytes": text}])
+
+
 def test_links_come_as_a_default_pairs_or_a_matrix() -> None:
     nodes = [{"node_id": name, "flop_per_s": 1, "memory_bytes": 1} for name in "abc"]
     read = wire.cluster_from_json(
