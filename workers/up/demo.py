@@ -12,9 +12,9 @@ import json
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from planner.errors import FairshardError, InvalidInput, NotFound, Unavailable
 from planner.names import check_model_name
 from workers.downloader import resolve
 from workers.settings import HubSettings
-from workers.shards.verify import verify
-from workers.up.demo_view import show_plan, show_report, show_shards
+from workers.shards.manifest import read_manifest
+from workers.shards.verify import VerifyReport, verify
 from workers.up.service import Service, running
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -108,18 +108,6 @@ def _link(link: Path, folder: Path) -> None:
     link.symlink_to(folder, target_is_directory=True)
 
 
-def submit(service: Service, model_name: str) -> str:
-    """Have the model profiled, planned and split; the job's id.
-
-    Raises:
-        FairshardError: If the API refuses; with its message.
-    """
-    try:
-        return str(service.call("/api/request", {"model_name": model_name, "process": True}, timeout_s=30)["job_id"])
-    except urllib.error.HTTPError as error:
-        raise FairshardError(f"the API refused: {error.read().decode('utf-8', 'replace')}") from error
-
-
 def follow(service: Service, job_id: str) -> dict[str, Any]:
     """Show how the job goes until it ends, and return it.
 
@@ -129,12 +117,10 @@ def follow(service: Service, job_id: str) -> dict[str, Any]:
     """
     shown: dict[str, str] = {}
     began = moved = time.monotonic()
-    while True:
-        if not service.poll():
-            raise KeyboardInterrupt
+    while service.poll():
         try:
-            job: dict[str, Any] = service.call(f"/api/jobs/{job_id}")
-        except (OSError, ValueError):  # a role that is being restarted
+            job: dict[str, Any] = service.client.call("GET", f"/api/jobs/{job_id}")
+        except Unavailable:  # a role that is being restarted
             job = {"state": "unknown", "steps": []}
         for step in job["steps"]:
             line = _step_line(step)
@@ -150,6 +136,7 @@ def follow(service: Service, job_id: str) -> dict[str, Any]:
             raise Unavailable(
                 f"job {job_id} has not moved for {_STUCK_S:.0f} s; the logs are in {service.data / 'logs'}"
             )
+    raise KeyboardInterrupt
 
 
 def _step_line(step: Mapping[str, Any]) -> str:
@@ -160,6 +147,50 @@ def _step_line(step: Mapping[str, Any]) -> str:
     if step["state"] == "running" and progress.get("total"):
         return f"{progress['done'] / progress['total']:4.0%}{where}  {progress.get('what', '')}".rstrip()
     return f"{step['state']}{where}"
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Print who holds what."""
+    metadata, predicted = plan["metadata"], plan["predicted"]
+    memory = {node["node_id"]: node.get("memory_used_bytes", 0) for node in plan["nodes"]}
+    bound = "bound of an approximate profile" if plan["approximate"] else "proven bound"
+    print(f"\nPlan {plan['plan_id']} of {plan['model_name']}, revision {str(plan['revision'])[:12]}")
+    print(
+        f"  {metadata['total_layers']} layers, {metadata['total_compute'] / 1e9:,.2f} GFLOP a pass; strategy "
+        f"{plan['strategy']}: slowest node {predicted['bottleneck_s'] * 1e3:,.2f} ms, "
+        f"{predicted['gap']:.2%} above the {bound}"
+    )
+    for node_id, part in plan["split_plan"].items():
+        names = part["layer_names"]
+        size = f"{part['total_compute'] / 1e9:8,.2f} GFLOP  {memory[node_id] / 2**20:8,.1f} MiB"
+        print(f"  {node_id:<10} {len(names):3} layers  {size}  {names[0]} ... {names[-1]}")
+    print(f"  chain: {' -> '.join(hop['node_id'] for hop in plan['megaphone_plan']['chain'])}")
+
+
+def show_shards(folders: Sequence[Path]) -> None:
+    """Print the files of each shard with their bytes and digests."""
+    print("\nShards")
+    for folder in folders:
+        print(f"  {folder}")
+        for file in read_manifest(folder).files:
+            print(f"    {file.name}  {file.size_bytes:,} bytes  {file.digest or '(linked whole, read by verify)'}")
+
+
+def show_report(report: VerifyReport) -> bool:
+    """Print what the verification found; whether the shards are the checkpoint, whole."""
+    print(
+        f"\nVerified: {report.tensors} tensors in {report.files} files of {report.shards} shards, {report.bytes:,} "
+        "bytes read and compared with the checkpoint"
+    )
+    for name, sha256 in report.rebuilt.items():
+        proof = "equal to the checkpoint's file" if name in report.proven else "NOT PROVEN"
+        print(f"  put together again: {name}  sha256:{sha256}  {proof}")
+    for problem in report.problems:
+        print(f"  WRONG: {problem.directory}: {problem.what}: {problem.reason}")
+    if report.missing_nodes:
+        print(f"  MISSING: {', '.join(report.missing_nodes)}")
+    print(f"  {'complete and bit-identical' if report.complete else 'FAILED'}")
+    return report.complete
 
 
 def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
@@ -174,13 +205,13 @@ def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
     began = time.monotonic()
     data = data.absolute()
     hub = HubSettings.from_env()
-    name, whence, needs_hub = choose(model, data / "models", hub=hub)
-    print(f"Model: {whence}", flush=True)
-    with running(port=port, data=data, nodes=nodes, say=_say, offline=not needs_hub) as service:
-        job_id = submit(service, name)
+    name, origin, needs_hub = choose(model, data / "models", hub=hub)
+    print(f"Model: {origin}", flush=True)
+    with running(port=port, data=data, nodes=nodes, say=partial(print, flush=True), offline=not needs_hub) as service:
+        job_id = service.client.call("POST", "/api/request", {"model_name": name, "process": True})["job_id"]
         print(f"\nPOST {service.at.api}/api/request -> job {job_id}", flush=True)
         job = follow(service, job_id)
-        plan = service.call(f"/api/plans/{job['result']['plan_id']}")
+        plan = service.client.call("GET", f"/api/plans/{job['result']['plan_id']}")
         show_plan(plan)
         folders = [data / "nodes" / node_id / "shards" / plan["plan_id"] for node_id in plan["split_plan"]]
         show_shards(folders)
@@ -190,10 +221,6 @@ def run(*, model: str | None, data: Path, nodes: str | None, port: int) -> int:
         print("               (make up leaves it running)", flush=True)
     print(f"Done in {time.monotonic() - began:.1f} s.")
     return 0 if proven else 1
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

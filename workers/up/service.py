@@ -10,7 +10,6 @@ whose figures are overridden by setting. Everything lies below one data folder:
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import signal
 import socket
@@ -18,15 +17,15 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from planner.cluster import Node
 from planner.errors import Conflict, FairshardError, Unavailable
 from workers.ledger.connection import connect
+from workers.network.api_client import Client
 from workers.nodes.joining import make_authority, read_authority
 from workers.nodes.registry import Registry
 from workers.settings import ClientSettings, QueueSettings
@@ -100,20 +99,10 @@ class Service:
         self.supervisor.poll()
         return not self.stop_asked.wait(0.1)
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0) -> Any:
-        """JSON of the API's answer to a GET of `path`, or to a POST of `body`; with FAIRSHARD_TOKEN where it is set.
-
-        Raises:
-            urllib.error.URLError: If it does not answer with success.
-        """
-        headers = {"Content-Type": "application/json"}
-        token = ClientSettings.from_env().token
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.at.api + path, data, headers)  # noqa: S310  (our own http)
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
-            return json.load(answer)
+    @property
+    def client(self) -> Client:
+        """A caller of its API, with FAIRSHARD_TOKEN where it is set."""
+        return Client(ClientSettings(url=self.at.api, token=ClientSettings.from_env().token), timeout_s=10)
 
 
 @contextlib.contextmanager
@@ -237,8 +226,8 @@ def _answers(url: str) -> bool:
 
 def _planner_answers(service: Service) -> bool:
     try:
-        return bool(service.call("/api/health", timeout_s=2)["checks"]["planner"])
-    except (OSError, ValueError, KeyError):
+        return bool(service.client.call("GET", "/api/health")["checks"]["planner"])
+    except (FairshardError, KeyError):
         return False
 
 

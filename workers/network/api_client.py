@@ -1,4 +1,4 @@
-"""A client of fairshard's API in the standard library, for the command line."""
+"""A client of fairshard's API, in the standard library alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from planner import errors
 from planner.errors import FairshardError, Unavailable
 from workers.settings import ClientSettings
 
-#: Seconds that a request may take; `Prefer: wait` is asked for less.
-_TIMEOUT_S = 60.0
 #: Bytes of an answer that are read; a plan of 10,000 layers takes 2 MB.
 _MAX_ANSWER_BYTES = 256 * 2**20
 
@@ -30,8 +28,8 @@ _BY_CODE: Mapping[str, type[FairshardError]] = {
 class Client:
     """Calls the API; its errors come back as the classes that the service raised."""
 
-    def __init__(self, settings: ClientSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ClientSettings, *, timeout_s: float = 60.0) -> None:
+        self._settings, self._timeout_s = settings, timeout_s
 
     def call(
         self,
@@ -63,7 +61,7 @@ class Client:
             sent["Content-Type"] = "application/json"
         request = urllib.request.Request(url, data=data, headers=sent, method=method)  # noqa: S310  (http(s) alone)
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:  # noqa: S310
                 text = response.read(_MAX_ANSWER_BYTES)
         except urllib.error.HTTPError as error:
             with error:
