@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from workers.cli.io import adder, emit, positive, say, shown_bytes, shown_rate, size, table
+from planner.errors import NodeFailure
+from workers.cli.arguments import adder, positive, size
+from workers.cli.console import Table, emit, say, shown_bytes, shown_memory
 
 _UP = """\
 examples:
@@ -19,9 +22,9 @@ _NODE = """\
 examples:
   NODE_ID=gpu-1 REDIS_URL=redis://10.0.0.1:6379/0 fairshard node
   fairshard node --node-id gpu-1 --redis redis://10.0.0.1:6379/0 --memory 20GiB
-  fairshard node --node-id 'node-*'   one of several in a data folder: the first number that is free
+  fairshard node --node-id 'node-*'   takes the first of node-1, node-2, ... that is free in the data folder
 
-The service lets it in by FAIRSHARD_JOIN_KEY (the service's) and FAIRSHARD_JOIN_TOKEN (this node's own).
+The service accepts a node whose FAIRSHARD_JOIN_TOKEN was made with the service's FAIRSHARD_JOIN_KEY.
 """
 _CONFIG = """\
 examples:
@@ -33,8 +36,13 @@ Secrets are not shown. The exit status is 2 if a setting is wrong: then nothing 
 """
 _DEVICES = """\
 examples:
-  fairshard devices                   all of them, with the source of each figure
-  fairshard devices "RTX 4090"
+  fairshard devices                   all of them
+  fairshard devices "RTX 4090"        one, and where its figures come from
+"""
+_COMPLETION = """\
+examples:
+  eval "$(fairshard completion bash)"             in ~/.bashrc (zsh: in ~/.zshrc, after compinit)
+  fairshard completion fish > ~/.config/fish/completions/fairshard.fish
 """
 
 
@@ -42,7 +50,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
     add = adder(commands, common)
 
-    command = add("up", up, "the whole service on this machine, until Ctrl-C", _UP)
+    command = add("up", up, "run the whole service on this machine, until Ctrl-C", _UP)
     command.add_argument("--port", type=int, default=8080, metavar="N", help="of API and page (default 8080)")
     command.add_argument(
         "--data", type=Path, metavar="DIR", help="data folder (default: FAIRSHARD_DATA or .fairshard)"
@@ -50,29 +58,42 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--nodes", metavar="N|FILE", help="how many compute nodes, or a nodes file (default 3)")
 
     command = add("node", node, "run this machine as a compute node", _NODE)
-    command.add_argument(
-        "--node-id",
-        metavar="ID",
-        help="default: NODE_ID or the host's name; node-* is the first of node-1, node-2, ... "
-        "that is free in the data folder",
-    )
+    command.add_argument("--node-id", metavar="ID", help="default: NODE_ID or the host's name; * is a free number")
     command.add_argument("--redis", metavar="URL", help="default: REDIS_URL")
     command.add_argument("--data", type=Path, metavar="DIR", help="default: FAIRSHARD_DATA or .fairshard")
     command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
     command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
     command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
 
-    command = add("config", config, "the settings in force here", _CONFIG)
+    command = add("config", config, "show the settings in force here", _CONFIG)
     command.add_argument(
         "word", nargs="?", default="", metavar="WORD", help="only settings that have it in their text"
     )
 
-    command = add("devices", devices, "the devices whose figures are known", _DEVICES)
+    command = add("devices", devices, "list the devices whose figures are known", _DEVICES)
     command.add_argument("name", nargs="?", metavar="NAME", help="one of them, by any of its names")
+
+    command = add("completion", completion, "print what makes the shell complete fairshard's commands", _COMPLETION)
+    command.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _needs(extras: str, *packages: str) -> None:
+    """Refuse to start what would fail in its child processes.
+
+    Raises:
+        NodeFailure: If a package is missing.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise NodeFailure(
+            f"this needs {', '.join(missing)}: pip install 'fairshard[{extras}]'",
+            details={"packages": missing, "extra": extras},
+        )
 
 
 def up(args: argparse.Namespace) -> int:
     """Fairshard up."""
+    _needs("queue,web,workers", "celery", "flask", "psutil", "huggingface_hub")
     from workers.settings import Settings
     from workers.up.service import run
 
@@ -82,6 +103,7 @@ def up(args: argparse.Namespace) -> int:
 
 def node(args: argparse.Namespace) -> int:
     """Fairshard node: becomes the node's Celery worker, so that signals reach it."""
+    _needs("queue,workers", "celery", "psutil", "huggingface_hub")
     from planner.names import check_node_id
     from workers.nodes.probe import hold_name, worker_argv
     from workers.settings import Settings, child_env
@@ -112,14 +134,12 @@ def config(args: argparse.Namespace) -> int:
     rows, errors = settings_in_force()
     word = args.word.lower()
     rows = [row for row in rows if word in f"{row['name']} {row['what']}".lower()]
-    lines = table(
-        ("setting", "value", "from", "default", "what it does"),
-        [
-            (row["name"], row["value"], "wrong" if row["error"] else row["whence"], row["default"], row["what"])
-            for row in rows
-        ],
-    )
-    emit(args, {"settings": rows, "errors": [str(error) for error in errors]}, lines)
+    cells = [
+        (row["name"], row["value"], "wrong" if row["error"] else row["whence"], row["default"], row["what"])
+        for row in rows
+    ]
+    head = ("setting", "value", "from", "default", "what it does")
+    emit(args, {"settings": rows, "errors": [str(error) for error in errors]}, [Table(head, cells, whole=head[:1])])
     sys.stdout.flush()
     for error in errors:
         print(f"fairshard config: {error}", file=sys.stderr)
@@ -141,20 +161,26 @@ def devices(args: argparse.Namespace) -> int:
         }
         for device in found
     ]
+    dtypes = ("fp32", "fp16", "bf16", "fp8", "int8")
     rows = [
         (
             device.name,
-            *(_rate(device.flop_per_s.get(dtype)) for dtype in ("fp32", "fp16", "bf16", "fp8", "int8")),
-            "–" if device.memory_bytes is None else f"{device.memory_bytes // 2**30} GB",
-            "–" if device.memory_bytes_per_s is None else f"{shown_bytes(device.memory_bytes_per_s)}/s",
-            device.source,
+            *(f"{device.flop_per_s[dtype] / 1e12:.4g}" if dtype in device.flop_per_s else "" for dtype in dtypes),
+            "" if device.memory_bytes is None else shown_memory(device.memory_bytes),
+            "" if device.memory_bytes_per_s is None else f"{shown_bytes(device.memory_bytes_per_s)}/s",
         )
         for device in found
     ]
-    head = ("device", "fp32", "fp16", "bf16", "fp8", "int8", "memory", "bandwidth", "source")
-    emit(args, {"devices": answer}, table(head, rows, right=" rrrrrrr"))
+    head = ("device", *dtypes, "memory", "bandwidth")
+    note = f"source: {found[0].source}" if args.name else "fairshard devices NAME shows where its figures come from."
+    emit(args, {"devices": answer}, [Table(head, rows, right=head[1:]), "", f"fp32 to int8 in TFLOP/s; {note}"])
     return 0
 
 
-def _rate(flop_per_s: float | None) -> str:
-    return "–" if flop_per_s is None else shown_rate(flop_per_s)
+def completion(args: argparse.Namespace) -> int:
+    """Fairshard completion."""
+    from argcomplete.shell_integration import shellcode
+
+    code = shellcode(["fairshard"], shell=args.shell)
+    emit(args, {"shell": args.shell, "code": code}, [code])
+    return 0

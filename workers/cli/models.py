@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers.cli.io import adder, emit, progress, say, shown_bytes, shown_flop, table, write_document
+from workers.cli.arguments import adder
+from workers.cli.console import Table, emit, progress, say, shown_bytes, shown_flop, shown_memory, write_document
 
 if TYPE_CHECKING:
     from planner.profile import ModelProfile
@@ -39,12 +40,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
     add = adder(commands, common)
 
-    command = add("profile", profile, "what each layer of a model costs", _PROFILE)
+    command = add("profile", profile, "show what each layer of a model costs", _PROFILE)
     add_source(command)
     add_sizes(command)
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
     command.add_argument(
-        "--no-compute", action="store_true", help="count FLOP by the general rule instead of a trace; loads no torch"
+        "--no-compute", action="store_true", help="count FLOP by a general rule instead of a trace; loads no torch"
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the metadata there (.json, .yaml)")
 
@@ -56,7 +57,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="what `profile --output` or `plan --output` wrote")
     command.add_argument("--store", metavar="owner/name|DIR", help="a Hub repository or a folder")
 
-    command = add("convert", convert, "make a .bin checkpoint safetensors", _CONVERT)
+    command = add("convert", convert, "convert a .bin checkpoint to safetensors", _CONVERT)
     add_source(command)
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the new checkpoint")
 
@@ -122,11 +123,11 @@ def profile(args: argparse.Namespace) -> int:
         write_document(args.output, obj)
         say(args, f"wrote {args.output}")
     if args.json or args.output is None:
-        emit(args, obj, _profile_lines(made))
+        emit(args, obj, _profile_shown(made))
     return 0
 
 
-def _profile_lines(made: ModelProfile) -> list[str]:
+def _profile_shown(made: ModelProfile) -> list[str | Table]:
     rows = [
         (
             layer.index,
@@ -134,19 +135,21 @@ def _profile_lines(made: ModelProfile) -> list[str]:
             layer.layer_type,
             f"{layer.num_params:,}",
             shown_bytes(layer.weight_bytes),
-            shown_bytes(layer.kv_cache_bytes),
+            shown_memory(layer.kv_cache_bytes),
             shown_flop(layer.compute_required),
         )
         for layer in made.layers
     ]
     head = ("#", "layer", "type", "parameters", "weights", "KV cache", "compute")
-    lines = table(head, rows, right="r  rrrr")
     kind = f"{made.model_type or 'unknown type'}, {made.dtype or 'mixed dtypes'}"
     size = f"{made.total_params:,} parameters, {shown_bytes(made.total_bytes)}"
     work = f"{shown_flop(made.total_compute)} for {made.batch_size} × {made.sequence_length} tokens"
-    lines += ["", f"{made.model_name} ({kind}) at {made.revision}: {size}, {work}"]
-    lines += [f"approximate: {reason}" for reason in made.approximate]
-    return lines
+    return [
+        Table(head, rows, right=("#", *head[3:])),
+        "",
+        f"{made.model_name} ({kind}) at {made.revision}: {size}, {work}",
+        *(f"approximate: {reason}" for reason in made.approximate),
+    ]
 
 
 def download(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible, InvalidInput
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
-from workers.cli import plan_tables as output
-from workers.cli.io import adder, assignment, emit, fraction, positive, say, size, write_document
+from workers.cli import plan_tables as tables
+from workers.cli.arguments import adder, assignment, fraction, positive, size
+from workers.cli.console import Table, emit, say, write_document
 from workers.cli.models import add_sizes, add_source, checkpoint_of, profile_of
 from workers.cli.replicas import replicas_count, run_replicas
 
@@ -42,7 +44,7 @@ examples:
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the command of this module."""
-    command = adder(commands, common)("plan", run, "who would hold what, and how fast that is", _PLAN)
+    command = adder(commands, common)("plan", run, "show which node would hold what, and how fast that is", _PLAN)
     add_source(command, required=False)
     command.add_argument(
         "--metadata", type=Path, metavar="FILE", help="what `profile --output` wrote, instead of SOURCE"
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare + args.max_context + sum(given is not None for given in others) > 1:
         raise InvalidInput("--compare, --max-context, --replicas, --from-plan and --import exclude each other")
     nodes = load_file(args.nodes)
+    cluster_from_json(nodes, strict=True)  # refused before a profile is fetched
     before = None
     if args.from_plan or args.edited:
         before = load_file(args.from_plan or args.edited)
@@ -230,7 +233,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _show(args: argparse.Namespace, plan: Plan, profile: ModelProfile, extra: dict[str, Any] | None = None) -> int:
+def _show(
+    args: argparse.Namespace,
+    plan: Plan,
+    profile: ModelProfile,
+    extra: Mapping[str, Any] | None = None,
+    more: Sequence[str | Table] = (),
+) -> int:
     from planner.wire.read import plan_to_json
 
     obj = plan_to_json(plan)
@@ -242,14 +251,14 @@ def _show(args: argparse.Namespace, plan: Plan, profile: ModelProfile, extra: di
 
         write_document(args.device_map, device_map(plan, profile))
         say(args, f"wrote {args.device_map}")
-    lines = [*output.plan_lines(plan), *(f"approximate: {reason}" for reason in profile.approximate)]
+    shown = [*tables.plan_shown(plan), *(f"approximate: {reason}" for reason in profile.approximate)]
     if args.explain:
         from planner.explain.words import explain
 
         text = explain(plan)
         obj = {**obj, "explanation": text}
-        lines += ["", *output.wrapped(text)]
-    emit(args, {**obj, "approximate": list(profile.approximate), **(extra or {})}, lines)
+        shown += ["", text]
+    emit(args, {**obj, "approximate": list(profile.approximate), **(extra or {})}, [*shown, *more])
     return 0
 
 
@@ -257,11 +266,8 @@ def _compare(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, 
     from planner.strategies.make import compare
 
     found = compare(profile, cluster, options)
-    emit(args, {"strategies": output.compared(found)}, output.compare_lines(found))
-    refused = [error for error in found.values() if isinstance(error, Infeasible)]
-    if len(refused) == len(found):
-        raise refused[0]
-    return 0
+    emit(args, {"strategies": tables.compared(found)}, [tables.compare_table(found)])
+    return 3 if all(isinstance(plan, Infeasible) for plan in found.values()) else 0
 
 
 def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
@@ -273,7 +279,7 @@ def _max_context(args: argparse.Namespace, profile: ModelProfile, cluster: Clust
             f"no plan exists for {profile.model_name} on these nodes, however short the sequence",
             details={"max_sequence_length": 0},
         )
-    limit, text = output.context(longest, profile)
+    limit, text = tables.context(longest, profile)
     obj = {"model_name": profile.model_name, "batch_size": profile.batch_size, "max_sequence_length": longest}
     emit(args, {**obj, "limit": limit}, [text])
     return 0
@@ -287,7 +293,7 @@ def _replan(
 
     old = import_plan(before, profile)
     after = replan(old, profile, cluster, options, tolerance=args.tolerance, generated_at=_now())
-    moves = output.moves(after.moves)
+    moves = tables.moves(after.moves)
     extra = {
         "moves": moves,
         "moved_bytes": after.moved_bytes,
@@ -296,8 +302,4 @@ def _replan(
         "best_objective_s": after.best_objective_s,
         "reason": after.reason,
     }
-    status = _show(args, after.plan, profile, extra)
-    if not args.json:
-        for line in [*output.move_lines(moves), after.reason]:
-            print(line)
-    return status
+    return _show(args, after.plan, profile, extra, [*tables.moves_shown(moves), after.reason])

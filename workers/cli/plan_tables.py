@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible
 from planner.plan import Plan
-from workers.cli.io import shown_bytes, shown_flop, shown_rate, shown_seconds, table
+from workers.cli.console import Table, shown_bytes, shown_flop, shown_memory, shown_rate, shown_seconds
 
 if TYPE_CHECKING:
     from planner.profile import ModelProfile
     from planner.replan.replanner import Move
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def plan_shown(plan: Plan) -> list[str | Table]:
     """The plan as a table of nodes, with its prediction below; what rests on an approximate profile is marked ≈."""
     mark = "≈ " if plan.approximate else ""
     parts: dict[str, list[str]] = {}
@@ -27,28 +26,29 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append(
             (
                 report.node_id,
-                len(plan.allocation.get(report.node_id, ())) or "–",
-                shortened(parts.get(report.node_id, ())) or "–",
-                f"{mark}{shown_flop(report.flop)}" if report.used else "–",
-                f"{mark}{shown_seconds(report.seconds)}" if report.used else "–",
-                f"{mark}{report.compute_utilization:.0%}" if report.used else "–",
-                f"{mark}{shown_bytes(report.memory_used_bytes)} of {shown_bytes(memory)}" if report.used else "–",
+                len(plan.allocation.get(report.node_id, ())),
+                shortened(parts.get(report.node_id, ())),
+                f"{mark}{shown_flop(report.flop)}" if report.used else "",
+                f"{mark}{shown_seconds(report.seconds)}" if report.used else "",
+                f"{mark}{report.compute_utilization:.0%}" if report.used else "",
+                f"{mark}{shown_memory(report.memory_used_bytes)} of {shown_memory(memory)}" if report.used else "",
                 report.limit or "",
             )
         )
     head = ("node", "layers", "which", "compute", "time", "busy", "memory", "limit")
-    lines = table(head, rows, right=" r rrrr")
     found = plan.predicted
     proof = f"{mark}at most {found.gap:.2%} over the best possible"
     if found.exact:
         proof = "the best, as far as an approximate profile can tell" if mark else "proven best"
     asked = f"{plan.strategy}, {plan.objective}, {plan.phase}; {plan.batch_size} × {plan.sequence_length} tokens"
     times = (("bottleneck", found.bottleneck_s), ("one pass", found.latency_s), ("time budget", plan.time_budget_s))
-    lines.append("")
-    lines.append(f"plan {plan.plan_id} of {plan.model_name} ({asked})")
-    lines.append(", ".join(f"{name} {mark}{shown_seconds(value)}" for name, value in times) + f"; {proof}")
-    lines.append(f"chain: {chain(plan)}")
-    return lines
+    return [
+        Table(head, rows, right=("layers", "compute", "time", "busy", "memory")),
+        "",
+        f"plan {plan.plan_id} of {plan.model_name} ({asked})",
+        ", ".join(f"{name} {mark}{shown_seconds(value)}" for name, value in times) + f"; {proof}",
+        f"chain: {chain(plan)}",
+    ]
 
 
 def _first(plan: Plan, node_id: str) -> int:
@@ -69,11 +69,6 @@ def chain(plan: Plan, most: int = 12) -> str:
     """The Megaphone's way: "a → b → c"."""
     steps = [hop.node_id for hop in plan.megaphone.chain]
     return " → ".join(steps[:most]) + (f" → … ({len(steps)} steps)" if len(steps) > most else "")
-
-
-def wrapped(text: str) -> list[str]:
-    """Paragraphs at 100 columns."""
-    return [line for paragraph in text.splitlines() for line in (textwrap.wrap(paragraph, 100) or [""])]
 
 
 def compared(found: Mapping[str, Plan | Infeasible]) -> list[dict[str, Any]]:
@@ -102,7 +97,7 @@ def compared(found: Mapping[str, Plan | Infeasible]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
+def compare_table(found: Mapping[str, Plan | Infeasible]) -> Table:
     """Every strategy's outcome as a table."""
     rows = [
         (
@@ -116,11 +111,11 @@ def compare_lines(found: Mapping[str, Plan | Infeasible]) -> list[str]:
             "",
         )
         if row["feasible"]
-        else (row["strategy"], "–", "–", "–", "–", "–", row["error"])
+        else (row["strategy"], "", "", "", "", "", row["error"])
         for row in compared(found)
     ]
     head = ("strategy", "bottleneck", "one pass", "gap", "nodes", "hops", "why not")
-    return table(head, rows, right=" rrrrr")
+    return Table(head, rows, right=head[1:-1])
 
 
 def context(longest: int, profile: ModelProfile) -> tuple[str, str]:
@@ -140,7 +135,7 @@ def moves(found: Iterable[Move]) -> list[dict[str, Any]]:
     ]
 
 
-def move_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def moves_shown(found: Sequence[Mapping[str, Any]]) -> list[str | Table]:
     """A re-plan's moves as a table."""
     if not found:
         return ["", "nothing moves"]
@@ -148,20 +143,21 @@ def move_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         (move["layer_name"], move["from"] or "(checkpoint)", move["to"], shown_bytes(move["bytes"])) for move in found
     ]
-    return ["", *table(("layer", "from", "to", "bytes"), rows, right="   r"), f"{shown_bytes(total)} to move"]
+    return ["", Table(("layer", "from", "to", "bytes"), rows, right=("bytes",)), f"{shown_bytes(total)} to move"]
 
 
-def node_lines(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+def nodes_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
     """Registered nodes as a table."""
     rows = [
         (
             node["node_id"],
-            node.get("device") or "–",
+            node.get("device") or "",
             shown_rate(node.get("flop_per_s") or 0),
-            shown_bytes(node.get("memory_bytes") or 0),
-            shown_bytes(node["disk_free_bytes"]) if node.get("disk_free_bytes") is not None else "–",
-            "" if node.get("state") is None else node["state"],
+            shown_memory(node.get("memory_bytes") or 0),
+            shown_bytes(node["disk_free_bytes"]) if node.get("disk_free_bytes") is not None else "",
+            node.get("state") or "",
         )
         for node in nodes
     ]
-    return table(("node", "device", "compute", "memory", "disk free", "state"), rows, right="  rrr")
+    head = ("node", "device", "compute", "memory", "disk free", "state")
+    return Table(head, rows, right=head[2:5])

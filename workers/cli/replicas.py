@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Literal
 
 from planner.errors import InvalidInput
-from workers.cli.io import emit, say, write_document
-from workers.cli.plan_tables import plan_lines, wrapped
+from workers.cli.console import Table, emit, say, write_document
+from workers.cli.plan_tables import plan_shown
 
 if TYPE_CHECKING:
     from planner.cluster import Cluster
@@ -53,16 +53,16 @@ def run_replicas(
             path = args.output.with_stem(f"{args.output.stem}-{number}")
             write_document(path, plan)
             say(args, f"wrote {path}")
-    lines: list[str] = []
+    shown: list[str | Table] = []
     for number, plan in enumerate(found.plans, 1):
         rate = _per_s(1 / plan.predicted.bottleneck_s, plan)
-        lines += [f"chain {number} of {len(found.plans)}: {rate}", "", *plan_lines(plan)]
+        shown += [f"chain {number} of {len(found.plans)}: {rate}", "", *plan_shown(plan)]
         if args.explain:
             text = explain(plan)
             obj["plans"][number - 1]["explanation"] = text
-            lines += ["", *wrapped(text)]
-        lines.append("")
-    emit(args, obj, lines + _sum_lines(found))
+            shown += ["", text]
+        shown.append("")
+    emit(args, obj, [*shown, *_sum_lines(found)])
     return 0
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.names import check_node_id
-from workers.cli.io import adder, emit, progress, shown_bytes, size, table
+from workers.cli.arguments import adder, size
+from workers.cli.console import Table, emit, progress, shown_bytes
 from workers.cli.models import add_source, checkpoint_of
 
 if TYPE_CHECKING:
@@ -110,15 +111,11 @@ def split(args: argparse.Namespace) -> int:
     )
     answer = {"directory": str(folder), **manifest.to_json()}
     rows = [
-        (file.name, shown_bytes(file.size_bytes), file.digest or "– (linked; verify reads it)")
+        (file.name, shown_bytes(file.size_bytes), file.digest or "(linked; verify reads it)")
         for file in manifest.files
     ]
-    lines = [
-        *table(("file", "bytes", "digest"), rows, right=" r"),
-        "",
-        f"{len(manifest.tensors)} tensors in {folder}",
-    ]
-    emit(args, answer, lines)
+    files = Table(("file", "bytes", "digest"), rows, right=("bytes",))
+    emit(args, answer, [files, "", f"{len(manifest.tensors)} tensors in {folder}"])
     return 0
 
 

@@ -1,6 +1,6 @@
 """The settings of a process: declared once, read from the environment here and nowhere else."""
 
-from workers.settings.environment import check_environment, child_env, settings_in_force
+from workers.settings.environment import check_environment, child_env, completing, settings_in_force
 from workers.settings.groups import ClientSettings, HubSettings, QueueSettings, Settings, WebSettings
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "WebSettings",
     "check_environment",
     "child_env",
+    "completing",
     "settings_in_force",
 ]

@@ -77,3 +77,8 @@ def settings_in_force(env: Mapping[str, str] | None = None) -> tuple[list[dict[s
 def child_env(changes: Mapping[str, str], *, without: Collection[str] = ()) -> dict[str, str]:
     """The environment for a process that this one starts: its own, less `without`, with `changes`."""
     return {name: value for name, value in os.environ.items() if name not in without} | dict(changes)
+
+
+def completing() -> bool:
+    """Whether the shell asks how the command line may go on; argcomplete's own variable."""
+    return "_ARGCOMPLETE" in os.environ

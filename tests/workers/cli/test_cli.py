@@ -1,20 +1,26 @@
-"""The installed command, as users and scripts run it: what it prints where, and how it ends."""
+"""The command, as users and scripts run it: what it prints where, and how it ends."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hub.server import TestHub
 from safetensors.torch import load_file
 from support.checkpoints import copy_of
+
+from workers.cli import main
 
 FAIRSHARD = Path(sys.executable).with_name("fairshard")
 NODES = """\
@@ -26,7 +32,7 @@ links: {latency_s: 0.001, bytes_per_s: 1.25e8}
 
 
 class Shell:
-    """Runs `fairshard` in a folder that has a checkpoint `m` and a nodes file."""
+    """Runs `fairshard`, in this process, in a folder that has a checkpoint `m` and a nodes file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,24 +41,23 @@ class Shell:
         self, *arguments: str, rc: int = 0, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run it; the exit status must be `rc`, and no traceback may show."""
-        done = subprocess.run(
-            [str(FAIRSHARD), *arguments],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            # Warnings, which the command hides from its users, are asked for and would be found on stderr.
-            env={
-                **os.environ,
-                "FAIRSHARD_DATA": str(self.folder / "data"),
-                "PYTHONWARNINGS": "default",
-                **(env or {}),
-            },
-            check=False,
-        )
-        assert done.returncode == rc, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
+        out, err = io.StringIO(), io.StringIO()
+        settings = {"FAIRSHARD_DATA": str(self.folder / "data"), **(env or {})}
+        with (
+            contextlib.chdir(self.folder),
+            mock.patch.dict(os.environ, settings),
+            # The command hides warnings from its users, unless they ask for them: here they are errors.
+            mock.patch.object(sys, "warnoptions", ["error"]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                status = main(list(arguments))
+            except SystemExit as end:  # --help, --version
+                status = int(end.code or 0)
+        assert status == rc, out.getvalue() + err.getvalue()
+        assert "Traceback" not in err.getvalue()
+        return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
     def json(self, *arguments: str, rc: int = 0, env: dict[str, str] | None = None) -> Any:
         """What it prints with --json."""
@@ -73,9 +78,9 @@ def test_help_shows_commands_examples_and_exit_statuses(fairshard: Shell) -> Non
     text = fairshard("--help").stdout
     for name in (
         "profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "nodes",
-        "node", "delete", "up",
+        "node", "delete", "up", "devices", "completion",
     ):  # fmt: skip
-        assert f"    {name} " in text
+        assert re.search(rf"^    {name}\s", text, re.MULTILINE)
     assert "no plan exists" in text
     assert "FAIRSHARD_URL" in text
 
@@ -84,7 +89,7 @@ def test_help_shows_commands_examples_and_exit_statuses(fairshard: Shell) -> Non
     "command",
     [
         "profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "nodes",
-        "node", "delete", "devices", "up",
+        "node", "delete", "devices", "up", "completion",
     ],
 )  # fmt: skip
 def test_every_commands_help_has_an_example(fairshard: Shell, command: str) -> None:
@@ -94,7 +99,9 @@ def test_every_commands_help_has_an_example(fairshard: Shell, command: str) -> N
 
 
 def test_the_version_is_the_packages(fairshard: Shell) -> None:
-    assert fairshard("--version").stdout.split() == ["fairshard", "0.1.0"]
+    done = subprocess.run([str(FAIRSHARD), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fairshard", "0.1.0"]
+    assert fairshard("--version").stdout == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,9 @@ def test_wrong_usage_ends_with_2_and_one_clear_line(fairshard: Shell, arguments:
     last = done.stderr.rstrip().splitlines()[-1]
     assert last.startswith("fairshard")
     assert len(last) < 700
+    answer = fairshard.json(*arguments, rc=2)
+    assert last.endswith(" ".join(answer["error"].split()))
+    assert answer["code"] == "invalid_input"
 
 
 @pytest.mark.parametrize(
@@ -192,20 +202,29 @@ def test_a_setting_that_does_not_parse_is_named(fairshard: Shell) -> None:
     assert "FAIRSHARD_URL must start with http:// or https://" in done.stderr
 
 
+def test_a_typing_error_in_a_nodes_file_is_found_before_the_model_is_looked_for(fairshard: Shell) -> None:
+    (fairshard.folder / "typo.yaml").write_text(NODES.replace("memory_bytes_per_s", "memory_bytes_per_sec"))
+    for command in (("plan", "nobody/nothing"), ("up",)):
+        text = fairshard(*command, "--nodes", "typo.yaml", rc=2).stderr
+        assert "nodes[0].memory_bytes_per_sec is not a known field; did you mean memory_bytes_per_s?" in text
+
+
 # --- profile
 
 
 def test_a_profile_from_headers_loads_neither_numpy_nor_marshmallow_nor_the_hub_client(fairshard: Shell) -> None:
     script = (
         "import sys; from workers.cli.main import main;"
-        "rc = main(['profile', 'm', '--no-compute', '--output', 'profile.json', '--quiet']);"
-        "heavy = {'numpy', 'marshmallow', 'huggingface_hub', 'torch', 'transformers', 'yaml', 'tqdm', 'flask'};"
+        "rc = main(['profile', 'm', '--no-compute', '--output', 'profile.json', '--quiet']) + "
+        "main(['profile', 'm', '--no-compute']);"
+        "heavy = {'numpy', 'marshmallow', 'huggingface_hub', 'torch', 'transformers', 'yaml', 'rich', 'argcomplete',"
+        " 'flask'};"
         "print(rc, sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=fairshard.folder, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "0 []\n"
+    assert done.stdout.endswith("\n0 []\n")
     assert json.loads((fairshard.folder / "profile.json").read_text())["total_layers"] == 6
 
 
@@ -322,7 +341,8 @@ def test_an_infeasible_plan_ends_with_3_and_says_by_how_much(fairshard: Shell) -
     assert answer["details"]["limit"] == "memory"
     fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--reserve", "23GiB", rc=3)
     fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--time-budget", "1e-12", rc=3)
-    fairshard("plan", "m", "--no-compute", "--nodes", "small.yaml", "--compare", rc=3)
+    refused = fairshard.json("plan", "m", "--no-compute", "--nodes", "small.yaml", "--compare", rc=3)["strategies"]
+    assert {row["feasible"] for row in refused} == {False}
     fairshard("plan", "m", "--no-compute", "--nodes", "small.yaml", "--max-context", rc=3)
 
 
@@ -583,7 +603,8 @@ def test_devices_are_listed_with_their_sources(fairshard: Shell) -> None:
     answer = fairshard.json("devices")
     assert len(answer["devices"]) >= 60
     assert fairshard.json("devices", "NVIDIA A100-SXM4-80GB")["devices"][0]["flop_per_s"]["fp16"] == 312e12
-    assert "datasheet" in fairshard("devices").stdout
+    assert "312" in fairshard("devices").stdout
+    assert "source: NVIDIA A100 Tensor Core GPU datasheet" in fairshard("devices", "NVIDIA A100-SXM4-80GB").stdout
 
 
 def test_progress_goes_to_stderr_and_quiet_silences_it(fairshard: Shell) -> None:
