@@ -10,7 +10,7 @@ PORT ?= 8080
 #: Parallel test processes.
 JOBS ?= 2
 
-.PHONY: help install install-dev demo up test test-deep chaos lint format docs bench clean
+.PHONY: help install install-dev demo up test test-deep quick chaos lint format docs bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,12 +33,17 @@ demo: install ## Run the main job once, start to end, on this machine (MODEL=own
 up: install ## Start the whole service and leave it running, until Ctrl-C
 	@$(BIN)/fairshard up --port $(PORT) --data '$(DATA)'
 
-# A file's tests stay in one process: many share a service that takes seconds to start.
+# A file's tests stay in one process (tests/conftest.py), files in their order: the services', the longest, come first.
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
+
 test: install-dev ## Run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+	$(PYTEST)
 
 test-deep: install-dev ## Only the random searches and the rare cases of the tests, at full depth
-	FAIRSHARD_TEST_DEEP=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q -m "deep or search or hypothesis"
+	FAIRSHARD_TEST_DEEP=1 $(PYTEST) -m "deep or search or hypothesis"
+
+quick: install-dev ## The tests that need no service, browser or trace, in a minute: for while one works
+	$(PYTEST) -m "not service and not slow" $(addprefix --ignore=tests/,chaos integration workers/profiling workers/runtime)
 
 #: Of chaos.
 SEED ?= 1

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,6 +16,10 @@ from hub.server import TestHub
 from support.depth import DEEP, VARIABLE
 
 _SCRUBBED = ("HF_", "HUGGING", "FAIRSHARD_", "TRANSFORMERS_")
+#: What starts processes of the service is made of these modules' classes, or by these fixtures.
+_SERVICE_MODULES = {"support.running", "support.web_cases"}
+_SERVICE_FIXTURES = {"bare_redis", "settings", "service", "hub_service", "server", "browser"}
+_SHARE_THE_WEB_SERVICE = {f"tests/web/test_{name}.py" for name in ("service", "page", "metrics")}
 _SCRUBBED_NAMES = ("REDIS_URL", "NODE_ID", "METADATA_REPO", "MODEL")
 
 
@@ -67,13 +72,41 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only `make test-deep` runs."""
+    """Mark what starts processes of the service, for `make quick`; leave out what only `make test-deep` runs."""
+    for item in items:
+        if _needs_service(item):
+            item.add_marker("service")
     if DEEP:
         return
     deep = [item for item in items if item.get_closest_marker("deep")]
     if deep:
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if not item.get_closest_marker("deep")]
+
+
+def _needs_service(item: pytest.Item) -> bool:
+    """Whether a Redis, a worker, a web server or a browser is started for it, by its file or by a fixture."""
+    if _SERVICE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        return True
+    module = getattr(item, "module", None)
+    return any(
+        getattr(each, "__module__", None) in _SERVICE_MODULES
+        for each in vars(module).values()
+        if isinstance(each, type)
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a process a file at a time, and all files that share a service: it takes seconds to start."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByService(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "tests/web" if file in _SHARE_THE_WEB_SERVICE else file
+
+    return ByService(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

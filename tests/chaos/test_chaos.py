@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from chaos.suite import Chaos
+from support.depth import depth
 
 
 class RollingRestart(Chaos):
@@ -23,11 +24,13 @@ class RollingRestart(Chaos):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.search
+@pytest.mark.timeout(depth(400, 900))
 def test_nothing_is_lost_in_chaos(tmp_path: Path) -> None:
-    """The short form of `make chaos`."""
-    figures = Chaos(tmp_path, seed=7, jobs=12, seconds=12).run()
-    assert figures["jobs"] >= 12
+    """The short form of `make chaos`: a child, a worker, Redis and the web process are killed, Redis is paused."""
+    jobs = depth(12, 80)
+    figures = Chaos(tmp_path, seed=7, jobs=jobs, seconds=depth(8, 80)).run()
+    assert figures["jobs"] >= jobs
     assert sum(figures["accidents"].values()) >= 3
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from support.checkpoints import models_dir
+from support.running import share_traces
 
 from workers.settings import child_env
 
@@ -62,7 +63,7 @@ class Cli:
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """The service with two nodes, on a free port."""
-    data = tmp_path_factory.mktemp("cli") / "data"
+    data = share_traces(tmp_path_factory.mktemp("cli") / "data")
     made = Cli(data)
     with made.log.open("wb") as log:
         up = subprocess.Popen([str(FAIRSHARD), "up", "--port", "0", "--nodes", "2"], env=made.env, stderr=log)

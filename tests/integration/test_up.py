@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from support.checkpoints import models_dir
+from support.running import share_traces
 
 from workers.settings import child_env
 
@@ -106,7 +107,7 @@ def job(api: str, job_id: str) -> dict[str, Any]:
 
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
-    up = Up(tmp_path / "data")
+    up = Up(share_traces(tmp_path / "data"))
     try:
         yield up
     finally:

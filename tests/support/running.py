@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -42,6 +44,22 @@ def until(
             return found
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what() if callable(what) else what}"
         time.sleep(every_s)
+
+
+@functools.cache
+def _traces() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fairshard-traces-")
+
+
+def share_traces(data: Path) -> Path:
+    """Have the service with this data folder find the traces of this test process's other services.
+
+    A model is traced by the first that profiles it; the others' processes need not load torch.
+    """
+    data.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (data / "traces").symlink_to(_traces().name)
+    return data
 
 
 class RedisProcess:
@@ -343,7 +361,7 @@ class Service:
         app: str = "workers.celery_app",
     ) -> None:
         self.directory = directory
-        self.data = directory / "data"
+        self.data = share_traces(directory / "data")
         self.redis = RedisProcess(directory / "redis", appendonly=appendonly)
         self.nodes = dict(self.NODES if nodes is None else nodes)
         self.env = {

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from support import checkpoints
+from support.depth import depth
 from support.models.memory import Memory
 
 from planner.errors import InvalidCheckpoint
@@ -201,7 +202,7 @@ def accepted_by_safetensors(data: bytes) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=depth(150, 3000), deadline=None)
 @given(st.binary(max_size=200))
 def test_fuzz_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
@@ -211,7 +212,7 @@ def test_fuzz_any_bytes_are_read_or_refused(data: bytes) -> None:
     assert accepted_by_safetensors(data)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=depth(300, 6000), deadline=None)
 @given(st.dictionaries(st.text(max_size=5), _ENTRY | _JSON, max_size=4), st.integers(0, 64))
 def test_fuzz_what_is_accepted_safetensors_accepts_too(header: dict[str, Any], length: int) -> None:
     data = packed(json.dumps(header).encode(), bytes(length))
@@ -223,7 +224,7 @@ def test_fuzz_what_is_accepted_safetensors_accepts_too(header: dict[str, Any], l
     assert sum(t.size_bytes for t in tensors) == length
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=depth(150, 3000), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["F32", "BF16", "U8", "F64"]), st.lists(st.integers(0, 4), max_size=3)),
                 min_size=1, max_size=6), st.data())  # fmt: skip
 def test_fuzz_a_true_header_is_read_and_one_changed_number_refused(

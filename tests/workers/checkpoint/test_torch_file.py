@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import checkpoints
+from support.depth import depth
 from support.models.memory import Memory
 from support.space_cases import disk
 
@@ -228,7 +229,7 @@ def test_a_compressed_archive_and_a_git_lfs_pointer_are_refused(tmp_path: Path) 
         read_headers(open_folder(tmp_path))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=depth(75, 1500), deadline=None)
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4), st.booleans())
 def test_fuzz_a_damaged_file_is_read_or_refused(at: int, patch: bytes, legacy: bool) -> None:
     buffer = io.BytesIO()
@@ -243,7 +244,7 @@ def test_fuzz_a_damaged_file_is_read_or_refused(at: int, patch: bytes, legacy: b
     assert all(0 <= t.begin <= t.end <= len(data) for t in tensors)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=depth(100, 2000), deadline=None)
 @given(st.binary(max_size=120))
 def test_fuzz_any_bytes_are_refused(data: bytes) -> None:
     for prefix in (b"", b"PK\x03\x04", b"\x80\x02", struct.pack("<BB", 0x80, 4)):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import checkpoints
+from support.depth import depth
 from support.models.memory import Memory
 
 from planner.errors import InvalidCheckpoint, InvalidInput
@@ -552,7 +553,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=depth(100, 3000), deadline=None)
 @given(st.dictionaries(st.sampled_from([*sorted(LLAMA), "text_config", "quantization_config", "dtype"]), _JSON))
 def test_fuzz_any_config_is_read_or_refused(change: dict[str, Any]) -> None:
     try:
@@ -566,7 +567,7 @@ def test_fuzz_any_config_is_read_or_refused(change: dict[str, Any]) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=depth(20, 400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from(["hidden_act", "rope_scaling", "rope_theta", "rms_norm_eps", "head_dim", "attention_bias",
