@@ -28,9 +28,9 @@ HUB = "https://huggingface.co"
 #: Nobody listens there.
 NO_HUB = "http://127.0.0.1:9"
 _FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SKIP = shutil.ignore_patterns(
-    ".git", ".venv", ".fairshard", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "shards", "out"
-)
+_SKIP = shutil.ignore_patterns(".git", ".venv", ".fairshard", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+#: What the commands of the documents write into the tree; workers/ has a folder of the first name.
+_WRITTEN = ("shards", "out")
 #: What comes and goes with the machine's speed.
 _FLEETING = re.compile(
     r"^\s*[\d.]+ s  \S+ +(running|\d+%)|^  \S+: (queued|running)|^  for the command line"
@@ -156,7 +156,12 @@ class Session:
 def session(directory: Path) -> Iterator[Session]:
     """A fresh copy of the tree below `directory`."""
     clone, home = directory / "fairshard", directory / "home"
-    shutil.copytree(ROOT, clone, ignore=_SKIP, symlinks=True)
+    shutil.copytree(
+        ROOT,
+        clone,
+        ignore=lambda at, names: _SKIP(at, names) | set(_WRITTEN if Path(at) == ROOT else ()),
+        symlinks=True,
+    )
     home.mkdir()
     made = Session(clone, home)
     try:
