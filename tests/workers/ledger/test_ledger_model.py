@@ -462,7 +462,7 @@ class LedgerMachine(RuleBasedStateMachine):
         left = set(self.clocked.client.scan_iter("fairshard:*"))
         kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:", "fairshard:over:")
         assert {key for key in left if not key.startswith(kept)} <= {
-            "fairshard:jobs", "fairshard:ended", "fairshard:counters",
+            "fairshard:jobs", "fairshard:ended", "fairshard:counters", "fairshard:counters:step_seconds",
         }  # fmt: skip
 
 
