@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from planner.pipeline.large import MOST_ENTRIES, solve_long
 from planner.pipeline.sequence import Sequence
-from planner.pipeline.two_runs import two_runs_bound_s
 from planner.problem.arrays import SLACK, Ints, Problem
 from planner.problem.bounds import lower_bound_s
 from planner.problem.counting import (
@@ -203,8 +202,6 @@ def _relaxed_bound_s(problem: Problem, bound: float) -> float:
         # Any layer anywhere is never slower than contiguous stages, and is solved exactly here.
         relaxed = smallest_budget(in_any_order(work), bound)
         alone = math.inf if relaxed is None else max(bound, relaxed[2])
-    if math.isfinite(alone):
-        alone = two_runs_bound_s(problem, problem.memory + (problem.tied_bytes if apart else 0), alone)
     return max(bound, min(alone, together)) if apart else alone
 
 

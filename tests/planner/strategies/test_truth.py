@@ -13,9 +13,8 @@ from support import planning
 
 from planner.cluster import Cluster, Link
 from planner.errors import Infeasible
-from planner.pipeline.two_runs import two_runs_bound_s
 from planner.plan import Objective, Phase, Plan, PlanOptions
-from planner.problem.arrays import Floats, Ints, build
+from planner.problem.arrays import Floats, Ints
 from planner.profile import ModelProfile
 from planner.replan.replanner import replan
 from planner.strategies.make import make_plan
@@ -180,27 +179,6 @@ def test_what_fits_in_a_time_budget_is_never_refused(strategy: str, block: int) 
                 if planning.is_valid(model, machines, options, nodes)
                 and planning.bottleneck_s(seconds, nodes) <= budget * (1 + 1e-9)
             )
-
-
-def test_two_runs_are_bounded_by_exactly_what_they_take() -> None:
-    solved = 0
-    for seed in range(60):
-        draw = random.Random(seed)
-        odd = [[(draw.randint(1, 9), draw.randint(0, 4))] * draw.choice([0, 0, 1]) for _ in range(3)]
-        first = [(draw.randint(1, 6), draw.randint(0, 3))] * draw.randint(4, 5)
-        second = [(draw.randint(7, 9), draw.randint(0, 3))] * draw.randint(4, 5)
-        layers = [*odd[0], *first, *odd[1], *second, *odd[2]]
-        count = draw.randint(2, 3)
-        machines = planning.cluster(
-            [draw.randint(1, 9) for _ in range(count)], [draw.randint(3, 30) for _ in range(count)]
-        )
-        model, options = planning.profile([f for f, _ in layers], [b for _, b in layers]), PlanOptions()
-        truth = planning.best(model, machines, options, contiguous=True)
-        if math.isfinite(truth):
-            solved += 1
-            problem = build(model, machines, options)
-            assert two_runs_bound_s(problem, problem.memory, truth / 5) == pytest.approx(truth, rel=1e-5)
-    assert solved > 40
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])

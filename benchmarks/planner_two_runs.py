@@ -1,4 +1,4 @@
-"""A bound for contiguous stages over two long runs of equal layers (encoder and decoder), by counting.
+"""The referee's bound for contiguous stages over two long runs of equal layers (encoder and decoder), by counting.
 
 Of the layers outside the runs only the costliest before, between and after them are kept: leaving layers out never
 makes a chain slower. A node then hosts some of one run, or one of the kept layers with what it can of the runs beside
@@ -21,19 +21,20 @@ _MOST_STEPS = 20_000
 _NEVER = -1e9
 
 
-def two_runs_bound_s(problem: Problem, memory: Ints, above_s: float, *, probes: int = 30) -> float:
-    """The smallest bottleneck of the two runs and the kept layers, or `above_s` where that tells no more.
+def two_runs_bound_s(problem: Problem, above_s: float, *, probes: int = 30) -> float:
+    """The smallest bottleneck of the two runs and the kept layers, or `above_s` where that says no more.
+
+    Shared weights count once, at their owner: a copy never makes a chain faster.
 
     Args:
         problem: What to plan.
-        memory: (L,) bytes of each layer.
         above_s: A bound known already, in seconds.
         probes: Steps of the bisection.
     """
     runs = _two_runs(problem)
     if runs is None or above_s <= 0 or (problem.pinned >= 0).any():
         return above_s
-    programme = _Programme(problem, memory, *runs)
+    programme = _Programme(problem, problem.memory, *runs)
     if len(problem.nodes) * programme.first > _MOST_STEPS or programme.hosts_all(above_s * (1 + 1e-6)):
         return above_s
     low, high, step = above_s, above_s, 1.01
