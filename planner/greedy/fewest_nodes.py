@@ -1,7 +1,7 @@
 """The fewest nodes that keep a time budget, where layers are too different to be counted.
 
-Fewer nodes are packed step by step: each set of one node less, most to spare first, by the mission's rule, by best
-fit and by exchanges, until none of the sets tried can be packed. Sets that provably can't be are passed over.
+Fewer nodes are packed step by step: each set of one node less, most to spare first, by the plain rule, by best fit
+and by exchanges, until none of the sets tried can be packed. Sets that provably can't be are passed over.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.greedy.packing import best_fit, by_compute, by_tightness, most_available
-from planner.greedy.repair import by_density, mend
+from planner.greedy.repair import by_density, repair
 from planner.problem.arrays import SLACK, Floats, Ints
 from planner.problem.bounds import effective_rates, lower_bound_s
 from planner.problem.items import Work
@@ -30,7 +30,7 @@ _PRICED_CELLS = 500
 _STEPS, _LEAST_STEPS = 4_000, 300
 
 
-def fewest_items(work: Work, rate: Floats, budget_s: float, start: Ints) -> Ints:
+def fewest_nodes_one_by_one(work: Work, rate: Floats, budget_s: float, start: Ints) -> Ints:
     """As few nodes as are found for all items within the budget, beginning from a `start` that keeps it."""
     search = _Search(work, rate, budget_s)
     best = search.strongest(start)
@@ -92,7 +92,7 @@ class _Search:
         for at in open_:
             (_, chosen), part = ranked[at], parts[at]
             start = by_density(part, self.rate[chosen], self.budget_s)
-            packed = mend(part, start, self.budget_s, steps=max(_LEAST_STEPS, _STEPS // len(open_)))
+            packed = repair(part, start, self.budget_s, steps=max(_LEAST_STEPS, _STEPS // len(open_)))
             if packed is not None:
                 return chosen[packed]
         return None
@@ -143,7 +143,7 @@ def _only(work: Work, chosen: Ints) -> Work:
 
 
 def _packed(part: Work, rate: Floats, budget_s: float) -> Ints | None:
-    """All items layer by layer: by the mission's rule, else wherever least is left over."""
+    """All items layer by layer: by the plain rule, else wherever least is left over."""
     packed = most_available(part, rate, budget_s)
     for order in (by_compute(part), by_tightness(part, budget_s)):
         if packed is None:

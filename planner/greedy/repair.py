@@ -23,7 +23,7 @@ _HEAVIER = 0.02
 _NOTHING = 1e-12
 
 
-class Mender:
+class Exchanges:
     """Loads and rooms of an allocation under change, in units of a mean layer."""
 
     def __init__(self, work: Work, assignment: Ints, budget_s: float) -> None:
@@ -43,7 +43,7 @@ class Mender:
         self.closed = np.zeros((nodes, len(assignment)), dtype=np.int64)
         self.draw = random.Random(len(assignment) * 1_000_003 + nodes)  # noqa: S311  (a fixed sequence of tries)
 
-    def mend(self, steps: int) -> bool:
+    def repair(self, steps: int) -> bool:
         """Exchange until no node is over; whether that was reached in so many steps."""
         for step in range(1, steps + 1):
             over = _over(self.time, self.room)
@@ -119,18 +119,18 @@ def _over(time: Floats, room: Floats) -> Floats:
     return over
 
 
-def mend(work: Work, assignment: Ints, budget_s: float, *, steps: int) -> Ints | None:
+def repair(work: Work, assignment: Ints, budget_s: float, *, steps: int) -> Ints | None:
     """An allocation within `budget_s` and memory, starting from `assignment`, or None if none was found."""
-    mender = Mender(work, assignment, budget_s)
-    if not mender.mend(steps):
+    exchanges = Exchanges(work, assignment, budget_s)
+    if not exchanges.repair(steps):
         return None
     used = np.zeros(len(work.base_s), dtype=np.int64)
-    np.add.at(used, mender.home, work.memory[work.kind])
-    late = work.loads_s(mender.home) > budget_s * (1 + 2 * SLACK)
-    return None if late.any() or (used > work.room_bytes).any() else mender.home
+    np.add.at(used, exchanges.home, work.memory[work.kind])
+    late = work.loads_s(exchanges.home) > budget_s * (1 + 2 * SLACK)
+    return None if late.any() or (used > work.room_bytes).any() else exchanges.home
 
 
-def pour(work: Work, order: Ints) -> Ints:
+def by_free_memory(work: Work, order: Ints) -> Ints:
     """Each item, in order, to the node with the largest share of its memory free: a start, not yet within memory."""
     room = work.room_bytes.astype(np.float64)
     whole = np.maximum(room, 1.0)

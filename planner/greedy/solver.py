@@ -1,4 +1,4 @@
-"""The mission's strategy: layers by compute, most first, each to the node with most available compute.
+"""The strategy `greedy`: layers by compute, most first, each to the node with most available compute.
 
 Available compute is a budget, FLOP/s times the seconds a node's part may take; the smallest budget that works is
 found by bisection, and the result is then refined by steps that only improve. Where layers come in runs of equal
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.greedy.fewest_nodes import MOST_CELLS, fewest_items
+from planner.greedy.fewest_nodes import MOST_CELLS, fewest_nodes_one_by_one
 from planner.greedy.packing import best_fit, by_compute, by_tightness, earliest_finish, most_available
-from planner.greedy.refine import refine
-from planner.greedy.repair import by_density, mend, pour
+from planner.greedy.repair import by_density, by_free_memory, repair
 from planner.problem.arrays import SLACK, Floats, Ints
 from planner.problem.bounds import lower_bound_s
 from planner.problem.counting import (
@@ -77,7 +76,7 @@ def _solve_counts(counts: Counts, rate: Floats, bound: float, budget_s: float | 
     hosting = few if few is not None else drop_weakest(counts, hosting)
     assignment = assign_any_order(counts, counts.trimmed(hosting))
     if few is None and math.isfinite(at_s) and assignment.size * len(rate) <= MOST_CELLS:
-        assignment = fewest_items(counts.work, rate, at_s, assignment)
+        assignment = fewest_nodes_one_by_one(counts.work, rate, at_s, assignment)
     reached = float(counts.work.loads_s(assignment).max())
     exact = budget_s is None and reached <= low * (1 + 4 * SLACK)
     return Solution(assignment=assignment, bottleneck_s=reached, lower_bound_s=min(low, reached), exact=exact)
@@ -89,14 +88,13 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     large = len(work.kind) * len(work.base_s) > 200_000
     anything = budget_s == math.inf
 
-    def consider(assignment: Ints | None, *, steps: int = 40 if large else 400) -> None:
+    def consider(assignment: Ints | None) -> None:
         nonlocal best, reached
         if assignment is None:
             return
-        refined = refine(work, assignment, target_s=bound, steps=0 if anything else steps)
-        seconds = float(work.loads_s(refined).max())
+        seconds = float(work.loads_s(assignment).max())
         if seconds < reached * (1 - SLACK):
-            best, reached = refined, seconds
+            best, reached = assignment, seconds
 
     consider(earliest_finish(work, by_compute(work)))
     if best is None or not (large or anything):
@@ -106,8 +104,8 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
     if best is None:
         consider(best_fit(work, np.argsort(-work.memory[work.kind], kind="stable"), math.inf))
     if best is None and not np.isfinite(work.room_flop).any():
-        start = pour(work, np.argsort(-work.memory[work.kind], kind="stable"))
-        consider(mend(work, start, math.inf, steps=600))
+        start = by_free_memory(work, np.argsort(-work.memory[work.kind], kind="stable"))
+        consider(repair(work, start, math.inf, steps=600))
     if best is None:
         return None
     if anything:
@@ -123,22 +121,22 @@ def _solve_items(work: Work, rate: Floats, bound: float, budget_s: float | None)
         if packed is None:
             low = middle
         else:
-            consider(packed, steps=20 if large else 100)
+            consider(packed)
             high = min(middle, reached)
     if not large and not np.isfinite(work.room_flop).any():
-        best = _mended(work, rate, best, bound)
+        best = _repaired(work, rate, best, bound)
         reached = float(work.loads_s(best).max())
     if budget_s is not None:
         if reached > budget_s * (1 + SLACK):
             return None
-        best = fewest_items(work, rate, budget_s, best)
+        best = fewest_nodes_one_by_one(work, rate, budget_s, best)
         reached = float(work.loads_s(best).max())
     return Solution(
         assignment=best, bottleneck_s=reached, lower_bound_s=min(bound, reached), exact=reached <= bound * (1 + SLACK)
     )
 
 
-def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9) -> Ints:
+def _repaired(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int = 9) -> Ints:
     """Smaller budgets, reached by exchanges from the best so far or from a start by density."""
     reached = float(work.loads_s(best).max())
     failed, failures, steps = bound, 0, min(1200, 12 * len(work.kind))
@@ -146,12 +144,12 @@ def _mended(work: Work, rate: Floats, best: Ints, bound: float, *, probes: int =
         if reached <= failed * 1.002 or failures == 5:
             break
         target = (failed + reached) / 2
-        found = mend(work, best, target, steps=steps)
+        found = repair(work, best, target, steps=steps)
         if found is None and work.memory.any():
-            found = mend(work, by_density(work, rate, target), target, steps=steps)
+            found = repair(work, by_density(work, rate, target), target, steps=steps)
         if found is None:
             failed = target
             failures += 1
         else:
             best, reached = found, float(work.loads_s(found).max())
-    return refine(work, best, target_s=bound)
+    return best

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from planner.greedy.packing import best_fit
-from planner.greedy.repair import mend
+from planner.greedy.repair import repair
 from planner.problem.arrays import SLACK, Floats, Ints, Problem
 from planner.problem.counting import Hosting, assign_any_order, in_any_order, is_exact
 from planner.problem.items import Work
@@ -15,11 +15,11 @@ from planner.replan.moved_bytes import Moving
 
 #: Prices of room tried for layers in runs; groups of odd layers beyond which fewer are.
 PRICES, MANY_GROUPS = 12, 512
-#: Items times nodes up to which an allocation is mended that has no room for what lost its node, and steps of that.
+#: Items times nodes up to which an allocation is repaired that has no room for what lost its node, and steps of that.
 MOST_MENDED, MEND_STEPS = 100_000, 1_000
 
 
-def keep_labels(problem: Problem, nodes: Ints, old: Ints) -> Ints:
+def exchange_equal(problem: Problem, nodes: Ints, old: Ints) -> Ints:
     """Exchange equal layers so that as many as can be stay on the node that holds them now (`old`, -1: nobody)."""
     kept = nodes.copy()
     for kind in np.unique(problem.kind).tolist():
@@ -152,15 +152,15 @@ def keep_items(work: Work, old: Ints, budget_s: float) -> Ints | None:
             return work.layers(homes)
     if np.isfinite(work.room_flop).any() or len(work.kind) * len(base) > MOST_MENDED:
         return None
-    # No room without exchanges: start with everything at home, what has none where that is done first, and mend it.
+    # No room without exchanges: start with everything at home, what has none where that is done first, and repair it.
     homes = old[work.layer].copy()
     loads = work.base_s.copy()
     np.add.at(loads, homes[homes >= 0], work.seconds[homes[homes >= 0], work.kind[homes >= 0]])
     for item in [item for item in np.argsort(-work.flop[work.kind], kind="stable").tolist() if homes[item] < 0]:
         homes[item] = int((loads + work.seconds[:, work.kind[item]]).argmin())
         loads[homes[item]] += work.seconds[homes[item], work.kind[item]]
-    mended = mend(work, homes, budget_s, steps=MEND_STEPS)
-    return None if mended is None else work.layers(mended)
+    repaired = repair(work, homes, budget_s, steps=MEND_STEPS)
+    return None if repaired is None else work.layers(repaired)
 
 
 def _shed(work: Work, homes: Ints, budget_s: float) -> None:

@@ -22,7 +22,7 @@ from planner.problem.items import Answer, Ties, build_work
 from planner.problem.ties import ways_to_tie
 from planner.profile import ModelProfile
 from planner.replan.give_back import give_back, priced
-from planner.replan.keep_layers import keep_counts, keep_items, keep_labels
+from planner.replan.keep_layers import exchange_equal, keep_counts, keep_items
 from planner.replan.keep_stages import keep_stages
 from planner.replan.moved_bytes import Moving
 from planner.strategies.make import accept, answer_for
@@ -104,7 +104,7 @@ def replan(
     staying, known = _candidates(moving, old, within, best.nodes)
     candidates = [best.nodes, *staying]
     if options.strategy != "pipeline":
-        candidates.append(keep_labels(problem, best.nodes, old))
+        candidates.append(exchange_equal(problem, best.nodes, old))
     must = max(_must_move(moving, old, within), known)
     fitting: list[tuple[int, float, int, Ints]] = []
 
@@ -198,7 +198,7 @@ def _candidates(moving: Moving, old: Ints, within_s: float, best: Ints) -> tuple
         if way == "shared":  # as if a copy were free: a bound for every way
             bound = least
         for nodes in plans:
-            labelled = keep_labels(problem, nodes, old)
+            labelled = exchange_equal(problem, nodes, old)
             found.append(labelled)
             # Layers without a home are free to be arranged; those that stay are not.
             staying = dataclasses.replace(problem, pinned=np.where(labelled == old, old, problem.pinned))

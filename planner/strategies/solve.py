@@ -12,7 +12,7 @@ from planner.errors import Infeasible, InvalidInput
 from planner.explain.infeasible import infeasible
 from planner.explain.reports import gib, seconds_text
 from planner.greedy.hops import by_links, fewest_hops, hops
-from planner.greedy.refine import refine
+from planner.greedy.repair import repair
 from planner.greedy.solver import solve
 from planner.latency.detours import fastest
 from planner.latency.solver import any_order_latency, in_order_latency, least_layers_s
@@ -119,10 +119,12 @@ def shortest_chain(problem: Problem, nodes: Ints) -> Ints:
     staged, _ = solve_pipeline(problem)
     if staged is None:
         return best
-    mended = work.layers(refine(work, staged[work.layer], target_s=seconds * (1 + SLACK)))
-    mended = fewest_hops(problem, mended)
-    if problem.fits(mended) and problem.bottleneck_s(mended) <= seconds * (1 + 2 * SLACK):
-        return mended if hops(mended) < hops(best) and len(np.unique(mended)) <= most else best
+    repaired = repair(work, staged[work.layer], seconds, steps=400)
+    if repaired is None:
+        return best
+    repaired = fewest_hops(problem, work.layers(repaired))
+    if problem.fits(repaired) and problem.bottleneck_s(repaired) <= seconds * (1 + 2 * SLACK):
+        return repaired if hops(repaired) < hops(best) and len(np.unique(repaired)) <= most else best
     return best
 
 
