@@ -6,10 +6,6 @@ their parts' prices) ÷ T. In T seconds a node computes layers worth T × max(pr
 memory holds only so much; and no group is faster than the fastest chain that all nodes form. So each node adds
 a bounded amount whatever its group, and every division is below the sum of these amounts, for any prices: the
 best of many are taken.
-
-Apart from that the j fastest of several chains place j models on the nodes at once, which bounds the j-th
-bottleneck; and each kind of layer is on j nodes then, the slowest of which is no faster than the j-th fastest
-of all.
 """
 
 from __future__ import annotations
@@ -20,13 +16,11 @@ import math
 import numpy as np
 
 from planner.problem.arrays import Floats, Problem
-from planner.problem.bounds import concave, lower_bound_s, within
+from planner.problem.bounds import concave, within
 from planner.problem.items import Work
 
 #: Steps by which prices are adapted to what nodes do best, from each start.
 _STEPS = 40
-#: Replicas beyond which the bound of the j-th bottleneck stays what it was.
-_DISTINCT = 128
 #: Bounds are loosened by this, so that rounding never makes them too small.
 _LOOSE = 1e-9
 
@@ -39,14 +33,13 @@ class ReplicaBound:
     most_each: Floats
     #: The most replicas whose layers the nodes' memory holds.
     most_replicas: int
-    #: (at most _DISTINCT,) the most passes a second of the j-th fastest replica.
-    by_rank: Floats
+    #: The most passes a second of one replica.
+    fastest_per_s: float
 
     def per_s(self, parts: int | None = None) -> float:
         """The most passes a second of `parts` replicas together; None: of any number."""
         count = self.most_replicas if parts is None else min(parts, self.most_replicas)
-        ranks = float(self.by_rank[:count].sum()) + max(0, count - len(self.by_rank)) * float(self.by_rank[-1])
-        return min(float(self.most_each.sum()), ranks)
+        return min(float(self.most_each.sum()), count * self.fastest_per_s)
 
 
 def replica_bound(problem: Problem, work: Work, least_s: float) -> ReplicaBound:
@@ -69,23 +62,11 @@ def replica_bound(problem: Problem, work: Work, least_s: float) -> ReplicaBound:
     assert best is not None
     for kind in range(len(work.count)):
         most = min(most, float((work.room_bytes >= work.memory[kind]).sum()))
-    replicas = int(most * (1 + _LOOSE) + _LOOSE)
     return ReplicaBound(
-        most_each=best * (1 + _LOOSE), most_replicas=replicas, by_rank=_by_rank(work, least_s, replicas)
+        most_each=best * (1 + _LOOSE),
+        most_replicas=int(most * (1 + _LOOSE) + _LOOSE),
+        fastest_per_s=(1 + _LOOSE) / least_s if least_s > 0 else math.inf,
     )
-
-
-def _by_rank(work: Work, least_s: float, most: int) -> Floats:
-    alone = np.sort(np.where(work.room_bytes[:, None] >= work.memory, work.seconds, np.inf), axis=0)
-    one = float(work.flop @ work.count)
-    found, slowest = [], least_s
-    for rank in range(1, min(most, _DISTINCT) + 1):
-        several = dataclasses.replace(
-            work, count=work.count * rank, room_flop=np.minimum(work.room_flop, one * (1 + _LOOSE))
-        )
-        slowest = max(slowest, lower_bound_s(several, thorough=False), float(alone[rank - 1].max()))
-        found.append((1 + _LOOSE) / slowest if slowest > 0 else math.inf)
-    return np.array(found)
 
 
 def _prices(work: Work) -> list[Floats]:

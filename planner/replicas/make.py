@@ -8,31 +8,31 @@ own nodes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from planner.cluster import Cluster
 from planner.errors import Infeasible, InvalidInput
 from planner.explain.reports import gib, seconds_text
 from planner.plan import Plan, PlanOptions
 from planner.problem.arrays import SLACK, Problem, build
-from planner.problem.items import build_work
+from planner.problem.counting import is_exact
+from planner.problem.items import Answer, build_work
 from planner.profile import ModelProfile
 from planner.replicas.bounds import ReplicaBound, replica_bound
-from planner.replicas.search import MOST_SETS, divide, sets_of
-from planner.replicas.speeds import Paces
-from planner.replicas.starts import Division
-from planner.strategies.make import make_plan
-from planner.strategies.solve import need_compute
+from planner.replicas.divisions import Division, Group, best_division, classes, promising
+from planner.strategies.make import accept, answer_for, make_plan
+from planner.strategies.solve import attempt, greedy_once, need_compute, pipeline_once
 
 #: Strategies that look for the best plan; the others are there to compare with.
 STRATEGIES = ("greedy", "pipeline")
-#: Divisions that are planned where speeds are estimates: the best by estimate may not be the best. Fewer, if one
-#: loses no more than this part of what is possible.
-_TRIED, _ENOUGH = 3, 1e-3
+#: Sets of nodes up to which all are looked at, and divisions that are where there are more: if layers come in runs,
+#: so that a chain takes a millisecond or so to find, and else.
+_MOST_SETS, _MOST_SETS_ELSE = 256, 32
+_TRIED, _TRIED_ELSE = 6, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,45 +111,97 @@ def make_replicas(
         Infeasible: If not even one chain exists, or not as many as are asked for; `details` has the numbers.
     """
     check_replicas(options, replicas)
-    one = _one_chain(profile, cluster, options, generated_at)
-    if replicas == 1:
-        return _single(profile, cluster, options, one)
+    one = _fastest(profile, cluster, options, generated_at)
     problem = build(profile, cluster, options)
+    if replicas == 1:
+        return _stated(problem, (one,), one, 1 / one.predicted.lower_bound_s)
     need_compute(problem)
-    paces = Paces(problem)
-    work = build_work(problem)
-    assert work is not None, "without pins there is always something to place"
-    bound = replica_bound(problem, work, one.predicted.lower_bound_s)
+    bound = replica_bound(problem, build_work(problem), one.predicted.lower_bound_s)
     parts = None if replicas == "auto" else replicas
     if parts is not None and parts > bound.most_replicas:
         raise _too_many(problem, parts, bound, proven=True)
-    divisions = divide(paces, bound.most_each, parts)
-    most = bound.per_s(parts)
-
-    @functools.cache
-    def chain(ids: frozenset[str]) -> Plan | None:
-        if ids == frozenset(problem.node_ids):
-            return one
-        return _chain(profile, cluster, options, ids=ids, generated_at=generated_at)
-
-    found: list[tuple[Plan, ...]] = []
-    for division in divisions[: 1 if paces.exact else _TRIED]:
-        found.append(_planned(paces, division, chain))
-        if _throughput(found[-1]) >= most * (1 - _ENOUGH):
-            break
-    if parts is not None:
-        found = [chains for chains in found if len(chains) == parts]
-        if not found:
-            raise _too_many(problem, parts, bound, proven=paces.exact and sets_of(paces.kind) <= MOST_SETS)
+    chains, members, most = _Chains(problem), classes(problem), bound.per_s(parts)
+    sets = math.prod(len(nodes) + 1 for nodes in members)
+    ideal: Division | None = ()
+    if sets <= (_MOST_SETS if chains.counted else _MOST_SETS_ELSE):
+        best = best_division(members, chains.rate, parts)
+        ideal = best_division(members, chains.most, parts)
+        most = min(most, sum(map(chains.most, ideal or ())))
     else:
-        found.append((one,))
-    best = max(found, key=_throughput)
-    if paces.exact and sets_of(paces.kind) <= MOST_SETS:  # all divisions were looked at
-        most = min(most, float(paces.rates(divisions[0]).sum()) if divisions else most)
-    return _stated(problem, best, one, most)
+        tried = promising(problem, bound.most_each, parts)[: _TRIED if chains.counted else _TRIED_ELSE]
+        joined = [division for division in map(chains.joined, tried) if parts in (None, len(division))]
+        best = max(joined, key=chains.total, default=None)
+    parted = [_part(problem, group) for group in best or ()]
+    found = [accept(part, answer_for(part), generated_at=generated_at) for part in parted]
+    plans = tuple(sorted(found, key=lambda plan: (plan.predicted.bottleneck_s, min(plan.allocation))))
+    if parts is not None and not plans:
+        raise _too_many(problem, parts, bound, proven=ideal is None)
+    if parts is None and _throughput(plans) < _throughput((one,)):
+        plans = (one,)
+    return _stated(problem, plans, one, most)
 
 
-def _one_chain(profile: ModelProfile, cluster: Cluster, options: PlanOptions, generated_at: str | None) -> Plan:
+class _Chains:
+    """How fast the best chain of any group of nodes is, remembered."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._once = {"greedy": greedy_once, "pipeline": pipeline_once}[problem.options.strategy]
+        self.counted = is_exact(build_work(problem))
+        self._known: dict[Group, tuple[float, float]] = {}
+
+    def rate(self, group: Group) -> float:
+        """Passes a second; 0 where no chain is found that holds the model and keeps the time budget."""
+        return self._rates(group)[0]
+
+    def most(self, group: Group) -> float:
+        """Passes a second that no chain of the group exceeds."""
+        return self._rates(group)[1]
+
+    def total(self, division: Division) -> float:
+        """Passes a second of all groups together."""
+        return sum(map(self.rate, division))
+
+    def joined(self, division: Division) -> Division:
+        """The same without groups that have no chain: their nodes go to the slowest group that has one."""
+        able = [group for group in division if self.rate(group) > 0]
+        if able and len(able) < len(division):
+            slowest = min(able, key=lambda group: (self.rate(group), group))
+            spare = [node for group in division if group not in able for node in group]
+            able[able.index(slowest)] = tuple(sorted((*slowest, *spare)))
+        return tuple(able)
+
+    def _rates(self, group: Group) -> tuple[float, float]:
+        if group not in self._known:
+            inner = _part(self._problem, group)
+            answer = attempt(inner, self._once)
+            # Without a chain there is either provably none, or nobody knows how fast one would be.
+            rate, most = 0.0, 0.0 if answer is True else math.inf
+            if isinstance(answer, Answer):
+                rate, most = 1 / inner.bottleneck_s(answer.nodes), 1 / answer.lower_bound_s
+            least = (1 - 2 * SLACK) / (self._problem.options.time_budget_s or math.inf)
+            self._known[group] = (rate if rate >= least else 0.0, most if most >= least else 0.0)
+        return self._known[group]
+
+
+def _part(problem: Problem, group: Group) -> Problem:
+    """The same layers on these nodes alone, without a time budget."""
+    rows, nodes = np.array(group), tuple(problem.nodes[node] for node in group)
+    return dataclasses.replace(
+        problem,
+        cluster=dataclasses.replace(problem.cluster, nodes=nodes),
+        options=dataclasses.replace(problem.options, time_budget_s=None),
+        nodes=nodes,
+        left_out={},
+        seconds=problem.seconds[rows],
+        capacity=problem.capacity[rows],
+        flop_cap=problem.flop_cap[rows],
+        rate=problem.rate[rows],
+        index_of={node.node_id: at for at, node in enumerate(nodes)},
+    )
+
+
+def _fastest(profile: ModelProfile, cluster: Cluster, options: PlanOptions, generated_at: str | None) -> Plan:
     """The fastest chain of all nodes: within a time budget a plan takes few nodes, so it is asked for without."""
     fastest = make_plan(profile, cluster, dataclasses.replace(options, time_budget_s=None), generated_at=generated_at)
     budget = options.time_budget_s
@@ -158,47 +210,8 @@ def _one_chain(profile: ModelProfile, cluster: Cluster, options: PlanOptions, ge
     return fastest
 
 
-def _chain(
-    profile: ModelProfile, cluster: Cluster, options: PlanOptions, *, ids: frozenset[str], generated_at: str | None
-) -> Plan | None:
-    """The fastest chain of these nodes alone, or None if there is none or it is over the time budget."""
-    mine = dataclasses.replace(cluster, nodes=tuple(node for node in cluster.nodes if node.node_id in ids))
-    asked = dataclasses.replace(
-        options,
-        time_budget_s=None,
-        exclude=frozenset(),
-        max_memory_share={node: share for node, share in options.max_memory_share.items() if node in ids},
-        max_compute_share={node: share for node, share in options.max_compute_share.items() if node in ids},
-    )
-    try:
-        plan = make_plan(profile, mine, asked, generated_at=generated_at)
-    except Infeasible:
-        return None
-    budget = math.inf if options.time_budget_s is None else options.time_budget_s
-    return plan if plan.predicted.bottleneck_s <= budget * (1 + 2 * SLACK) else None
-
-
-def _planned(paces: Paces, division: Division, chain: Callable[[frozenset[str]], Plan | None]) -> tuple[Plan, ...]:
-    """A plan for each group, the fastest first; a group that has none gives its nodes to the slowest other."""
-    ids, groups = paces.problem.node_ids, list(division)
-    while groups:
-        plans = [chain(frozenset(ids[node] for node in group)) for group in groups]
-        made = [plan for plan in plans if plan is not None]
-        if len(made) == len(groups):
-            return tuple(sorted(made, key=lambda plan: (plan.predicted.bottleneck_s, min(plan.allocation))))
-        failed = groups.pop(plans.index(None))
-        if groups:
-            slowest = int(paces.rates(groups).argmin())
-            groups[slowest] = tuple(sorted((*groups[slowest], *failed)))
-    return ()
-
-
-def _throughput(plans: Sequence[Plan]) -> float:
+def _throughput(plans: tuple[Plan, ...]) -> float:
     return sum(1 / plan.predicted.bottleneck_s for plan in plans)
-
-
-def _single(profile: ModelProfile, cluster: Cluster, options: PlanOptions, one: Plan) -> Replicas:
-    return _stated(build(profile, cluster, options), (one,), one, 1 / one.predicted.lower_bound_s)
 
 
 def _stated(problem: Problem, plans: tuple[Plan, ...], one: Plan, most: float) -> Replicas:
@@ -239,17 +252,14 @@ def _too_many(problem: Problem, parts: int, bound: ReplicaBound, *, proven: bool
         "time_budget_s": budget,
         "proven": proven,
     }
+    within = "" if budget is None else f" within {seconds_text(budget)}"
     text = f"{parts} replicas of {name} need {gib(parts * needed)} ({gib(needed)} each, weights and KV cache)"
     text += f" and the {count} nodes have {gib(usable)}"
     if missing:
         text += f": {gib(missing)} are missing"
     elif proven and parts > bound.most_replicas:
-        text += f", but in whole layers{_within(budget)} they hold {bound.most_replicas} at most"
+        text += f", but in whole layers{within} they hold {bound.most_replicas} at most"
     else:
         text += f", but {'there is' if proven else 'found was'} no way to divide them into {parts} groups that each "
-        text += f"hold the model{_within(budget)}"
+        text += f"hold the model{within}"
     return Infeasible(text + "; ask for fewer, or for auto", details=details)
-
-
-def _within(budget_s: float | None) -> str:
-    return "" if budget_s is None else f" within {seconds_text(budget_s)}"

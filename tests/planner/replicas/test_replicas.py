@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from support import planning
+from support.depth import some
 
 from planner.cluster import Cluster, Node
 from planner.errors import Infeasible, InvalidInput
@@ -21,7 +22,6 @@ from planner.problem.items import build_work
 from planner.profile import ModelProfile
 from planner.replicas.bounds import replica_bound
 from planner.replicas.make import Replicas, make_replicas
-from planner.replicas.speeds import Paces
 from planner.strategies.make import make_plan
 
 Parts = Literal["auto"] | int
@@ -99,7 +99,7 @@ def check(found: Replicas, model: ModelProfile, machines: Cluster, options: Plan
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", some(range(3), shallow=range(1)))
 def test_no_division_of_a_small_cluster_makes_more(strategy: str, block: int) -> None:
     options, divided = PlanOptions(strategy=strategy), 0
     for seed in range(block * 10, (block + 1) * 10):
@@ -120,7 +120,7 @@ def test_no_division_of_a_small_cluster_makes_more(strategy: str, block: int) ->
     assert divided >= 3
 
 
-@pytest.mark.parametrize("block", range(2))
+@pytest.mark.parametrize("block", some(range(2), shallow=range(1)))
 def test_as_many_chains_as_are_asked_for_or_none(block: int) -> None:
     options, outcomes = PlanOptions(), set()
     for seed in range(block * 10, (block + 1) * 10):
@@ -159,31 +159,6 @@ def test_the_bound_of_prices_holds_for_every_division() -> None:
             assert truth == 0 or count is None or count <= bound.most_replicas
             tight += truth > 0 and bound.per_s(count) <= truth * 1.05
     assert tight > 20, "the bound is often near"
-
-
-@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-def test_sets_of_nodes_are_as_fast_as_their_plans(strategy: str) -> None:
-    compared = 0
-    for seed in range(40):
-        model, machines = planning.random_case(seed, nodes=4, runs=seed % 3 > 0)
-        options = PlanOptions(strategy=strategy)
-        problem = build(model, machines, options)
-        paces = Paces(problem)
-        if not paces.exact:
-            continue
-        groups = [
-            g
-            for size in range(1, len(problem.nodes) + 1)
-            for g in itertools.combinations(range(len(problem.nodes)), size)
-        ]
-        for group, seconds in zip(groups, paces.seconds(groups).tolist(), strict=True):
-            mine = dataclasses.replace(machines, nodes=tuple(problem.nodes[at] for at in group))
-            plan = planning.outcome(model, mine, options)
-            expected = plan.predicted.bottleneck_s if isinstance(plan, Plan) else math.inf
-            assert seconds <= expected * (1 + 1e-9) or seconds == expected
-            assert expected == math.inf or expected <= seconds * (1 + 6e-4)
-            compared += math.isfinite(expected)
-    assert compared > 100
 
 
 def many(count: int, seed: int, *, layers: int = 30) -> tuple[ModelProfile, Cluster]:
