@@ -12,11 +12,6 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def _shown(name: object) -> str:
-    text = repr(name)
-    return text if len(text) <= 80 else f"{text[:77]}... ({len(str(name))} characters)"
-
-
 def check_model_name(name: object) -> str:
     """Return `name` if it is a repository id "owner/name".
 
@@ -27,10 +22,7 @@ def check_model_name(name: object) -> str:
         parts = name.split("/")
         if all(_PART.fullmatch(p) and "--" not in p and ".." not in p for p in parts) and not name.endswith(".git"):
             return name
-    raise InvalidInput(
-        f"model_name must be 'owner/name' (letters, digits, '-', '_', '.'; 96 characters a part), got {_shown(name)}",
-        details={"field": "model_name"},
-    )
+    raise _refused("model_name", name, "'owner/name' (letters, digits, '-', '_', '.'; 96 characters a part)")
 
 
 def check_revision(revision: object) -> str:
@@ -41,10 +33,7 @@ def check_revision(revision: object) -> str:
     """
     if isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision and "//" not in revision:
         return revision
-    raise InvalidInput(
-        f"revision must be a branch, tag or commit of up to 128 characters, got {_shown(revision)}",
-        details={"field": "revision"},
-    )
+    raise _refused("revision", revision, "a branch, tag or commit of up to 128 characters")
 
 
 def check_node_id(node_id: object) -> str:
@@ -55,7 +44,10 @@ def check_node_id(node_id: object) -> str:
     """
     if isinstance(node_id, str) and _NODE.fullmatch(node_id) and ".." not in node_id:
         return node_id
-    raise InvalidInput(
-        f"node_id must be 1 to 64 letters, digits, '.', '_' or '-', got {_shown(node_id)}",
-        details={"field": "node_id"},
-    )
+    raise _refused("node_id", node_id, "1 to 64 letters, digits, '.', '_' or '-'")
+
+
+def _refused(field: str, value: object, expected: str) -> InvalidInput:
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}... ({len(str(value))} characters)"
+    return InvalidInput(f"{field} must be {expected}, got {text}", details={"field": field})

@@ -93,7 +93,7 @@ class NodeReport:
     seconds: float = 0
     memory_used_bytes: int = 0
     memory_free_bytes: int = 0
-    #: GFLOP/s the node offered, for the seed's clients.
+    #: GFLOP/s the node offered, a field of the williw protocol.
     compute_power: float = 0
     #: flop / (flop_per_s * time_budget_s), at most 1.
     compute_utilization: float = 0
@@ -103,17 +103,16 @@ class NodeReport:
 class Hop:
     """One link of the Megaphone chain: what passes from one step's node to the next."""
 
-    step: int
     node_id: str
+    step: int
     layer_names: tuple[str, ...]
     #: node_ids that receive this step's output; empty at the end of the chain.
     next_nodes: tuple[str, ...]
-    #: Bytes handed on, seconds the link needs for them.
+    #: Bytes handed on; the link they take, None at the end of the chain; seconds it needs for them.
     payload_bytes: int = 0
+    link: Link | None = None
     transfer_s: float = 0
     compute_s: float = 0
-    #: The link the output takes; None at the end of the chain.
-    link: Link | None = None
     #: What the receiver checks before it runs.
     check: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Layer by layer: the mission's rule and its relatives, for layers that do not come in runs.
+"""Layer by layer: the plain greedy rule and its relatives, for layers that do not come in runs.
 
 Each returns the (I,) node of each item, or None where a layer finds no node.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ def by_tightness(work: Work, budget_s: float) -> Ints:
 
 
 def most_available(work: Work, rate: Floats, budget_s: float) -> Ints | None:
-    """The mission's rule: layers by compute, most first, each to the node with most available compute.
+    """The plain rule: layers by compute, most first, each to the node with most available compute.
 
     Available compute is the node's FLOP/s times what is left of its budget; no node goes beyond compute or memory.
     """
@@ -73,56 +75,37 @@ def most_available(work: Work, rate: Floats, budget_s: float) -> Ints | None:
 
 def earliest_finish(work: Work, order: Ints) -> Ints | None:
     """Each layer to the node that would be done first with it."""
-    loads = work.base_s.copy()
-    room = work.room_bytes.copy()
-    share = work.room_flop.copy()
-    shared = bool(np.isfinite(share).any())
-    assignment = np.empty(len(work.kind), dtype=np.int64)
-    bound = bool(work.memory.any())
     columns = by_kind(work)
-    memory, kinds = work.memory.tolist(), work.kind.tolist()
-    for item in order.tolist():
-        kind = kinds[item]
-        after = loads + columns[kind]
-        if bound:
-            after[room < memory[kind]] = np.inf
-        if shared:
-            after[share < work.flop[kind]] = np.inf
-        node = int(after.argmin())
-        if after[node] == np.inf:
-            return None
-        assignment[item] = node
-        loads[node] = after[node]
-        room[node] -= memory[kind]
-        if shared:
-            share[node] -= work.flop[kind]
-    return assignment
+    return _each_to_the_least(work, order, work.base_s, lambda kind: columns[kind])
 
 
 def best_fit(work: Work, order: Ints, budget_s: float) -> Ints | None:
     """Each layer to the node that it leaves least room on: of time within the budget, or of memory without one."""
-    timed = math.isfinite(budget_s)
-    left = (budget_s * (1 + SLACK) - work.base_s) if timed else work.room_bytes.astype(np.float64)
-    if (left < 0).any():
-        return None
-    room = work.room_bytes.copy()
-    share = work.room_flop.copy()
+    if math.isinf(budget_s):
+        room = work.room_bytes.astype(np.float64)
+        return None if (room < 0).any() else _each_to_the_least(work, order, room, lambda kind: -work.memory[kind])
+    left, columns = budget_s * (1 + SLACK) - work.base_s, by_kind(work)
+    return None if (left < 0).any() else _each_to_the_least(work, order, left, lambda kind: -columns[kind])
+
+
+def _each_to_the_least(work: Work, order: Ints, now: Floats, change: Callable[[int], Any]) -> Ints | None:
+    """Each layer to the node where (N,) `now` is least after its `change`: at least 0, within memory and share."""
+    now, room, share = now.copy(), work.room_bytes.copy(), work.room_flop.copy()
     shared = bool(np.isfinite(share).any())
-    columns = by_kind(work)
     assignment = np.empty(len(work.kind), dtype=np.int64)
+    memory, kinds = work.memory.tolist(), work.kind.tolist()
     for item in order.tolist():
-        kind = int(work.kind[item])
-        cost = columns[kind] if timed else float(work.memory[kind])
-        after = left - cost
-        after[(after < 0) | (room < work.memory[kind])] = np.inf
+        kind = kinds[item]
+        after = now + change(kind)
+        after[(after < 0) | (room < memory[kind])] = np.inf
         if shared:
             after[share < work.flop[kind]] = np.inf
         node = int(after.argmin())
         if after[node] == np.inf:
             return None
         assignment[item] = node
-        left[node] = after[node]
-        room[node] -= work.memory[kind]
+        now[node] = after[node]
+        room[node] -= memory[kind]
         if shared:
             share[node] -= work.flop[kind]
     return assignment

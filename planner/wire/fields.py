@@ -8,9 +8,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, missing
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, missing, post_load
 from marshmallow.exceptions import SCHEMA
 
 from planner.errors import InvalidInput
@@ -152,9 +152,15 @@ class Lenient(Schema):
 
         unknown = EXCLUDE
 
+    #: What the fields make; None: they stay a mapping.
+    value: ClassVar[type | None] = None
+
+    @post_load
     def make(self, data: dict[str, Any], **_: Any) -> Any:
         """The value that the fields mean."""
-        return data
+        if self.value is None:
+            return data
+        return self.value(**{name: tuple(each) if isinstance(each, list) else each for name, each in data.items()})
 
 
 class Many(fields.Field[list[Any]]):

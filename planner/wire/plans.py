@@ -54,21 +54,18 @@ class StageSchema(Lenient):
 class PredictionSchema(Lenient):
     """What the plan should cost."""
 
+    value = Prediction
     bottleneck_s = Number(required=True)
     latency_s = Number(required=True)
     lower_bound_s = Number(required=True)
     gap = Number(low=-_SLACK, required=True)
     exact = Flag(required=True)
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> Prediction:
-        """The value."""
-        return Prediction(**data)
-
 
 class NodeReportSchema(Lenient):
     """One node's part and why."""
 
+    value = NodeReport
     node_id = NodeId(required=True)
     used = Flag(required=True)
     reason = Text(longest=4096, required=True)
@@ -80,27 +77,19 @@ class NodeReportSchema(Lenient):
     compute_power = Number(load_default=0.0)
     compute_utilization = Number(high=1.0 + _SLACK, load_default=0.0)
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> NodeReport:
-        """The value."""
-        return NodeReport(**data)
-
 
 class HopLinkSchema(Lenient):
     """A link."""
 
+    value = Link
     latency_s = seconds(load_default=0.0)
     bytes_per_s = Number(positive=True, load_default=None, allow_none=True)
-
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> Link:
-        """The value."""
-        return Link(**data)
 
 
 class HopSchema(Lenient):
     """One step of the chain."""
 
+    value = Hop
     step = Integer(required=True)
     node_id = NodeId(required=True)
     layer_names = _names()
@@ -111,23 +100,14 @@ class HopSchema(Lenient):
     link = fields.Nested(HopLinkSchema, load_default=None, allow_none=True)
     check = Free(load_default=dict)
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> Hop:
-        """The value."""
-        return Hop(**{**data, "layer_names": tuple(data["layer_names"]), "next_nodes": tuple(data["next_nodes"])})
-
 
 class MegaphoneSchema(Lenient):
     """The chain and its announcement."""
 
+    value = Megaphone
     start_node = NodeId(required=True)
     chain = Many(HopSchema, shortest=1, longest=MAX_LAYERS, required=True)
     announcement = Free(load_default=dict)
-
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> Megaphone:
-        """The value."""
-        return Megaphone(**{**data, "chain": tuple(data["chain"])})
 
 
 class ShareSchema(Lenient):
@@ -144,24 +124,31 @@ class TotalsSchema(Lenient):
     model_type = Text(longest=128, load_default=None, allow_none=True)
 
 
-class PlanSchema(Lenient):
-    """A plan as the API answers it and as it is published."""
+class EditedPlanSchema(Lenient):
+    """What somebody who edits a plan decides; all else in the file follows from it and is not read."""
 
-    schema_version = Integer(low=1, high=10**6, load_default=1, validate=validate.Range(max=SCHEMA_VERSION))
-    plan_id = PlanId(required=True)
     model_name = ModelName(required=True)
     revision = Text(longest=128, load_default=None, allow_none=True)
-    unit = Text(choices=("layer", "tensor"), load_default="layer")
-    strategy = Text(longest=64, required=True)
+    strategy = Text(longest=64, load_default="greedy")
     objective = Text(choices=OBJECTIVES, load_default="throughput")
     phase = Text(choices=PHASES, load_default="prefill")
     batch_size = Integer(low=1, high=MAX_BATCH_SIZE, load_default=1)
     sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
-    time_budget_s = Number(required=True)
-    metadata = fields.Nested(TotalsSchema, required=True)
     split_plan = fields.Dict(
         keys=NodeId(), values=fields.Nested(ShareSchema), required=True, validate=validate.Length(1, MAX_NODES)
     )
+    generated_at = Text(longest=64, load_default=None, allow_none=True)
+
+
+class PlanSchema(EditedPlanSchema):
+    """A plan as the API answers it and as it is published."""
+
+    schema_version = Integer(low=1, high=10**6, load_default=1, validate=validate.Range(max=SCHEMA_VERSION))
+    plan_id = PlanId(required=True)
+    unit = Text(choices=("layer", "tensor"), load_default="layer")
+    strategy = Text(longest=64, required=True)
+    time_budget_s = Number(required=True)
+    metadata = fields.Nested(TotalsSchema, required=True)
     stages = Many(StageSchema, shortest=1, longest=MAX_LAYERS, required=True)
     predicted = fields.Nested(PredictionSchema, required=True)
     nodes = Many(NodeReportSchema, shortest=1, longest=MAX_NODES, required=True)
@@ -173,7 +160,6 @@ class PlanSchema(Lenient):
         load_default=None,
         allow_none=True,
     )
-    generated_at = Text(longest=64, load_default=None, allow_none=True)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> Plan:
@@ -217,22 +203,6 @@ def _check_agreement(plan: Plan) -> None:
     reported = [report.node_id for report in plan.nodes]
     if len(set(reported)) != len(reported) or not set(plan.allocation) <= set(reported):
         raise ValidationError("must have one entry for each node of split_plan", "nodes")
-
-
-class EditedPlanSchema(Lenient):
-    """What somebody who edits a plan decides; all else in the file follows from it and is not read."""
-
-    model_name = ModelName(required=True)
-    revision = Text(longest=128, load_default=None, allow_none=True)
-    strategy = Text(longest=64, load_default="greedy")
-    objective = Text(choices=OBJECTIVES, load_default="throughput")
-    phase = Text(choices=PHASES, load_default="prefill")
-    batch_size = Integer(low=1, high=MAX_BATCH_SIZE, load_default=1)
-    sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
-    split_plan = fields.Dict(
-        keys=NodeId(), values=fields.Nested(ShareSchema), required=True, validate=validate.Length(1, MAX_NODES)
-    )
-    generated_at = Text(longest=64, load_default=None, allow_none=True)
 
 
 class OptionsSchema(Schema):

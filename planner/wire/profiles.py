@@ -37,29 +37,21 @@ class TensorSchema(Lenient):
 class KvTermsSchema(Lenient):
     """KV cache of one layer by sequence length."""
 
+    value = KvTerms
     fixed_bytes = Integer(load_default=0)
     bytes_per_token = Integer(load_default=0)
     window_tokens = Integer(low=1, load_default=None, allow_none=True)
     bytes_per_later_token = Integer(load_default=0)
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> KvTerms:
-        """The value."""
-        return KvTerms(**data)
-
 
 class MaskTermsSchema(Lenient):
     """What an attention mask hides."""
 
+    value = MaskTerms
     flop_per_pair = Number(required=True)
     behind_tokens = Integer(load_default=None, allow_none=True)
     ahead_tokens = Integer(load_default=None, allow_none=True)
     chunk_tokens = Integer(low=1, load_default=None, allow_none=True)
-
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> MaskTerms:
-        """The value."""
-        return MaskTerms(**data)
 
 
 def _terms(**options: Any) -> fields.List[float]:
@@ -68,7 +60,7 @@ def _terms(**options: Any) -> fields.List[float]:
 
 
 class LayerSchema(Lenient):
-    """A layer, or a single tensor of the seed's metadata."""
+    """A layer, or a single tensor of williw metadata."""
 
     name = Text(required=True)
     compute_required = Number(required=True)
@@ -97,7 +89,7 @@ class LayerSchema(Lenient):
     tied_bytes = Integer(load_default=0)
     tied_tensors = fields.List(Text(), load_default=list)
     tensors = Many(TensorSchema, longest=10**6, load_default=list)
-    # The seed's: one tensor's.
+    # The williw form's: one tensor's.
     shape = fields.List(Integer(), validate=validate.Length(max=32), load_default=None, allow_none=True)
     dtype = Text(longest=64, load_default=None, allow_none=True)
 
