@@ -16,7 +16,7 @@ from planner.problem.cost import layer_flop, layer_memory_bytes
 Nodes = list[int] | None
 
 
-def seed_rule(case: Case, *, budget_s: float = 1.0) -> Nodes:
+def first_rule(case: Case, *, budget_s: float = 1.0) -> Nodes:
     """Layers by FLOP, most first, each to the node with most FLOP left of `budget_s`; memory is not looked at."""
     left = [node.available_flop_per_s * budget_s for node in case.cluster.nodes]
     flop = [layer_flop(layer, case.model) for layer in case.model.layers]

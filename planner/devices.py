@@ -2,8 +2,8 @@
 
 Names are compared whole, after normalisation: never by substring, or a "Quadro T400" would be a T4 and a laptop's
 RTX 4090 the desktop card. What is not in the catalogue is an error that asks for figures; none is made up. The
-figures are the vendors' peaks for dense matrices with 32-bit accumulation where they tell; what a node measures of
-itself always wins over them.
+figures are the vendors' peaks for dense matrices, with 32-bit accumulation where they state it; what a node measures
+of itself always wins over them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Device:
     name: str
     #: Dense FLOP/s by "fp32", "tf32", "fp16", "bf16", "fp8", "int8"; what it has no units for is absent.
     flop_per_s: Mapping[str, float]
-    #: None where the name does not tell (Apple's unified memory, processors).
+    #: None where machines of one name differ (Apple's unified memory, processors).
     memory_bytes: int | None
     memory_bytes_per_s: float | None
     #: The vendor's document that the figures come from.
@@ -123,7 +123,7 @@ def lookup(name: str, *, memory_bytes: int | None = None) -> Device:
 
 
 def variants(name: str, *, memory_bytes: int | None = None) -> tuple[Device, ...]:
-    """The devices of that name: one, or several that the name does not tell apart ("A100").
+    """The devices of that name: one, or several variants of one name ("A100").
 
     Raises:
         InvalidInput: If the name is not in the catalogue.
@@ -158,7 +158,7 @@ def complete_node(
     gpu_usage_percent: float | None = None,
     cpu_cores: int | None = None,
 ) -> Node:
-    """The node that these fields, ours and the seed's, describe; what is stated wins over the catalogue.
+    """The node that these fields, ours and the williw protocol's, describe; what is stated wins over the catalogue.
 
     Raises:
         InvalidInput: If FLOP/s or memory is not stated and does not follow from the device; `details["field"]` names
@@ -194,8 +194,9 @@ def complete_node(
         memory_bytes = known["memory_bytes"] if memory_bytes is None else memory_bytes
     for field, value in (("flop_per_s", flop_per_s), ("memory_bytes", memory_bytes)):
         if value is None:
-            why = f"; {name} does not tell" if name else " (or a device that the catalogue knows, or cpu_cores)"
-            raise InvalidInput(f"is required{why}", details={"field": field})
+            what = "memory size" if field == "memory_bytes" else "FLOP/s"
+            why = f"the catalogue has no {what} for {name}" if name else "or a device of the catalogue, or cpu_cores"
+            raise InvalidInput(f"is required ({why})", details={"field": field})
     assert flop_per_s is not None
     assert memory_bytes is not None
     return Node(
@@ -215,7 +216,7 @@ def _from_catalogue(
         found = variants(name, memory_bytes=memory_bytes)
     except InvalidInput as error:
         raise InvalidInput(str(error), details={**error.details, "field": field}) from None
-    # Where the name does not tell variants apart, the node has at least what the least of them has.
+    # Where several variants have the name, the node has at least what the least of them has.
     least: dict[str, Any] = {
         "flop_per_s": min(device.rate(dtype) for device in found),
         "memory_bytes": _least(device.memory_bytes for device in found),

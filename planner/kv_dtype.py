@@ -19,7 +19,7 @@ def with_kv_dtype(profile: ModelProfile, kv_dtype: str) -> ModelProfile:
         kv_dtype: safetensors' or torch's name ("F8_E4M3", "float16").
 
     Raises:
-        InvalidInput: If `kv_dtype` is not known, or the model's dtype does not tell what its cache is kept in.
+        InvalidInput: If `kv_dtype` is not known, or the dtype of the cache does not follow from the model's.
     """
     new = dtypes.canonical(kv_dtype)
     new_bits = dtypes.bits(new) if new else None
@@ -31,7 +31,7 @@ def with_kv_dtype(profile: ModelProfile, kv_dtype: str) -> ModelProfile:
     old_bits = dtypes.bits(old) if old in _FLOATS and old else None
     if old_bits is None:
         raise InvalidInput(
-            f"the metadata's dtype is {profile.dtype}, which does not tell what its KV cache is kept in; "
+            f"the metadata's dtype is {profile.dtype}, from which the dtype of its KV cache does not follow; "
             "profile the model with that kv_dtype",
             details={"field": "kv_dtype", "dtype": profile.dtype},
         )

@@ -10,7 +10,7 @@ from planner.errors import InvalidInput
 MAX_BATCH_SIZE = 65_536
 #: Tokens in one sequence; the longest contexts published are 10 Mi tokens.
 MAX_SEQUENCE_LENGTH = 16_777_216
-#: Layers, or tensors in metadata of the seed's form (DeepSeek-V3 has 91,991).
+#: Layers, or tensors in metadata of the williw form (DeepSeek-V3 has 91,991).
 MAX_LAYERS = 200_000
 #: Nodes in a cluster.
 MAX_NODES = 100_000

@@ -90,7 +90,7 @@ def megaphone(
         names = tuple(layer.name for layer in layers)
         chain.append(
             Hop(
-                step=number + 1,  # the seed counts from 1
+                step=number + 1,  # the williw protocol counts from 1
                 node_id=stage.node_id,
                 layer_names=names,
                 next_nodes=(target,) if target else (),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-#: What the planner moves: whole layers, or single tensors for metadata of the seed's form.
+#: What the planner moves: whole layers, or single tensors for williw metadata.
 Unit = Literal["layer", "tensor"]
 
 #: [c0, c1, c2] of c0 + c1*S + c2*S**2, for a sequence of S tokens.

@@ -51,7 +51,7 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     do_split = _wants_split(asked, chosen, alive)
     revision = made.revision
     if do_split and revision is None:
-        # Metadata that names no commit (the seed's form): all nodes must cut from the same one.
+        # Metadata that names no commit (the williw form): all nodes must cut from the same one.
         revision = _resolve(services, made.model_name, token)
         made = replace(made, revision=revision)
     published = publish_plan(made, services.store())

@@ -33,9 +33,9 @@ def have_text(size_bytes: int) -> str:
 
 def seconds_text(seconds: float, *, up: bool = False) -> str:
     """Seconds for people, with four digits; `up`: no fewer than there are."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         size = seconds * factor
-        if size >= 1 or unit == "us":
+        if size >= 1 or unit == "µs":
             text = f"{size:.4g}"
             if up and float(text) < size * (1 - SLACK):
                 text = f"{size + 10.0 ** (math.floor(math.log10(size)) - 3) / 2:.4g}"

@@ -1,1 +1,1 @@
-"""The mission's strategy: any layer anywhere."""
+"""The strategy `greedy`: any layer on any node."""

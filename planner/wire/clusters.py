@@ -1,4 +1,4 @@
-"""marshmallow schemas of nodes files: our form and williw's."""
+"""marshmallow schemas of nodes files: our form and the williw protocol's."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _with_unit(value: Any, suffix: str = "") -> Any:
 
 
 class NodeSchema(Lenient):
-    """A node in our form, in williw's, or in a mixture: what is stated wins over what the catalogue says."""
+    """A node in our form, in the williw form, or in a mixture: what is stated wins over what the catalogue says."""
 
     node_id = NodeId(required=True)
     flop_per_s = Number(positive=True, load_default=None, allow_none=True)
@@ -58,14 +58,14 @@ class NodeSchema(Lenient):
     memory_bytes_per_s = ByteRate(positive=True, load_default=None, allow_none=True)
     busy = Number(high=1.0, data_key="load", load_default=None, allow_none=True)
     device = Text(longest=256, load_default=None, allow_none=True)
-    # williw's.
+    # The williw protocol's.
     gpu_available = Flag(load_default=None, allow_none=True)
     gpu_name = Text(longest=256, load_default=None, allow_none=True)
     gpu_usage_percent = Number(high=100.0, load_default=None, allow_none=True)
     cpu_cores = Integer(low=1, high=65_536, load_default=None, allow_none=True)
 
     @pre_load
-    def take_williws_id(self, data: Any, **_: Any) -> Any:
+    def take_the_williw_id(self, data: Any, **_: Any) -> Any:
         """`id` stands for `node_id`."""
         if isinstance(data, Mapping) and "node_id" not in data and "id" in data:
             return {**data, "node_id": data["id"]}

@@ -37,10 +37,11 @@ __all__ = [
 
 
 def profile_from_json(obj: object) -> ModelProfile:
-    """The profile that metadata means, in our form or williw's.
+    """The profile that metadata means, in our form or the williw form.
 
     Only `model_name` and each layer's `name` and `compute_required` are required. Byte counts that are missing come
-    from `shape` and `dtype`, or are 0. Without a `schema_version` the layers are williw's: single tensors.
+    from `shape` and `dtype`, or are 0. Without a `schema_version` they are those of williw metadata:
+    single tensors.
 
     Raises:
         InvalidMetadata: If it cannot be planned from; `details["errors"]` lists path and message.
@@ -81,7 +82,7 @@ def options_from_json(obj: object) -> PlanOptions:
 
 
 def node_from_json(obj: object, *, dtype: str | None = None) -> Node:
-    """A node in our form, williw's, or a mixture; what is missing comes from the catalogue.
+    """A node in our form, the williw form, or a mixture; what is missing comes from the catalogue.
 
     Args:
         obj: {node_id, flop_per_s, memory_bytes, ...} or {node_id|id, gpu_available, gpu_name, gpu_usage_percent,

@@ -137,7 +137,7 @@ def test_a_node_whose_name_fits_several_cards_has_what_the_least_of_them_has() -
             {"flop_per_s": 4e13, "memory_bytes": 10, "memory_bytes_per_s": None},
         ),
         ({"device": "Tesla T4", "memory_bytes": 10}, {"flop_per_s": 65e12, "memory_bytes_per_s": 320e9}),
-        # The seed's form.
+        # The williw form.
         (
             {"gpu_available": True, "gpu_name": "Tesla T4", "gpu_usage_percent": 25, "cpu_cores": 8},
             {"flop_per_s": 65e12, "load": 0.25, "available_flop_per_s": 0.75 * 65e12, "device": "Tesla T4"},
@@ -162,7 +162,7 @@ def test_a_node_whose_name_fits_several_cards_has_what_the_least_of_them_has() -
             },
         ),
         ({"device": "Apple M2 Max", "memory_bytes": 64 * GIB}, {"flop_per_s": 13.6e12, "memory_bytes": 64 * GIB}),
-        # A load that is stated wins over the seed's percentage.
+        # A load that is stated wins over the williw form's percentage.
         ({"device": "Tesla T4", "load": 0.5, "gpu_usage_percent": 10}, {"load": 0.5}),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import planning
+from support.depth import some
 
 import planner.explain.remedies
 from planner.cluster import Cluster
@@ -154,7 +155,7 @@ def _faults(model: ModelProfile, machines: Cluster, options: PlanOptions, error:
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", some(range(4), shallow=range(1)))
 def test_the_change_that_is_stated_is_the_smallest_and_does_help(strategy: str, block: int) -> None:
     tried = 0
     for seed in range(block * 100, block * 100 + 100):
@@ -199,9 +200,9 @@ def test_the_smallest_time_budget_that_fits_is_stated(strategy: str, objective: 
         error = planning.outcome(model, machines, short)
         assert isinstance(error, Infeasible)
         assert error.details["needed_time_budget_s"] == pytest.approx(truth, rel=1e-6)
-        text = re.search(r"found is ([\d.e+-]+) (s|ms|us)$", str(error))
+        text = re.search(r"found is ([\d.e+-]+) (s|ms|µs)$", str(error))
         assert text is not None
-        stated = float(text[1]) / {"s": 1, "ms": 1e3, "us": 1e6}[text[2]]
+        stated = float(text[1]) / {"s": 1, "ms": 1e3, "µs": 1e6}[text[2]]
         for enough in (stated, error.details["remedies"][0]["time_budget_s"]):
             assert _fits(model, machines, dataclasses.replace(short, time_budget_s=enough))
     assert tried > 10

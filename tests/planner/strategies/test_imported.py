@@ -175,5 +175,5 @@ def test_the_kv_cache_scales_with_its_dtype_and_fixed_states_do_not() -> None:
     assert wide.kv_cache_bytes == 2 * (4 * 16 + 6 * 2) + 16
     with pytest.raises(InvalidInput, match="is not known"):
         with_kv_dtype(profile, "F7")
-    with pytest.raises(InvalidInput, match="dtype is U8, which does not tell"):
+    with pytest.raises(InvalidInput, match="dtype is U8, from which the dtype of its KV cache does not follow"):
         with_kv_dtype(ModelProfile(model_name="a/b", dtype="U8", layers=layers), "F16")

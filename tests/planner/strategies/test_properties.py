@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import planning
+from support.depth import depth
 
 from planner.cluster import Cluster, Link, Node
 from planner.errors import Infeasible, InvalidInput
@@ -17,7 +18,7 @@ from planner.profile import ModelProfile
 from planner.replan.replanner import replan
 from planner.strategies.make import STRATEGIES, make_plan
 
-_SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+_SETTINGS = settings(max_examples=depth(40, 400), suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

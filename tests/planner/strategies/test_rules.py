@@ -306,7 +306,7 @@ def test_the_same_node_twice_is_refused() -> None:
         make_plan(planning.profile([1.0]), Cluster(nodes=(node, node)))
 
 
-def test_seed_metadata_of_single_tensors_plans_as_it_stands() -> None:
+def test_williw_metadata_of_single_tensors_plans_as_it_stands() -> None:
     # 16 blocks of 9 tensors, no bytes known, the embedding without FLOP.
     kinds = [4.0, 1.0, 1.0, 4.0, 8.0, 8.0, 8.0, 0.01, 0.01]
     model = dataclasses.replace(planning.profile([0.0, *kinds * 16, 50.0]), unit="tensor")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from support import planning
+from support.depth import some
 
 from planner.cluster import Cluster, Link
 from planner.errors import Infeasible
@@ -53,7 +54,7 @@ def _check(model: ModelProfile, machines: Cluster, options: PlanOptions) -> None
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("runs", [True, False], ids=["runs", "different"])
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", some(range(10), shallow=range(3)))
 def test_the_bottleneck_is_the_smallest_there_is(strategy: str, phase: Phase, runs: bool, block: int) -> None:
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
         model, machines = planning.random_case(seed, runs=runs)
@@ -62,7 +63,7 @@ def test_the_bottleneck_is_the_smallest_there_is(strategy: str, phase: Phase, ru
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
 @pytest.mark.parametrize("runs", [True, False], ids=["runs", "different"])
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", some(range(10), shallow=range(3)))
 def test_one_request_takes_the_least_time_there_is(strategy: str, runs: bool, block: int) -> None:
     objective: Objective = "latency"
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
@@ -71,7 +72,7 @@ def test_one_request_takes_the_least_time_there_is(strategy: str, runs: bool, bl
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", some(range(6), shallow=range(2)))
 def test_one_request_takes_the_least_time_within_a_budget_links_pins_and_shares(strategy: str, block: int) -> None:
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
         model, machines = planning.random_case(seed, layers=7, runs=seed % 2 == 0)
@@ -99,7 +100,7 @@ def test_one_request_takes_the_least_time_within_a_budget_links_pins_and_shares(
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", some(range(6), shallow=range(2)))
 def test_constraints_of_the_user_do_not_cost_more_than_they_must(strategy: str, block: int) -> None:
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
         model, machines = planning.random_case(seed, runs=seed % 2 == 0)
@@ -121,7 +122,7 @@ def test_constraints_of_the_user_do_not_cost_more_than_they_must(strategy: str, 
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", some(range(40), shallow=range(16)))
 def test_a_time_budget_is_met_with_the_fewest_nodes(strategy: str, seed: int) -> None:
     model, machines = planning.random_case(seed, runs=True)
     draw = random.Random(seed)
@@ -145,7 +146,7 @@ def test_a_time_budget_is_met_with_the_fewest_nodes(strategy: str, seed: int) ->
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
 @pytest.mark.parametrize("objective", ["throughput", "latency"])
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", some(range(6), shallow=range(2)))
 def test_an_encoder_and_decoder_that_share_weights_are_planned_exactly(
     strategy: str, objective: Objective, block: int
 ) -> None:
@@ -156,7 +157,7 @@ def test_an_encoder_and_decoder_that_share_weights_are_planned_exactly(
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", some(range(4), shallow=range(2)))
 def test_what_fits_in_a_time_budget_is_never_refused(strategy: str, block: int) -> None:
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
         model, machines = planning.encoder_decoder_case(seed)
@@ -240,7 +241,7 @@ def _milp_fewest(seconds: Floats, sizes: Ints, room: Ints, budget_s: float) -> i
     return round(float(result.fun))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", some(range(24), shallow=range(10)))
 def test_a_time_budget_takes_as_few_nodes_as_an_independent_milp_where_layers_are_all_different(seed: int) -> None:
     draw = random.Random(seed)
     count, machines_count = draw.randint(10, 20), draw.randint(3, 7)
@@ -290,7 +291,7 @@ def _milp_bottleneck(seconds: Floats, sizes: Ints, room: Ints) -> float:
     return float(result.fun) if result.status == 0 else math.inf
 
 
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", some(range(14), shallow=range(6)))
 def test_greedy_equals_an_independent_milp(seed: int) -> None:
     draw = random.Random(1000 + seed)
     count, machines_count = draw.randint(8, 14), draw.randint(3, 4)

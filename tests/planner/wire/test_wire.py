@@ -151,7 +151,7 @@ def test_options_come_back_equal_and_defaults_are_left_out() -> None:
     assert wire.options_from_json({}) == PlanOptions()
 
 
-def test_a_plan_has_the_seeds_fields() -> None:
+def test_a_plan_has_the_williw_fields() -> None:
     plan = make_plan(profile(9), cluster())
     obj = wire.plan_to_json(plan)
     assert obj["success"] is True
@@ -187,11 +187,11 @@ def test_writing_and_its_imports_load_neither_marshmallow_nor_numpy_nor_yaml(tmp
     assert done.stdout.strip() == "[]"
 
 
-# --- the seed's metadata
+# --- williw metadata
 
 
-def test_the_seeds_metadata_is_planned_as_it_stands() -> None:
-    seed = {
+def test_williw_metadata_is_planned_as_it_stands() -> None:
+    metadata = {
         "model_name": "gpt2",
         "model_type": "gpt2",
         "layers": [
@@ -209,7 +209,7 @@ def test_the_seeds_metadata_is_planned_as_it_stands() -> None:
         "total_compute": 77194776,
         "some_field_of_theirs": {"x": 1},
     }
-    read = wire.profile_from_json(seed)
+    read = wire.profile_from_json(metadata)
     assert read.unit == "tensor"
     assert [item.index for item in read.layers] == [0, 1, 2]
     assert [item.weight_bytes for item in read.layers] == [50257 * 768 * 4, 24, 0]
