@@ -176,7 +176,7 @@ def test_many_small_nodes_make_several_times_as_much_in_several_chains() -> None
     assert len(found.plans) > 8
     # 28 layers and the head on 64 nodes: no chain is faster than 3 layers' worth of head on the fastest node.
     assert found.ratio > 2.5
-    assert found.gap < 0.05
+    assert found.gap < 0.1
     shuffled = dataclasses.replace(machines, nodes=tuple(random.Random(2).sample(machines.nodes, 64)))
     assert make_replicas(model, shuffled) == found, "the order of the nodes matters"
     six = make_replicas(model, machines, replicas=6)
