@@ -186,11 +186,18 @@ class _Chains:
 
 def _part(problem: Problem, group: Group) -> Problem:
     """The same layers on these nodes alone, without a time budget."""
-    rows, nodes = np.array(group), tuple(problem.nodes[node] for node in group)
+    rows, nodes, asked = np.array(group), tuple(problem.nodes[node] for node in group), problem.options
+    ids = {node.node_id for node in nodes}
     return dataclasses.replace(
         problem,
         cluster=dataclasses.replace(problem.cluster, nodes=nodes),
-        options=dataclasses.replace(problem.options, time_budget_s=None),
+        options=dataclasses.replace(
+            asked,
+            time_budget_s=None,
+            exclude=frozenset(),
+            max_memory_share={node: share for node, share in asked.max_memory_share.items() if node in ids},
+            max_compute_share={node: share for node, share in asked.max_compute_share.items() if node in ids},
+        ),
         nodes=nodes,
         left_out={},
         seconds=problem.seconds[rows],
