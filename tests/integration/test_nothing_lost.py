@@ -418,9 +418,13 @@ def test_a_half_open_connection_is_noticed(hub: TestHub, killed: Service, tmp_pa
     with BlackHole(killed.redis.port) as hole:
         killed.planner.kill()
         env = killed.planner.env | {"REDIS_URL": f"redis://127.0.0.1:{hole.port}/0"}
-        planner = Worker("planner-behind", "planner", env=env, directory=tmp_path).start()
+        planner = Worker("planner-behind", "planner", env=env, directory=tmp_path)
         try:
-            until(planner.ready, what=lambda: planner.log)
+            with killed.redis.client() as client:
+                client.config_set("maxmemory-policy", "volatile-lru")
+                until(planner.start().ready, what=lambda: planner.log)
+                client.config_set("maxmemory-policy", "noeviction")
+            assert "maxmemory-policy is volatile-lru" in planner.log, "a role warns of a Redis that evicts"
             jobs = killed.jobs()
             assert ended(killed, jobs.submit_request("tester/hole", process={})["job_id"])["state"] == "done"
             hole.swallow()

@@ -156,6 +156,8 @@ def test_a_plan_is_compared_on_what_it_was_made_for(page: Page, server: Server) 
     rows = [row.split("\t") for row in page.locator("#plan table tbody tr").all_inner_texts()]
     (own,) = [row for row in rows if row[0] == "pipeline, as planned"]
     assert own[1:3] == [facts["bottleneck"], facts["latency"]]
+    # Planned anew it is the same, or it had a row of its own.
+    assert {row[0] for row in rows} == {"pipeline, as planned", "greedy", "equal", "memory"}
     text = page.locator("#plan").inner_text()
     assert "% of 2.50 s" in text
     assert "proven" in text or "%" in facts["above the bound"]

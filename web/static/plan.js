@@ -72,14 +72,19 @@ export function comparison(plan, outcomes) {
   if (outcomes === null) return h("p", {class: "hint"}, "Comparing strategies …");
   if (typeof outcomes === "string") return h("p", {class: "hint"}, `The strategies could not be compared: ${outcomes}`);
   const about = marked(plan);
-  const feasible = Object.values(outcomes).filter((outcome) => outcome.feasible);
+  // The plan's own row is what it says; its strategy planned anew differs where a node was lost on the way.
+  const own = {feasible: true, ...plan.predicted, nodes_used: plan.nodes.filter((report) => report.used).length};
+  const rows = [[`${plan.strategy}, as planned`, own], ...Object.entries(outcomes)
+    .filter(([name, outcome]) => name !== plan.strategy || outcome.bottleneck_s !== own.bottleneck_s)
+    .map(([name, outcome]) => [name === plan.strategy ? `${name}, planned anew` : name, outcome])];
+  const feasible = rows.map(([, outcome]) => outcome).filter((outcome) => outcome.feasible);
   const least = (key) => Math.min(...feasible.map((outcome) => outcome[key]));
   const cell = (outcome, key) => h("td", {class: `number ${outcome[key] <= least(key) * 1.0005 ? "best" : ""}`}, about(seconds(outcome[key])));
   return h("div", {class: "scroll"}, h("table", {},
     h("caption", {}, "The same model on the same nodes; the best of each column in green"),
     h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Strategy"), ...["Bottleneck", "Latency", "Above bound", "Nodes"].map((name) => h("th", {scope: "col", class: "number"}, name)))),
-    h("tbody", {}, Object.entries(outcomes).map(([name, outcome]) => h("tr", {class: name === plan.strategy ? "chosen" : null},
-      h("th", {scope: "row"}, name === plan.strategy ? `${name}, as planned` : name),
+    h("tbody", {}, rows.map(([name, outcome]) => h("tr", {class: outcome === own ? "chosen" : null},
+      h("th", {scope: "row"}, name),
       ...(outcome.feasible
         ? [cell(outcome, "bottleneck_s"), cell(outcome, "latency_s"), h("td", {class: "number"}, about(percent(outcome.gap))), h("td", {class: "number"}, outcome.nodes_used)]
         : [h("td", {colspan: 4, class: "error"}, outcome.error)]))))));
