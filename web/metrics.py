@@ -34,8 +34,8 @@ _CONVERTER = re.compile(r"<\w+:")
 class ServiceCollector(Collector):
     """What Redis knows of the service, read when it is asked for."""
 
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: Jobs, *, most_jobs: int) -> None:
+        self._jobs, self._most_jobs = jobs, most_jobs
 
     def describe(self) -> list[Metric]:
         """Nothing: to register must not ask Redis."""
@@ -44,13 +44,17 @@ class ServiceCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The numbers; without Redis only that it is away."""
         ready = self._jobs.ready()
-        accepts = ready["redis"] and ready.get("journal", True)
-        yield GaugeMetricFamily("fairshard_accepts_jobs", "Whether a job can be accepted and kept now.", accepts)
+        accepts = GaugeMetricFamily("fairshard_accepts_jobs", "Whether a job can be accepted and kept now.")
         try:
             numbers, steps = self._jobs.metrics(), self._jobs.step_seconds()
         except Unavailable:
+            accepts.add_metric((), 0)
+            yield accepts
             yield GaugeMetricFamily("fairshard_redis_up", "Whether Redis answered this scrape.", 0)
             return
+        room = numbers["jobs_unfinished"] < self._most_jobs
+        accepts.add_metric((), ready["redis"] and ready.get("journal", True) and room)
+        yield accepts
         yield GaugeMetricFamily("fairshard_redis_up", "Whether Redis answered this scrape.", 1)
         for name, value in sorted(numbers.items()):
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
@@ -64,14 +68,14 @@ class ServiceCollector(Collector):
 class Metrics:
     """What an application counts, and the registry that shows it."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, service: ServiceCollector) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         try:
             MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
             own = None
         except ValueError:  # no folder is shared: one process
             own = self.registry
-        self.registry.register(ServiceCollector(jobs))
+        self.registry.register(service)
         self.answers = Counter(
             "fairshard_http_responses",
             "Answers by route and status; 413, 429 and 503 are limits.",
@@ -113,7 +117,8 @@ def _start() -> None:
 
 def init_app(app: Flask) -> None:
     """Count the answers of `app`, and show them."""
-    metrics = Metrics(services_of(app).jobs)
+    made = services_of(app)
+    metrics = Metrics(ServiceCollector(made.jobs, most_jobs=made.web.max_queue))
     app.extensions[_KEY] = metrics
     app.before_request(_start)
     app.after_request(metrics.count)

@@ -80,6 +80,7 @@ def test_a_batch_has_a_largest_size(make_app: Any) -> None:
 
 def test_a_full_queue_refuses_with_retry_after(make_app: Any) -> None:
     client = make_app(max_queue=2).test_client()
+    assert "fairshard_accepts_jobs 1.0" in client.get("/metrics").get_data(as_text=True)
     for name in ("a/b", "a/c"):
         assert client.post("/api/request", json={"model_name": name}).status_code == 202
     answer = client.post("/api/request", json={"model_name": "a/d"})
@@ -88,7 +89,10 @@ def test_a_full_queue_refuses_with_retry_after(make_app: Any) -> None:
     assert int(answer.headers["Retry-After"]) > 0
     # What is there already is still answered, and the metric shows the refusal.
     assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
-    assert 'status="429"' in client.get("/metrics").get_data(as_text=True)
+    text = client.get("/metrics").get_data(as_text=True)
+    assert 'status="429"' in text
+    assert "fairshard_accepts_jobs 0.0" in text
+    assert "FAIRSHARD_MAX_QUEUE is 2" in client.get("/api/health").get_json()["warnings"][0]
 
 
 def test_each_token_has_its_own_share_of_the_queue(make_app: Any, tmp_path: Any) -> None:

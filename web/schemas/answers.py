@@ -225,6 +225,6 @@ HealthOut = answer(
     "HealthOut", "Whether the service lives, and whether it can do work.",
     status=text(choices=("healthy", "degraded")), live=flag(), ready=flag(),
     reason=null(text("Why it is not ready.")),
-    warnings=many(text(), "What is set so that accepted jobs can be lost (a Redis that evicts)."),
+    warnings=many(text(), "Why jobs are refused (the queue is full) or can be lost (Redis evicts)."),
     checks=mapping(fields.Boolean()), version=text(), timestamp=text(),
 )

@@ -260,12 +260,17 @@ class Jobs(Submissions):
         return answers
 
     def warnings(self) -> list[str]:
-        """What is set so that jobs can be lost; nothing where Redis cannot be asked, since `ready` says that."""
+        """Why jobs are refused or can be lost; nothing where Redis cannot be asked, since `ready` says that."""
         try:
-            found = eviction(self._services.redis)
+            found = [eviction(self._services.redis)]
+            unfinished, most = self._services.ledger.metrics()["jobs_unfinished"], self._limits["max_queued"]
         except Unavailable:
             return []
-        return [found] if found else []
+        if most is not None and unfinished >= most:
+            found.append(
+                f"the queue is full: {unfinished:.0f} jobs are unfinished, and FAIRSHARD_MAX_QUEUE is {most}"
+            )
+        return [warning for warning in found if warning]
 
     def replay(self) -> int:
         """Submit again what the journal has and Redis lost; the web process calls this every few seconds.
