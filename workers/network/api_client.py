@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from planner import errors
@@ -80,8 +80,12 @@ class Client:
                 f"{url} answered something that is not JSON; does FAIRSHARD_URL name a fairshard?"
             ) from None
 
-    def follow(self, job_id: str, *, pause_s: float = 0.5) -> Iterator[dict[str, Any]]:
+    def follow(self, job_id: str, *, pause: Callable[[], None] = lambda: time.sleep(0.5)) -> Iterator[dict[str, Any]]:
         """The job again and again, until it has ended; a service that restarts meanwhile is waited for.
+
+        Args:
+            job_id: The job.
+            pause: Called between two calls.
 
         Raises:
             Unavailable: If the service stays away for a minute.
@@ -99,7 +103,7 @@ class Client:
                 yield job
                 if job["state"] not in {"queued", "running"}:
                     return
-            time.sleep(pause_s)
+            pause()
 
 
 def _said(status: int, text: bytes, url: str) -> FairshardError:

@@ -78,7 +78,7 @@ def test_help_shows_commands_examples_and_exit_statuses(fairshard: Shell) -> Non
     text = fairshard("--help").stdout
     for name in (
         "profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "nodes",
-        "node", "delete", "up", "devices", "completion",
+        "node", "delete", "up", "devices", "completion", "demo",
     ):  # fmt: skip
         assert re.search(rf"^    {name}\s", text, re.MULTILINE)
     assert "no plan exists" in text
@@ -89,7 +89,7 @@ def test_help_shows_commands_examples_and_exit_statuses(fairshard: Shell) -> Non
     "command",
     [
         "profile", "plan", "download", "publish", "split", "verify", "merge", "convert", "submit", "jobs", "nodes",
-        "node", "delete", "devices", "up", "completion",
+        "node", "delete", "devices", "up", "completion", "demo",
     ],
 )  # fmt: skip
 def test_every_commands_help_has_an_example(fairshard: Shell, command: str) -> None:
