@@ -51,13 +51,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--nodes", type=Path, metavar="FILE", required=True, help="the machines (YAML or JSON)")
     command.add_argument(
-        "--no-compute", action="store_true", help="profile SOURCE by the general rule; loads no torch"
+        "--no-compute", action="store_true", help="count SOURCE's FLOP by a general rule; loads no torch"
     )
     add_sizes(command, batch=None, sequence=None)
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
 
     how = command.add_argument_group(
-        "how", "With --from-plan or --import, strategy, objective, phase and sizes are the plan's where not given."
+        "how", "With --from-plan or --import, what you do not give here is taken from that plan."
     )
     how.add_argument("--strategy", choices=STRATEGIES, help="default greedy")
     how.add_argument("--objective", choices=OBJECTIVES, help="default throughput")
@@ -80,15 +80,17 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--reserve", type=size, default=0, metavar="SIZE", help="keep this free on every node, e.g. 2GiB"
     )
-    how.add_argument("--count-activations", action="store_true", help="peak activations need memory too")
-    how.add_argument("--compute-min", action="store_true", help="count what kernels that skip masked work execute")
+    how.add_argument("--count-activations", action="store_true", help="count peak activations as memory, too")
+    how.add_argument(
+        "--compute-min", action="store_true", help="do not count work that kernels skip because it is masked"
+    )
 
     what = command.add_argument_group("what")
     what.add_argument("--explain", action="store_true", help="why each node holds what it holds")
     what.add_argument("--compare", action="store_true", help="what every strategy would give")
     what.add_argument("--max-context", action="store_true", help="the longest sequence for which a plan exists")
     what.add_argument(
-        "--replicas", type=replicas_count, metavar="N", help="several chains, each of the whole model: N or auto"
+        "--replicas", type=replicas_count, metavar="N", help="make N (or auto) chains, each with the whole model"
     )
     what.add_argument("--from-plan", type=Path, metavar="PLAN", help="re-plan: move as few bytes as possible")
     what.add_argument(
@@ -96,7 +98,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         type=fraction,
         default=0.05,
         metavar="F",
-        help="a re-plan may be this much worse (default 0.05)",
+        help="to move less, a plan may be this much slower than the best (default 0.05)",
     )
     what.add_argument("--import", dest="edited", type=Path, metavar="PLAN", help="check and complete an edited plan")
     what.add_argument("--output", type=Path, metavar="FILE", help="write the plan there (.json, .yaml)")

@@ -22,8 +22,8 @@ examples:
 """
 _VERIFY = """\
 examples:
-  fairshard verify shards/1f0c.../*                           each shard is whole, and together they are the model
-  fairshard verify shards/1f0c.../* --source ./my-model       and bit-identical to the checkpoint
+  fairshard verify shards/1f0c.../*                           check each, and that together they are the model
+  fairshard verify shards/1f0c.../* --source ./my-model       and compare every bit with the checkpoint
 """
 _MERGE = """\
 example:
@@ -55,13 +55,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--sha256", action="store_true", help="put sha256 into the manifest beside the fast digest")
     command.add_argument("--paranoid", action="store_true", help="fetch every byte twice and compare")
 
-    command = add("verify", verify, "prove that shards are whole and right", _VERIFY)
+    command = add("verify", verify, "check that shards are complete and unchanged", _VERIFY)
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="shards' folders")
     command.add_argument("--complete", action="store_true", help="fail unless every shard of the plan is given")
     command.add_argument("--source", metavar="SOURCE", help="compare with this checkpoint (a Hub id or a folder)")
     command.add_argument("--revision", metavar="R", help="of SOURCE (default: the plan's)")
 
-    command = add("merge", merge, "make one checkpoint of all shards", _MERGE)
+    command = add("merge", merge, "join all shards of a plan into one checkpoint", _MERGE)
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="the folders of all shards of a plan")
     command.add_argument("out", type=Path, metavar="OUT", help="folder for the checkpoint")
 

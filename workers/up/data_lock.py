@@ -1,4 +1,4 @@
-"""One `fairshard up` a data folder: two Redis servers on one append-only file would ruin it."""
+"""Only one `fairshard up` may use a data folder: two Redis servers would ruin its append-only file."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from workers.up.supervisor import Role
 
 #: Where everything listens; other machines need the compose file, with its passwords.
 HOST = "127.0.0.1"
-#: No business in the environment of a process that never asks the Hub.
+#: A process that never asks the Hub does not get these.
 _HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 #: A log larger than this is set aside at the next start.
 _LOG_BYTES = 10 * 2**20

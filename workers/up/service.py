@@ -38,13 +38,13 @@ from workers.up.supervisor import Supervisor
 #: Seconds for one role to become ready; the first start on a cold disk reads the whole of torch.
 _READY_S = 120.0
 #: Deaths in a row after which a role that never was ready is given up.
-_HOPELESS = 3
+_MOST_DEATHS = 3
 
 Say = Callable[[str], None]
 
 
 def say_on_stderr(line: str) -> None:
-    """The default voice: progress goes to stderr."""
+    """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -208,9 +208,9 @@ def _await(service: Service, name: str, ready: Callable[[], bool]) -> None:
     while not ready():
         if not service.poll():
             raise KeyboardInterrupt
-        hopeless = service.supervisor.deaths(name) >= _HOPELESS
-        if hopeless or time.monotonic() > deadline:
-            why = f"died {_HOPELESS} times" if hopeless else f"was not ready within {_READY_S:.0f} s"
+        given_up = service.supervisor.deaths(name) >= _MOST_DEATHS
+        if given_up or time.monotonic() > deadline:
+            why = f"died {_MOST_DEATHS} times" if given_up else f"was not ready within {_READY_S:.0f} s"
             log = service.data / "logs" / f"{name}.log"
             tail = "\n".join(service.supervisor.log_since_start(name).splitlines()[-15:])
             raise Unavailable(f"{name} {why}. The end of {log}:\n{tail}", details={"role": name, "log": str(log)})

@@ -79,7 +79,7 @@ class Supervisor:
         now = time.monotonic()
         for running in self._running.values():
             if running.process is not None and running.process.poll() is not None:
-                self._buried(running, now)
+                self._note_death(running, now)
             if running.due_at is not None and now >= running.due_at:
                 running.due_at = None
                 try:
@@ -89,7 +89,7 @@ class Supervisor:
                     running.due_at = now + backoff_s(running.deaths)
                     self.say(f"{running.role.name} cannot be started ({error}); trying again")
 
-    def _buried(self, running: _Running, now: float) -> None:
+    def _note_death(self, running: _Running, now: float) -> None:
         """Take note of a death, and end what the dead process left behind."""
         process = running.process
         assert process is not None
