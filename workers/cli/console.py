@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,7 +69,12 @@ class Table:
         return drawn
 
     def _cells(self) -> list[list[str]]:
-        return [[" ".join(str(cell).split()) or "–" for cell in row] for row in self.rows]
+        return [[" ".join(harmless(str(cell)).split()) or "–" for cell in row] for row in self.rows]
+
+
+def harmless(text: str) -> str:
+    """Text without what a terminal would obey: errors quote files and services that others made."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
 
 
 def emit(args: argparse.Namespace, obj: Any, shown: Iterable[str | Table] = ()) -> None:
@@ -77,14 +83,16 @@ def emit(args: argparse.Namespace, obj: Any, shown: Iterable[str | Table] = ()) 
     if args.json:
         json.dump(obj, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write("\n")
-    elif sys.stdout.isatty():
+        return
+    parts = [harmless(part) if isinstance(part, str) else part for part in shown]
+    if sys.stdout.isatty():
         from rich.console import Console
 
         console = Console(markup=False, highlight=False, emoji=False)
-        for part in shown:
+        for part in parts:
             console.print(part.drawn() if isinstance(part, Table) else _wrapped(part, console.width), soft_wrap=True)
     else:
-        for part in shown:
+        for part in parts:
             print(*(part.lines() if isinstance(part, Table) else [part]), sep="\n")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from planner.errors import FairshardError, Infeasible, InvalidCheckpoint, InvalidInput, InvalidMetadata, NodeFailure
 from workers.cli import demo, machine, models, plan, service, shards
 from workers.cli.arguments import Parser, WrongUsage
-from workers.cli.console import Bars
+from workers.cli.console import Bars, harmless
 from workers.settings import check_environment, completing
 
 DONE, FAILED, USAGE, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -147,7 +147,7 @@ def _extra_with(package: str) -> str | None:
 
 def _report(args: argparse.Namespace, message: str, code: str, details: Mapping[str, Any], status: int) -> int:
     """One line on stderr; with --json also the API's form of an error on stdout."""
-    print(f"fairshard {args.command}".strip() + f": {' '.join(message.split())}", file=sys.stderr)
+    print(f"fairshard {args.command}".strip() + f": {harmless(' '.join(message.split()))}", file=sys.stderr)
     if args.json:
         json.dump({"error": message, "code": code, "details": details}, sys.stdout, indent=2, default=str)
         sys.stdout.write("\n")

@@ -81,9 +81,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "--reserve", type=size, default=0, metavar="SIZE", help="keep this free on every node, e.g. 2GiB"
     )
     how.add_argument("--count-activations", action="store_true", help="count peak activations as memory, too")
-    how.add_argument(
-        "--compute-min", action="store_true", help="do not count work that kernels skip because it is masked"
-    )
+    how.add_argument("--compute-min", action="store_true", help="leave out work that kernels skip as masked")
 
     what = command.add_argument_group("what")
     what.add_argument("--explain", action="store_true", help="why each node holds what it holds")

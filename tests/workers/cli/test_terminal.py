@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 from support.checkpoints import copy_of
 from support.terminal import in_terminal
+
+from workers.cli.console import Bars, Table, emit
 
 FAIRSHARD = Path(sys.executable).with_name("fairshard")
 PLAN = ("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--explain")
@@ -106,6 +109,12 @@ def test_a_pipe_gets_plain_lines_of_equal_cells(folder: Path) -> None:
     assert head == ["node", "layers", "which", "compute", "time", "busy", "memory", "limit"]
     assert len(rows) == 2
     assert {len(row) for row in rows} == {len(head)}
+
+
+def test_what_others_wrote_gives_a_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(("a", "b"), [("\x1b[2Jx", "\x9b31m\n\ty"), ("", 0)])
+    emit(argparse.Namespace(bars=Bars(), json=False), {}, [table, "\x1b]0;title\x07"])
+    assert capsys.readouterr().out == "a      b\n�[2Jx  �31m y\n–      0\n�]0;title�\n"
 
 
 @pytest.mark.parametrize("columns", [80, 50])
