@@ -118,16 +118,19 @@ def progress(args: argparse.Namespace) -> Progress:
     """Progress of work in this process, on stderr; nothing with --quiet, nothing for what ends at once."""
     if args.quiet:
         return silent
-    began = time.monotonic()
-    told, pace = began, Pace()
+    began, told, shown, pace = time.monotonic(), 0.0, False, Pace()
 
     def show(done: int, total: int | None, /, *, what: str = "") -> None:
-        nonlocal told
+        nonlocal told, shown
         now = time.monotonic()
-        # Of what was shown, the end too.
-        if now - began >= _QUICK_S and (now - told >= _BAR_S or (done == total and told > began)):
-            told = now
-            args.bars.show(what, {"done": done, "total": total, "what": what, **pace.figures(done, total, what)})
+        if now - told < _BAR_S and done != total:
+            return
+        told = now
+        figures = pace.figures(done, total, what)
+        # The end is shown of what was shown.
+        if shown or (now - began >= _QUICK_S and done != total):
+            shown = True
+            args.bars.show(what, {"done": done, "total": total, "what": what, **figures})
 
     return show
 
