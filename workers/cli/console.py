@@ -83,9 +83,8 @@ def emit(args: argparse.Namespace, obj: Any, shown: Iterable[str | Table] = ()) 
     if args.json:
         json.dump(obj, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write("\n")
-        return
-    parts = [harmless(part) if isinstance(part, str) else part for part in shown]
-    if sys.stdout.isatty():
+    parts = [] if args.json else [harmless(part) if isinstance(part, str) else part for part in shown]
+    if parts and sys.stdout.isatty():
         from rich.console import Console
 
         console = Console(markup=False, highlight=False, emoji=False)
@@ -94,6 +93,7 @@ def emit(args: argparse.Namespace, obj: Any, shown: Iterable[str | Table] = ()) 
     else:
         for part in parts:
             print(*(part.lines() if isinstance(part, Table) else [part]), sep="\n")
+    sys.stdout.flush()  # before what stderr says next
 
 
 def _wrapped(text: str, width: int) -> str:
