@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from planner.errors import InvalidInput
 from planner.limits import parse_bytes
+
+if TYPE_CHECKING:
+    from planner.profile import ModelProfile
 
 #: A command: what it does with its arguments; the exit status.
 Command = Callable[[argparse.Namespace], int]
@@ -81,3 +86,51 @@ def assignment(text: str) -> tuple[str, str]:
     if not sign or not left.strip() or not right.strip():
         raise argparse.ArgumentTypeError(f"NAME=VALUE is expected, got {text!r}")
     return left.strip(), right.strip()
+
+
+def count_or_auto(text: str) -> Literal["auto"] | int:
+    """A whole number of at least 1, or "auto"."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"auto or a whole number of at least 1 is expected, got {text!r}")
+    return int(text)
+
+
+def pinned_layers(text: str, profile: ModelProfile) -> list[str]:
+    """The layers that "lm_head", "model.layers.*", "0-3" or several of these with commas between mean.
+
+    Raises:
+        InvalidInput: If a part of it means none.
+    """
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        if span:
+            first = int(span[1])
+            last = int(span[2] or first)
+            names = [layer.name for layer in profile.layers if first <= layer.index <= last]
+            if last >= len(profile.layers) or first > last:
+                names = []
+        else:
+            names = [layer.name for layer in profile.layers if layer.name == part or fnmatchcase(layer.name, part)]
+        if not names:
+            raise InvalidInput(
+                f"--pin {part}: {profile.model_name} has no such layer; its {len(profile.layers)} are "
+                f"{profile.layers[0].name} (0) to {profile.layers[-1].name} ({len(profile.layers) - 1})",
+                details={"field": "pins", "layer": part},
+            )
+        found += names
+    return found
+
+
+def shares(option: str, given: list[tuple[str, str]]) -> dict[str, float]:
+    """Fraction by node of "NODE=FRACTION" pairs.
+
+    Raises:
+        InvalidInput: If one is no fraction.
+    """
+    try:
+        return {node_id: fraction(text) for node_id, text in given}
+    except argparse.ArgumentTypeError as error:
+        raise InvalidInput(f"{option}: {error}") from None

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible, InvalidInput
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from workers.cli import plan_tables as tables
-from workers.cli.arguments import adder, assignment, fraction, positive, size
+from workers.cli.arguments import adder, assignment, count_or_auto, fraction, pinned_layers, positive, shares, size
 from workers.cli.console import Table, emit, say, write_document
 from workers.cli.models import add_sizes, add_source, checkpoint_of, profile_of
-from workers.cli.replicas import replicas_count, run_replicas
 
 if TYPE_CHECKING:
     from planner.cluster import Cluster
@@ -88,7 +85,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     what.add_argument("--compare", action="store_true", help="what every strategy would give")
     what.add_argument("--max-context", action="store_true", help="the longest sequence for which a plan exists")
     what.add_argument(
-        "--replicas", type=replicas_count, metavar="N", help="make N (or auto) chains, each with the whole model"
+        "--replicas", type=count_or_auto, metavar="N", help="make N (or auto) chains, each with the whole model"
     )
     what.add_argument("--from-plan", type=Path, metavar="PLAN", help="re-plan: move as few bytes as possible")
     what.add_argument(
@@ -126,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_context:
         return _max_context(args, profile, cluster, options)
     if args.replicas is not None:
-        return run_replicas(args, profile, cluster, options, generated_at=_now())
+        return _replicas(args, profile, cluster, options)
     if args.from_plan is not None:
         return _replan(args, before, profile, cluster, options)
     return _show(args, _plan(before, profile, cluster, options), profile)
@@ -176,46 +173,12 @@ def _options(args: argparse.Namespace, profile: ModelProfile) -> PlanOptions:
         time_budget_s=args.time_budget,
         pins=pins,
         exclude=frozenset(args.exclude),
-        max_memory_share=_shares("--max-memory", args.max_memory),
-        max_compute_share=_shares("--max-compute", args.max_compute),
+        max_memory_share=shares("--max-memory", args.max_memory),
+        max_compute_share=shares("--max-compute", args.max_compute),
         reserve_bytes=args.reserve,
         count_activations=args.count_activations,
         use_compute_min=args.compute_min,
     )
-
-
-def pinned_layers(text: str, profile: ModelProfile) -> list[str]:
-    """The layers that "lm_head", "model.layers.*", "0-3" or several of these with commas between mean.
-
-    Raises:
-        InvalidInput: If a part of it means none.
-    """
-    found: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
-        span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
-        if span:
-            first = int(span[1])
-            last = int(span[2] or first)
-            names = [layer.name for layer in profile.layers if first <= layer.index <= last]
-            if last >= len(profile.layers) or first > last:
-                names = []
-        else:
-            names = [layer.name for layer in profile.layers if layer.name == part or fnmatchcase(layer.name, part)]
-        if not names:
-            raise InvalidInput(
-                f"--pin {part}: {profile.model_name} has no such layer; its {len(profile.layers)} are "
-                f"{profile.layers[0].name} (0) to {profile.layers[-1].name} ({len(profile.layers) - 1})",
-                details={"field": "pins", "layer": part},
-            )
-        found += names
-    return found
-
-
-def _shares(option: str, given: list[tuple[str, str]]) -> dict[str, float]:
-    try:
-        return {node_id: fraction(text) for node_id, text in given}
-    except argparse.ArgumentTypeError as error:
-        raise InvalidInput(f"{option}: {error}") from None
 
 
 def _plan(edited: Any, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Plan:
@@ -303,3 +266,33 @@ def _replan(
         "reason": after.reason,
     }
     return _show(args, after.plan, profile, extra, [*tables.moves_shown(moves), after.reason])
+
+
+def _replicas(args: argparse.Namespace, profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> int:
+    """Show the chains, and write each one's plan: FILE-1, FILE-2, ... for `--output FILE`."""
+    from planner.explain.words import explain
+    from planner.replicas.make import make_replicas
+    from planner.replicas.to_json import replicas_to_json
+
+    if args.device_map is not None:
+        raise InvalidInput(
+            "--device-map is one chain's: write the chains with --output, then give one to --import with --device-map"
+        )
+    found = make_replicas(profile, cluster, options, replicas=args.replicas, generated_at=_now())
+    obj = replicas_to_json(found)
+    if args.output is not None:
+        for number, plan in enumerate(obj["plans"], 1):
+            path = args.output.with_stem(f"{args.output.stem}-{number}")
+            write_document(path, plan)
+            say(args, f"wrote {path}")
+    shown: list[str | Table] = []
+    for number, plan in enumerate(found.plans, 1):
+        rate = tables.per_s(1 / plan.predicted.bottleneck_s, plan)
+        shown += [f"chain {number} of {len(found.plans)}: {rate}", "", *tables.plan_shown(plan)]
+        if args.explain:
+            text = explain(plan)
+            obj["plans"][number - 1]["explanation"] = text
+            shown += ["", text]
+        shown.append("")
+    emit(args, obj, [*shown, *tables.replicas_lines(found)])
+    return 0

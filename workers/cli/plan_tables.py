@@ -12,6 +12,7 @@ from workers.cli.console import Table, shown_bytes, shown_flop, shown_memory, sh
 if TYPE_CHECKING:
     from planner.profile import ModelProfile
     from planner.replan.replanner import Move
+    from planner.replicas.make import Replicas
 
 
 def plan_shown(plan: Plan) -> list[str | Table]:
@@ -161,3 +162,23 @@ def nodes_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
     ]
     head = ("node", "device", "compute", "memory", "disk free", "state")
     return Table(head, rows, right=head[2:5])
+
+
+def replicas_lines(found: Replicas) -> list[str]:
+    """What the chains make together, and who is in none."""
+    chains = "1 chain makes" if len(found.plans) == 1 else f"{len(found.plans)} chains make"
+    first = found.one_chain
+    proof = f"the best possible makes at most {found.gap:.2%} more"
+    if found.exact:
+        proof = "the best, as far as an approximate profile can tell" if first.approximate else "proven best"
+    one = per_s(1 / first.predicted.bottleneck_s, first)
+    lines = [
+        f"{chains} {per_s(found.throughput_per_s, first)} together, {found.ratio:.3f} × one chain's {one}",
+        f"upper bound {per_s(found.upper_bound_per_s, first)}; {proof}",
+    ]
+    return lines + [f"idle: {node_id}: {why}" for node_id, why in found.idle]
+
+
+def per_s(rate: float, plan: Plan) -> str:
+    """A plan's rate for people."""
+    return f"{'≈ ' if plan.approximate else ''}{rate:.4g} passes/s"
