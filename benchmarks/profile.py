@@ -174,7 +174,7 @@ def measure_warm(folder: Path, runs: int) -> None:
     from workers.profiling.tracing.skeleton import build
     from workers.profiling.tracing.tracer import trace
 
-    targets = {"meta-llama/Llama-3.1-8B": 0.05, "deepseek-ai/DeepSeek-V3": 0.2, "state-spaces/mamba-2.8b-hf": 0.4}
+    targets = {"meta-llama/Llama-3.1-8B": 0.15, "deepseek-ai/DeepSeek-V3": 0.2, "state-spaces/mamba-2.8b-hf": 0.4}
     for name, target in targets.items():
         values = PUBLISHED[name]
         config = ModelConfig(values=values, model_type=values["model_type"], architecture=values["architectures"][0])

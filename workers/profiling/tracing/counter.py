@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from workers.profiling.tracing.fast_meta import pointwise
 from workers.profiling.tracing.masks import Sight
 from workers.profiling.tracing.module_tree import Tree
 
@@ -137,9 +136,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool:
             return True  # only data could tell
         args = on_meta(args)
-        out = pointwise(func, args, kwargs)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
         rule = _rule(func)
