@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from workers.checkpoint.config import ModelConfig
 from workers.profiling.trace import to_json
-from workers.profiling.tracing.lean_imports import _STAND_INS, _StandIn, start_lean
+from workers.profiling.tracing.lean_imports import _STAND_INS, KNOWN_VERSIONS, _minor, _StandIn, start_lean
 from workers.profiling.tracing.skeleton import build
 from workers.profiling.tracing.tracer import trace
 
@@ -34,7 +35,7 @@ TRACED = (
 _TRACE = """
 import json, sys
 from workers.profiling.tracing.lean_imports import start_lean
-start_lean()
+assert start_lean()
 from test_lean_imports import traces
 made = traces(sys.argv[1:])
 loaded = [name for name in ("torch.distributed.tensor", "torch._inductor", "scipy", "accelerate")
@@ -45,7 +46,7 @@ print(json.dumps([made, loaded]))
 _MORE = """
 import torch
 from workers.profiling.tracing.lean_imports import start_lean
-start_lean()
+assert start_lean()
 import transformers.masking_utils
 held = torch._dynamo, sys.modules["sympy"]
 assert {type(each).__name__ for each in held} == {"_StandIn"}
@@ -70,7 +71,7 @@ def traces(names: list[str]) -> dict[str, Any]:
     return made
 
 
-def run(code: str, *arguments: str) -> str:
+def run(code: str, *arguments: str, env: dict[str, str] | None = None) -> str:
     paths = [str(Path(__file__).parents[3]), str(Path(__file__).parents[2]), str(Path(__file__).parent)]
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{code}", *arguments],
@@ -78,6 +79,7 @@ def run(code: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         timeout=300,
+        env={**os.environ, **(env or {})},
     ).stdout
 
 
@@ -114,6 +116,29 @@ def test_stand_ins_answer_as_the_real_functions_where_sizes_are_plain(name: str)
 
 
 def test_a_process_that_has_transformers_is_left_alone() -> None:
-    start_lean()
+    assert not start_lean()
     assert not any(isinstance(sys.modules.get(name), _StandIn) for name in _STAND_INS)
     assert sys.modules.get("scipy", "unset") is not None
+
+
+def test_the_installed_versions_are_known() -> None:
+    # A new pin of torch or transformers fails here, until the tests of this file passed with it.
+    assert all(_minor(package) in known for package, known in KNOWN_VERSIONS.items())
+
+
+_OFF = """
+import sys
+from workers.profiling.tracing import lean_imports
+lean_imports.KNOWN_VERSIONS = {**lean_imports.KNOWN_VERSIONS, **dict.fromkeys(sys.argv[1:], frozenset({"1.0"}))}
+assert not lean_imports.start_lean()
+assert not {"transformers", "scipy", *lean_imports._STAND_INS} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize(
+    ("unknown", "lean"),
+    [(["torch"], ""), (["transformers"], ""), ([], "0")],
+    ids=["torch", "transformers", "setting"],
+)
+def test_it_switches_itself_off_for_unknown_versions_and_by_the_setting(unknown: list[str], lean: str) -> None:
+    run(_OFF, *unknown, env={"FAIRSHARD_LEAN": lean})

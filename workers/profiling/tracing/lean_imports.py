@@ -1,8 +1,11 @@
 """A quick start for processes that only trace: transformers without what it imports beside its models.
 
-Half the time to a process's first trace goes into torch's compiler, symbolic shapes, distributed tensors, scipy and
-accelerate: transformers and torch import them with every model, and a trace, whose sizes are plain numbers, uses of
-them what is written here. Whatever else is asked of the stand-ins, the real modules answer.
+Half the time to a process's first trace goes into importing torch's compiler, symbolic shapes, distributed tensors,
+scipy and accelerate. torch and transformers import them with every model. A trace works with plain numbers and uses
+only the few names that stand in for them here; whatever else is asked of a stand-in, the real module answers.
+
+This knows the insides of torch and transformers, so it works only with the versions in `KNOWN_VERSIONS`. With other
+versions, or with `FAIRSHARD_LEAN=0`, the tracer is imported in the plain way: twice the time, the same result.
 """
 
 from __future__ import annotations
@@ -11,27 +14,41 @@ import gc
 import importlib
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 from workers.collector import uncollected
+from workers.settings import Settings
 
+#: Package -> its versions (major.minor) for which the tests compared a lean trace with a plain one.
+KNOWN_VERSIONS: Mapping[str, frozenset[str]] = {"torch": frozenset({"2.13"}), "transformers": frozenset({"5.23"})}
 #: transformers does without them, as in an environment that has none.
 _OPTIONAL = ("accelerate", "scipy")
 
 
-def start_lean() -> None:
-    """Import the tracer without them, in a process of our own that neither compiles nor distributes.
+def start_lean() -> bool:
+    """Import the tracer without them, in a process of our own that neither compiles nor distributes models.
 
-    Does nothing where transformers is imported already.
+    Returns:
+        Whether it did. Not where transformers is imported already, its version or torch's is not one of
+        `KNOWN_VERSIONS`, or FAIRSHARD_LEAN is 0; the tracer can be imported as usual then.
     """
-    if "transformers" in sys.modules:
-        return
+    if "transformers" in sys.modules or not Settings.from_env().lean:
+        return False
+    if any(_minor(package) not in known for package, known in KNOWN_VERSIONS.items()):
+        return False
     with uncollected():
         _stand_in()
         importlib.import_module("workers.profiling.tracing.tracer")
-        # Nothing of it is garbage, not even when the process ends: to look through it then takes most of a second.
+        # None of it is garbage, not even when the process ends: looking through it then takes most of a second.
         gc.freeze()
+    return True
+
+
+def _minor(package: str) -> str:
+    """The installed version's first two numbers."""
+    return ".".join(version(package).split(".")[:2])
 
 
 def _stand_in() -> None:
@@ -54,14 +71,14 @@ class _StandIn(ModuleType):
         vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks every module for such, but a package's path only for what lies below it.
+        # Python asks every module for these names; it asks for a package's path only to import from the package.
         if name.startswith("__") and not (name == "__path__" and self.__name__ in _PACKAGES):
             raise AttributeError(name)
         return getattr(_real(self.__name__), name)
 
 
 def _real(name: str) -> ModuleType:
-    """The real module, which is to see no stand-in of what it builds on."""
+    """Import the real module, after removing the stand-ins of what it builds on."""
     for each in (name,) if name == _ALGEBRA else tuple(_STAND_INS):
         stand_in = sys.modules.get(each)
         if isinstance(stand_in, _StandIn):
