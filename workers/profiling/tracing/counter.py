@@ -133,8 +133,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool:
-            return True  # only data could tell
+        if asks_truth(func, args):
+            return True
         args = on_meta(args)
         out = func(*args, **kwargs)
         counts = self.counts
@@ -283,6 +283,11 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages, self._watched = {}, {}
         self.counts.output_bytes = sum(t.numel() * t.element_size() for t in tensors_in(output))
         return self.counts
+
+
+def asks_truth(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator asks a meta tensor for its truth value: only data could tell, and a trace answers True."""
+    return func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool
 
 
 def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
