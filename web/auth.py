@@ -11,11 +11,9 @@ import argparse
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import Any
 
 from planner.errors import FairshardError, InvalidInput, NodeFailure
 from planner.wire.documents import loads_json
+from workers.disk.durable import write_whole
 
 #: What a token may be allowed; each includes those before it.
 SCOPES = ("read", "submit", "admin")
@@ -141,12 +140,7 @@ def new_token(path: Path, name: str, scopes: Sequence[str]) -> str:
         raise InvalidInput(f"there is a token named {name!r} already")
     rows = [{"name": t.name, "sha256": t.sha256, "scopes": sorted(t.scopes)} for t in (*old, token)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"tokens": rows}, file, indent=2)
-            file.write("\n")
-        Path(temporary).replace(path)
+        write_whole(path, f"{json.dumps({'tokens': rows}, indent=2)}\n".encode(), mode=0o600)
     except OSError as error:
         raise NodeFailure(f"the tokens file {path} cannot be written: {error.strerror}") from None
     return secret

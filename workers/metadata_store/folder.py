@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from planner.errors import IntegrityError, InvalidInput, NodeFailure, NotFound
+from workers.disk.durable import sync, write_whole
 from workers.metadata_store.base import check_path
 
 #: What a folder's history lies in, below the store; names that begin with a dot are never published.
@@ -74,16 +74,16 @@ class FolderStore:
                 for path, digest in digests.items():
                     content = files[path]
                     if digest and content is not None and not self._object(digest).exists():
-                        _write(self._object(digest), content)
+                        write_whole(self._object(digest), content)
                 stamp = datetime.now(UTC).isoformat(timespec="seconds")
                 identity = json.dumps({"parent": head, "files": digests}, sort_keys=True)
                 commit = hashlib.sha256(identity.encode()).hexdigest()[:40]
                 record = {"parent": head, "files": digests, "message": message, "date": stamp}
-                _write(self._commit(commit), json.dumps(record, indent=1).encode())
+                write_whole(self._commit(commit), json.dumps(record, indent=1).encode())
                 for path in digests:
                     _put(self._place(path), files[path])
                 # Last: whoever reads the head finds all of the above.
-                _write(self.root / _HISTORY / "head", commit.encode())
+                write_whole(self.root / _HISTORY / "head", commit.encode())
                 return commit
         except OSError as error:
             raise NodeFailure(
@@ -154,32 +154,7 @@ class FolderStore:
 
 def _put(path: Path, content: bytes | None) -> None:
     if content is not None:
-        _write(path, content)
+        write_whole(path, content)
     elif path.exists():
         path.unlink()
-        _sync(path.parent)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, have it on the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".writing-{secrets.token_hex(8)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from planner.errors import Conflict, FairshardError, InvalidInput, NodeFailure
 from planner.names import check_node_id
+from workers.disk.durable import write_whole
 from workers.settings import Settings
 
 #: FAIRSHARD_JOIN_KEY where every node is let in, on purpose.
@@ -215,10 +216,7 @@ def _make_files(*, authority: Path, key: Path, token: Path) -> None:
     made = read_authority(authority) if authority.exists() else make_authority(authority)
     for path, text, mode in ((key, made.join_key, 0o644), (token, made.token("*"), 0o600)):
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.new")
-            temporary.touch(mode=mode)
-            temporary.write_text(f"{text}\n", encoding="ascii")
-            temporary.replace(path)
+            write_whole(path, f"{text}\n".encode("ascii"), mode=mode)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

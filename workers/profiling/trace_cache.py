@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from planner.errors import InvalidMetadata
 from workers.checkpoint.config import ModelConfig
+from workers.disk.durable import write_whole
 from workers.profiling.trace import ModelTrace, from_json, to_json
 
 #: Raised whenever a trace's meaning or form changes.
@@ -49,20 +47,8 @@ class TraceCache:
         if self._path is not None:
             # A cache that cannot be written costs time, not the profile.
             with contextlib.suppress(OSError):
-                _write(self._path, to_json(trace))
+                write_whole(self._path, json.dumps(to_json(trace), separators=(",", ":")).encode())
         return trace
-
-
-def _write(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".trace-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, separators=(",", ":"))
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _key(config: ModelConfig, tensors: Mapping[str, int]) -> str:
