@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from planner.errors import NotFound
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFile:
@@ -50,3 +52,17 @@ class Checkpoint(Protocol):
             InvalidCheckpoint: If the range lies beyond the file's end.
             Unavailable: If the server cannot be reached within the retries.
         """
+
+
+def file_of(checkpoint: Checkpoint, name: str) -> CheckpointFile:
+    """What is known of the checkpoint's file `name`.
+
+    Raises:
+        NotFound: If it has no such file.
+    """
+    file = checkpoint.files.get(name)
+    if file is None:
+        raise NotFound(
+            f"{checkpoint.model_name} has no file {name!r} at {checkpoint.revision}", details={"file": name}
+        )
+    return file

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.errors import InvalidCheckpoint, NodeFailure, NotFound
-from workers.checkpoint.base import CheckpointFile
+from workers.checkpoint.base import CheckpointFile, file_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -40,9 +40,7 @@ class FolderCheckpoint:
         Raises:
             NotFound: If the folder has no such file.
         """
-        if name not in self.files:
-            raise NotFound(f"{self.model_name} has no file {name!r} in {self.folder}", details={"file": name})
-        return self.folder / name
+        return self.folder / file_of(self, name).name
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """Bytes [begin, end) of the file.
@@ -52,20 +50,7 @@ class FolderCheckpoint:
             InvalidCheckpoint: If the range lies beyond the file's end.
             NodeFailure: If the file cannot be read.
         """
-        return read_local(self.folder / name, self.file(name), begin, end)
-
-    def file(self, name: str) -> CheckpointFile:
-        """What is known of the file.
-
-        Raises:
-            NotFound: If the folder has no such file.
-        """
-        try:
-            return self.files[name]
-        except KeyError:
-            raise NotFound(
-                f"{self.model_name} has no file {name!r} in {self.folder}", details={"file": name}
-            ) from None
+        return read_local(self.folder / name, file_of(self, name), begin, end)
 
 
 def open_folder(folder: Path, *, model_name: str | None = None, revision: str | None = None) -> FolderCheckpoint:

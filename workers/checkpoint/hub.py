@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.errors import AccessDenied, FairshardError, IntegrityError, InvalidCheckpoint, NotFound, Unavailable
-from workers.checkpoint.base import Checkpoint, CheckpointFile
+from workers.checkpoint.base import Checkpoint, CheckpointFile, file_of
 from workers.checkpoint.folder import check_range, open_folder, read_local
 from workers.disk.paths import is_inner
 from workers.network.ranges import RangeReader, RemoteFile, Server
@@ -47,7 +47,7 @@ class HubCheckpoint:
         Raises:
             NotFound: If the repository has no such file.
         """
-        file = self.file(name)
+        file = file_of(self, name)
         snapshot = self.cache / "snapshots" / self.revision / name
         # A blob is named by its ETag: the same file of another revision serves as well.
         blob = self.cache / "blobs" / (file.etag or "-")
@@ -66,7 +66,7 @@ class HubCheckpoint:
             IntegrityError: If the server has another file under that name.
             Unavailable: If the server cannot be reached within the retries.
         """
-        file = self.file(name)
+        file = file_of(self, name)
         end = check_range(file, begin, end)
         path = self.local_path(name)
         if path is not None:
@@ -85,22 +85,9 @@ class HubCheckpoint:
             details={"file": name, "stated": file.etag},
         )
 
-    def file(self, name: str) -> CheckpointFile:
-        """What the Hub states of the file.
-
-        Raises:
-            NotFound: If the repository has no such file.
-        """
-        try:
-            return self.files[name]
-        except KeyError:
-            raise NotFound(
-                f"{self.model_name} has no file {name!r} at {self.revision}", details={"file": name}
-            ) from None
-
     def remote(self, name: str) -> RemoteFile:
         """The file's address and what pins it."""
-        file = self.file(name)
+        file = file_of(self, name)
         path = f"/{self.model_name}/resolve/{self.revision}/{urllib.parse.quote(name)}"
         return RemoteFile(url=self.endpoint + path, size_bytes=file.size_bytes, etag=file.etag, commit=self.revision)
 

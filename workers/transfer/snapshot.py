@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from planner.errors import IntegrityError, NotFound
-from workers.checkpoint.base import Checkpoint, CheckpointFile
+from planner.errors import IntegrityError
+from workers.checkpoint.base import Checkpoint, CheckpointFile, file_of
 from workers.checkpoint.folder import FolderCheckpoint, mark_downloaded
 from workers.checkpoint.hub import HubCheckpoint, git_id
 from workers.disk.durable import explained, sync, write_whole
@@ -28,9 +28,8 @@ def snapshot(
 ) -> Path:
     """See `workers.downloader.download`."""
     wanted = sorted(checkpoint.files if names is None else names)
-    missing = [name for name in wanted if name not in checkpoint.files]
-    if missing:
-        raise NotFound(f"{checkpoint.model_name} has no file {missing[0]!r} at {checkpoint.revision}")
+    for name in wanted:
+        file_of(checkpoint, name)
     if directory is None:
         if isinstance(checkpoint, FolderCheckpoint):
             return checkpoint.folder
