@@ -18,7 +18,8 @@ from planner.limits import check_batch_size, check_sequence_length
 from planner.profile import ModelProfile, outside
 from workers.checkpoint.base import Checkpoint
 from workers.checkpoint.shared_storage import with_twins
-from workers.profiling.from_headers import Contents, general_layers, read_contents
+from workers.profiling.contents import Contents, read_contents
+from workers.profiling.from_headers import general_layers
 from workers.profiling.quantization import unknown_method
 from workers.progress import Progress, silent
 

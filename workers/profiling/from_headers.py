@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from planner.dtypes import canonical
 from planner.errors import InvalidCheckpoint
 from planner.profile import Layer, Tensor
-from workers.checkpoint.base import Checkpoint
-from workers.checkpoint.config import ModelConfig, read_config
-from workers.checkpoint.headers import Headers, read_headers
+from workers.checkpoint.config import ModelConfig
 from workers.profiling import rules
+from workers.profiling.contents import NOTHING, Contents
 from workers.profiling.layer_names import Group, Grouping, group_names
-from workers.profiling.quantization import Stored, logical_tensors
-from workers.progress import Progress, silent
 
-#: Names of the buffers that checkpoints carry; they cost bytes and are no parameters.
-_BUFFERS = (
-    ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
-    "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
-    "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
-    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps", ".weight_integer", ".bias_integer",
-    ".weight_scaling_factor", ".fc_scaling_factor", ".act_scaling_factor", ".LayerNorm.shift", ".x_min", ".x_max",
-    ".input_min", ".input_max", ".output_min", ".output_max", ".codebook.inited", ".codebook.initialized",
-    ".codebook.cluster_size", ".codebook.cluster_usage", ".codebook.embed", ".codebook.embed_avg",
-    ".codebook.embed_sum", ".n_points_scale", ".num_points_scale", ".global_mean", ".global_invstd", ".norm_mean",
-    ".norm_std", ".pos_idx_to_embed", ".balancing_biases",
-)  # fmt: skip
-#: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
-_BALANCES = ("e_score_correction_bias", ".expert_bias")
-_BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
-    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
-    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
-}
-_NOTHING: Mapping[str, bool] = {}
-_WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
 #: Architectures that end in a head over the vocabulary.
 _WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
 _HEAD_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight", "head.weight")
@@ -48,65 +25,8 @@ _TOKEN_EMBEDDINGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What was read of a checkpoint: all that a profile is made of."""
-
-    config: ModelConfig
-    headers: Headers
-    #: By stored name.
-    logical: Mapping[str, Stored]
-    #: Most common dtype of the weights by bytes.
-    dtype: str
-
-    def parameters(self, tensor: Tensor, known: Mapping[str, bool] = _NOTHING) -> int:
-        """Parameters that a stored tensor holds: all its values, unless it is a buffer.
-
-        Args:
-            tensor: Of this checkpoint.
-            known: Whether it is one, by logical name; else its own name tells.
-        """
-        name, stored = tensor.name, self.logical[tensor.name]
-        if name.endswith("weight"):
-            is_buffer = len(tensor.shape) == 1 and self._frozen(name)
-        else:
-            is_buffer = stored.logical == name and (
-                name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
-                or (tensor.dtype in _WHOLE_NUMBERS and stored.values <= tensor.size_bytes)
-                or self._frozen(name)
-            )
-        return stored.values if known.get(stored.logical, not is_buffer) else 0
-
-    def _frozen(self, name: str) -> bool:
-        """Whether it is a batch norm's weight or bias that is not trained: a trained norm's batches are counted."""
-        module, _, kind = name.rpartition(".")
-        return (
-            kind in {"weight", "bias"}
-            and f"{module}.running_var" in self.logical
-            and f"{module}.num_batches_tracked" not in self.logical
-        )
-
-
-def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:
-    """Read a checkpoint's config and headers; no torch, numpy or Hub client is loaded for a folder.
-
-    Raises:
-        InvalidCheckpoint: If they are not valid.
-        Unavailable: If the server cannot be reached.
-    """
-    config = read_config(checkpoint)
-    headers = read_headers(checkpoint, progress=progress)
-    sizes: Counter[str] = Counter()
-    for tensor in headers.tensors:
-        sizes[tensor.dtype] += tensor.end - tensor.begin
-    dtype = min(sizes, key=lambda name: (-sizes[name], name))
-    return Contents(
-        config=config, headers=headers, logical=logical_tensors(headers.tensors, config.quantization), dtype=dtype
-    )
-
-
 def general_layers(
-    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, bool] = _NOTHING
+    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, bool] = NOTHING
 ) -> tuple[list[Layer], list[str]]:
     """Layers by the checkpoint's own names, their costs at batch 1 and one token by the general rule.
 
@@ -131,7 +51,7 @@ def general_layers(
     members: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in contents.headers.tensors:
         members[grouping.of.get(logical[tensor.name].logical, len(grouping.groups))].append(tensor)
-    cache_dtype = canonical(kv_dtype) if kv_dtype else float_dtype(contents)
+    cache_dtype = canonical(kv_dtype) if kv_dtype else contents.float_dtype
     assert cache_dtype is not None
     layers = [
         _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known)
@@ -139,23 +59,11 @@ def general_layers(
     ]
     layers = _with_tied_head(layers, contents)
     if members.get(len(grouping.groups)):
-        layers.append(unused_layer(members[len(grouping.groups)], contents, len(layers)))
+        layers.append(contents.unused_layer(members[len(grouping.groups)], len(layers)))
     reasons = [
         "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
     ]
     return layers, reasons
-
-
-def float_dtype(contents: Contents) -> str:
-    """The dtype that the model computes and caches in: the config's, else the most common plain floating one."""
-    for name in ("dtype", "torch_dtype"):
-        given = contents.config.text.get(name) or contents.config.values.get(name)
-        found = canonical(given) if isinstance(given, str) else None
-        if found in {"F32", "F16", "BF16", "F64"}:
-            return found
-    if contents.dtype in {"F32", "F16", "BF16", "F64"}:
-        return contents.dtype
-    return "BF16" if any(tensor.dtype == "BF16" for tensor in contents.headers.tensors) else "F16"
 
 
 def check_depth(grouping: Grouping, config: ModelConfig) -> None:
@@ -198,7 +106,7 @@ def _general_layer(
     kv_dtype: str,
     known: Mapping[str, bool],
 ) -> Layer:
-    config, dtype = contents.config, float_dtype(contents)
+    config, dtype = contents.config, contents.float_dtype
     values = [contents.parameters(tensor, known) for tensor in tensors]
     terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
     share = rules.expert_share(config)
@@ -264,15 +172,3 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
         compute_required=sum(terms),
     )
     return [head if layer is old else layer for layer in layers]
-
-
-def unused_layer(tensors: Sequence[Tensor], contents: Contents, index: int) -> Layer:
-    """The entry that holds what no layer uses."""
-    return Layer(
-        name="unused",
-        index=index,
-        layer_type="unused",
-        num_params=sum(contents.parameters(tensor) for tensor in tensors),
-        weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        tensors=tuple(tensors),
-    )

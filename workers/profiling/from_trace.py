@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from planner.dtypes import bits, canonical
 from planner.errors import InvalidCheckpoint
 from planner.profile import KvTerms, Layer, Tensor, value
-from workers.profiling.from_headers import Contents, unused_layer
+from workers.profiling.contents import Contents
 from workers.profiling.quantization import Stored
 from workers.profiling.trace import ZERO, Exact, LayerTrace, ModelTrace
 
@@ -47,7 +47,7 @@ def exact_layers(
         for index, traced in enumerate(trace.layers)
     ]
     if members[-1]:
-        layers.append(unused_layer(members[-1], contents, len(layers)))
+        layers.append(contents.unused_layer(members[-1], len(layers)))
     return layers
 
 

@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_run_still_tells_its_parameters_from_its_buffers(
         raise NotTraceable("no")
 
     monkeypatch.setattr("workers.profiling.tracing.tracer._Tracer.run", refuse)
-    monkeypatch.setattr("workers.profiling.from_headers._BALANCES_OF", {})
+    monkeypatch.setattr("workers.profiling.contents._BALANCES_OF", {})
     profile = generate(open_folder(folder_of(name)))
     assert profile.approximate[-1] == "no"
     assert profile.total_params == profiled(name).total_params

@@ -1,0 +1,117 @@
+"""What was read of a checkpoint, config and headers: all that a profile is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planner.dtypes import canonical
+from planner.profile import Layer, Tensor
+from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.config import ModelConfig, read_config
+from workers.checkpoint.headers import Headers, read_headers
+from workers.profiling.quantization import Stored, logical_tensors
+from workers.progress import Progress, silent
+
+#: Names of the buffers that checkpoints carry; they cost bytes and are no parameters.
+_BUFFERS = (
+    ".inv_freq", "position_ids", "token_type_ids", ".masked_bias", "num_batches_tracked", "running_mean",
+    "running_var", ".attn.bias", ".attention.bias", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached",
+    "final_logits_bias", "relative_position_index", ".layer_scalar", ".slope_rate", ".query_decay", ".key_decay",
+    ".diagonal_decay", "lerope.alpha", ".act_fn.beta", ".act_fn.eps", ".weight_integer", ".bias_integer",
+    ".weight_scaling_factor", ".fc_scaling_factor", ".act_scaling_factor", ".LayerNorm.shift", ".x_min", ".x_max",
+    ".input_min", ".input_max", ".output_min", ".output_max", ".codebook.inited", ".codebook.initialized",
+    ".codebook.cluster_size", ".codebook.cluster_usage", ".codebook.embed", ".codebook.embed_avg",
+    ".codebook.embed_sum", ".n_points_scale", ".num_points_scale", ".global_mean", ".global_invstd", ".norm_mean",
+    ".norm_std", ".pos_idx_to_embed", ".balancing_biases",
+)  # fmt: skip
+#: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
+_BALANCES = ("e_score_correction_bias", ".expert_bias")
+_BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
+    **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
+    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
+}
+NOTHING: Mapping[str, bool] = {}
+_WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
+_FLOATS = {"F32", "F16", "BF16", "F64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What was read of a checkpoint: all that a profile is made of."""
+
+    config: ModelConfig
+    headers: Headers
+    #: By stored name.
+    logical: Mapping[str, Stored]
+    #: Most common dtype of the weights by bytes.
+    dtype: str
+
+    def parameters(self, tensor: Tensor, known: Mapping[str, bool] = NOTHING) -> int:
+        """Parameters that a stored tensor holds: all its values, unless it is a buffer.
+
+        Args:
+            tensor: Of this checkpoint.
+            known: Whether it is one, by logical name; else its own name tells.
+        """
+        name, stored = tensor.name, self.logical[tensor.name]
+        if name.endswith("weight"):
+            is_buffer = len(tensor.shape) == 1 and self._frozen(name)
+        else:
+            is_buffer = stored.logical == name and (
+                name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
+                or (tensor.dtype in _WHOLE_NUMBERS and stored.values <= tensor.size_bytes)
+                or self._frozen(name)
+            )
+        return stored.values if known.get(stored.logical, not is_buffer) else 0
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype that the model computes and caches in: the config's, else the most common plain floating one."""
+        for name in ("dtype", "torch_dtype"):
+            given = self.config.text.get(name) or self.config.values.get(name)
+            found = canonical(given) if isinstance(given, str) else None
+            if found in _FLOATS:
+                return found
+        if self.dtype in _FLOATS:
+            return self.dtype
+        return "BF16" if any(tensor.dtype == "BF16" for tensor in self.headers.tensors) else "F16"
+
+    def unused_layer(self, tensors: Sequence[Tensor], index: int) -> Layer:
+        """The entry that holds what no layer uses."""
+        return Layer(
+            name="unused",
+            index=index,
+            layer_type="unused",
+            num_params=sum(self.parameters(tensor) for tensor in tensors),
+            weight_bytes=sum(tensor.size_bytes for tensor in tensors),
+            tensors=tuple(tensors),
+        )
+
+    def _frozen(self, name: str) -> bool:
+        """Whether it is a batch norm's weight or bias that is not trained: a trained norm's batches are counted."""
+        module, _, kind = name.rpartition(".")
+        return (
+            kind in {"weight", "bias"}
+            and f"{module}.running_var" in self.logical
+            and f"{module}.num_batches_tracked" not in self.logical
+        )
+
+
+def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Contents:
+    """Read a checkpoint's config and headers; no torch, numpy or Hub client is loaded for a folder.
+
+    Raises:
+        InvalidCheckpoint: If they are not valid.
+        Unavailable: If the server cannot be reached.
+    """
+    config = read_config(checkpoint)
+    headers = read_headers(checkpoint, progress=progress)
+    sizes: Counter[str] = Counter()
+    for tensor in headers.tensors:
+        sizes[tensor.dtype] += tensor.end - tensor.begin
+    dtype = min(sizes, key=lambda name: (-sizes[name], name))
+    return Contents(
+        config=config, headers=headers, logical=logical_tensors(headers.tensors, config.quantization), dtype=dtype
+    )
