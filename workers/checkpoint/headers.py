@@ -1,20 +1,20 @@
-"""What a checkpoint holds, read from its headers alone: names, dtypes, shapes, places.
+"""What a checkpoint holds, read from its headers alone: tensors' names, dtypes, shapes and byte ranges.
 
-No torch, numpy or Hub client is loaded; a Hub checkpoint is read by ranges, files in parallel.
+Loads no torch, numpy or Hub client. Of a Hub checkpoint only the headers' ranges are read, files in parallel.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor
 from workers.checkpoint.base import Checkpoint
-from workers.checkpoint.safetensors import read_file
 from workers.checkpoint.shared_storage import distinct
+from workers.checkpoint.source import Source, read_source
 from workers.checkpoint.strict_json import pairs, parse_json, show, some
 from workers.collector import uncollected
 from workers.progress import Progress, silent
@@ -62,36 +62,48 @@ def read_headers(checkpoint: Checkpoint, *, progress: Progress = silent) -> Head
 
 def _read_headers(checkpoint: Checkpoint, progress: Progress) -> Headers:
     names, weight_map = weight_files(checkpoint)
-    parse: Callable[[Checkpoint, str], tuple[list[Tensor], dict[str, str], int]] = read_file
-    if not names[0].endswith(".safetensors"):
-        from workers.checkpoint.torch_file import read_bin
-
-        parse = read_bin
-    results: list[tuple[list[Tensor], dict[str, str], int]] = []
-    if len(names) == 1 or checkpoint.local_path(names[0]) is not None:
-        for done, name in enumerate(names):
-            progress(done, len(names), what="headers")
-            results.append(parse(checkpoint, name))
-    else:
-        with ThreadPoolExecutor(min(_PARALLEL_FILES, len(names)), "headers") as pool:
-            try:
-                for done, result in enumerate(pool.map(lambda name: parse(checkpoint, name), names)):
-                    progress(done, len(names), what="headers")
-                    results.append(result)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    progress(len(names), len(names), what="headers")
-    tensors = [tensor for found, _, _ in results for tensor in found]
+    sources: list[Source] = []
+    for source in read_sources(checkpoint, dict.fromkeys(names)):
+        sources.append(source)
+        progress(len(sources), len(names), what="headers")
+    tensors = [tensor for source in sources for tensor in source.tensors.values()]
     _check_names(tensors, weight_map)
-    first, twins = (tensors, []) if parse is read_file else distinct(tensors)
+    first, twins = (tensors, []) if names[0].endswith(".safetensors") else distinct(tensors)
     return Headers(
         tensors=tuple(first),
         twins=tuple(twins),
-        metadata={key: value for _, metadata, _ in results for key, value in metadata.items()},
-        files={name: checkpoint.files[name].size_bytes for name in names},
-        header_bytes={name: size for name, (_, _, size) in zip(names, results, strict=True)},
+        metadata={key: value for source in sources for key, value in source.metadata.items()},
+        files={source.name: source.size_bytes for source in sources},
+        header_bytes={source.name: len(source.header) for source in sources},
     )
+
+
+def read_sources(checkpoint: Checkpoint, header_bytes: Mapping[str, int | None]) -> Iterator[Source]:
+    """Read files' headers, in their order; those of a server several at once, as each costs a round trip or three.
+
+    Args:
+        checkpoint: Whose files.
+        header_bytes: File -> the size of its header, where that is known.
+
+    Raises:
+        NotFound: If the checkpoint lacks one of the files.
+        InvalidCheckpoint: If a header is malformed.
+        Unavailable: If the server cannot be reached.
+    """
+
+    def read(name: str) -> Source:
+        return read_source(checkpoint, name, header_bytes=header_bytes[name])
+
+    names = list(header_bytes)
+    if len(names) < 2 or checkpoint.local_path(names[0]) is not None:
+        yield from map(read, names)
+        return
+    with ThreadPoolExecutor(min(_PARALLEL_FILES, len(names)), "headers") as pool:
+        try:
+            yield from pool.map(read, names)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def weight_files(checkpoint: Checkpoint) -> tuple[list[str], dict[str, str] | None]:
@@ -131,7 +143,7 @@ def weight_files(checkpoint: Checkpoint) -> tuple[list[str], dict[str, str] | No
 
 
 def _check_numbered(names: list[str]) -> None:
-    """Refuse `a-00001-of-00003` without its sisters."""
+    """Refuse `a-00001-of-00003` where another of the three is missing."""
     for name in names:
         match = _NUMBERED.fullmatch(name)
         if match is None:

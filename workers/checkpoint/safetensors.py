@@ -1,7 +1,7 @@
-"""One safetensors file's header: names, dtypes, shapes and places, checked against the file's size.
+"""One safetensors file's header: tensors' names, dtypes, shapes and byte ranges, checked against the file's size.
 
-Strict, because every byte range that is copied later comes from here: a header that lies must never become
-a wrong shard.
+The check is strict, because every byte range that is copied later comes from here: a wrong header must never become a
+wrong shard.
 """
 
 from __future__ import annotations
@@ -31,11 +31,18 @@ _set_name, _set_file, _set_dtype, _set_shape, _set_begin, _set_end = (
 )
 
 
-def read_file(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str, str], int]:
+def read_header(
+    checkpoint: Checkpoint, name: str, *, header_bytes: int | None = None
+) -> tuple[bytes, list[Tensor], dict[str, str]]:
     """Read and check one safetensors file's header.
 
+    Args:
+        checkpoint: Whose file.
+        name: Which file; the checkpoint has it.
+        header_bytes: The header's size, length field included, where it is known.
+
     Returns:
-        Its tensors by offset, its `__metadata__`, and the bytes before its data.
+        The bytes before its data, its tensors by offset, and its `__metadata__`.
 
     Raises:
         InvalidCheckpoint: If the header is not what the format asks, or the file's size is not what it promises.
@@ -43,24 +50,19 @@ def read_file(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str
     size = checkpoint.files[name].size_bytes
     if size < 8:
         raise InvalidCheckpoint(f"{name} is {size} bytes; a safetensors file has at least 8 (a Git LFS pointer?)")
-    first = checkpoint.read(name, 0, min(size, _FIRST_READ_BYTES))
-    length = int.from_bytes(first[:8], "little")
-    if length > MAX_HEADER_BYTES:
-        raise InvalidCheckpoint(
-            f"{name}: the header's stated length of {length:,} bytes is over the format's {MAX_HEADER_BYTES:,}",
-            details={"file": name, "header_bytes": length},
-        )
-    data_begin = 8 + length
-    if data_begin > size:
-        raise InvalidCheckpoint(
-            f"{name}: the header's stated length of {length:,} bytes goes beyond the file's {size:,} bytes",
-            details={"file": name, "header_bytes": length, "file_bytes": size},
-        )
-    raw = first[8:data_begin]
-    if len(first) < data_begin:
-        raw += checkpoint.read(name, len(first), data_begin)
-    tensors, metadata = parse_header(raw, file=name, file_bytes=size)
-    return tensors, metadata, data_begin
+    raw = checkpoint.read(name, 0, min(size, header_bytes or _FIRST_READ_BYTES))
+    length = int.from_bytes(raw[:8], "little")
+    for largest, what in ((MAX_HEADER_BYTES, "is over the format's"), (size - 8, "goes beyond the file's")):
+        if length > largest:
+            raise InvalidCheckpoint(
+                f"{name}: the header's stated length of {length:,} bytes {what} {largest:,} bytes",
+                details={"file": name, "header_bytes": length, "file_bytes": size},
+            )
+    if len(raw) < 8 + length:
+        raw += checkpoint.read(name, len(raw), 8 + length)
+    raw = raw[: 8 + length]
+    tensors, metadata = parse_header(raw[8:], file=name, file_bytes=size)
+    return raw, tensors, metadata
 
 
 def parse_header(raw: bytes, *, file: str, file_bytes: int) -> tuple[list[Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""`.bin` checkpoints: where their tensors lie, found without running anything that the pickle asks for.
+"""`.bin` checkpoints: the byte range of each tensor, found without running what the pickle asks for.
 
 No data is loaded: a tensor is a range of the file.
 """
@@ -32,8 +32,8 @@ class Stored:
     begin: int
 
 
-def read_bin(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str, str], int]:
-    """Read the tensors of a `.bin` file as ranges of it, as `headers.read_file` does for safetensors.
+def read_bin(checkpoint: Checkpoint, name: str) -> list[Tensor]:
+    """Read the tensors of a `.bin` file as ranges of it, by offset.
 
     Several may share one range (tied weights).
 
@@ -62,7 +62,7 @@ def read_bin(checkpoint: Checkpoint, name: str) -> tuple[list[Tensor], dict[str,
                 f"{name}: tensors {one.name!r} and {other.name!r} overlap in part; `fairshard convert` parts them",
                 details={"file": name, "tensors": [one.name, other.name]},
             )
-    return tensors, {}, 0
+    return tensors
 
 
 def read_views(checkpoint: Checkpoint, name: str) -> dict[str, Stored]:

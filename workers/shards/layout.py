@@ -1,9 +1,8 @@
-"""Which tensors a node's shard holds, and where each byte of them goes; decides, and writes nothing."""
+"""Decides which tensors a node's shard holds and where each byte of them goes. Writes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -11,16 +10,15 @@ from planner.errors import Conflict, InvalidMetadata, NotFound
 from planner.plan import Plan
 from planner.profile import Layer, ModelProfile, Tensor
 from workers.checkpoint.base import Checkpoint
-from workers.checkpoint.headers import read_headers
+from workers.checkpoint.headers import read_headers, read_sources
 from workers.checkpoint.shared_storage import distinct, place
-from workers.checkpoint.source import Source, read_source
+from workers.checkpoint.source import Source
 from workers.transfer.outputs import Output, pack
 
 #: Every node needs these, whatever it holds.
 _CONFIGS = ("config.json", "generation_config.json", "quantization_config.json", "quantize_config.json")
 #: The first node takes the rest of these: tokenizer, processor, chat template.
 _EXTRA_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
-_PARALLEL_FILES = 8
 _LARGEST_EXTRA_BYTES = 256 * 1024 * 1024
 
 
@@ -56,8 +54,8 @@ def lay_out(
 ) -> Layout:
     """Decide what `node_id`'s shard holds.
 
-    The headers of the checkpoint files concerned are read again and must agree with the profile, so that metadata
-    from elsewhere can never turn into a wrong shard.
+    The headers of the checkpoint files concerned are read again and must agree with the profile, so that wrong
+    metadata never becomes a wrong shard.
 
     Args:
         checkpoint: Where the bytes will come from.
@@ -71,7 +69,7 @@ def lay_out(
         NotFound: If the plan gives `node_id` nothing.
         Conflict: If plan, profile and checkpoint are not of one revision.
         InvalidMetadata: If the profile does not describe the checkpoint.
-        InvalidCheckpoint: If a header lies.
+        InvalidCheckpoint: If a header is malformed.
     """
     _check_revisions(checkpoint, profile, plan)
     if node_id not in plan.allocation:
@@ -96,7 +94,14 @@ def lay_out(
     begins: dict[str, int] = {}
     for tensor in (tensor for layer in profile.layers for tensor in layer.tensors):
         begins[tensor.file] = min(begins.get(tensor.file, tensor.begin), tensor.begin)
-    sources = _read_sources(checkpoint, {name: begins[name] for name in sorted({t.file for t, _ in wanted})})
+    files = sorted({tensor.file for tensor, _ in wanted})
+    absent = [name for name in files if name not in checkpoint.files]
+    if absent:
+        raise InvalidMetadata(
+            f"the profile places tensors in {absent[0]!r}, which {checkpoint.model_name} does not have"
+        )
+    # The first tensor begins where the header ends.
+    sources = {each.name: each for each in read_sources(checkpoint, {name: begins[name] for name in files})}
     _check_headers(wanted, sources)
     wanted, aliases = _without_twins([*wanted, *_unnamed(wanted, profile, sources)])
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)
@@ -110,16 +115,6 @@ def lay_out(
         unused=tuple(t.name for layer in held if layer.layer_type == "unused" for t in layer.tensors),
         duplicated=duplicated,
     )
-
-
-def _read_sources(checkpoint: Checkpoint, header_bytes: Mapping[str, int]) -> dict[str, Source]:
-    """The headers of the files concerned; those of a server several at once, for each costs a round trip or three."""
-    there = [name for name in header_bytes if name in checkpoint.files]
-    if len(there) < 2 or checkpoint.local_path(there[0]) is not None:
-        return {name: read_source(checkpoint, name, header_bytes=size) for name, size in header_bytes.items()}
-    with ThreadPoolExecutor(_PARALLEL_FILES, "headers") as pool:
-        found = pool.map(lambda item: read_source(checkpoint, item[0], header_bytes=item[1]), header_bytes.items())
-        return {source.name: source for source in found}
 
 
 def _check_revisions(checkpoint: Checkpoint, profile: ModelProfile, plan: Plan) -> None:
