@@ -1,4 +1,4 @@
-"""Cuts a node's shard out of a checkpoint: only its bytes, whole or not at all.
+"""Cuts a node's shard out of a checkpoint: only the node's own bytes, and either all of them or no shard at all.
 
     <output>/
       model.safetensors, or model-00001-of-0000N.safetensors ...     the node's tensors
@@ -7,21 +7,20 @@
       source/<checkpoint file>.header                                to rebuild the checkpoint's files from
       manifest.json                                                  what is here, with digests
 
-It is made beside `output` as `.<name>.partial-<random>` and renamed when every byte is on the disk. What an
-interrupted call left there is taken over by the next.
+It is made beside `output` as `.<name>.partial-<random>` and renamed when every byte is on the disk. After an
+interruption the next call goes on with that folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from planner.errors import Conflict, FairshardError, NotFound
+from planner.errors import Conflict
 from planner.names import check_node_id
 from planner.plan import Plan
 from planner.profile import ModelProfile
@@ -30,12 +29,12 @@ from workers.disk.copying import can_clone, link_whole
 from workers.disk.durable import explained
 from workers.progress import Progress, silent
 from workers.shards.finish import finish
-from workers.shards.folder import file_is_whole, is_shard_folder
+from workers.shards.folder import ShardRequest, is_shard_folder
 from workers.shards.layout import Layout, lay_out
-from workers.shards.manifest import Manifest, read_manifest
+from workers.shards.manifest import Manifest
 from workers.shards.origins import Origins, Peer
 from workers.shards.space import check_room
-from workers.transfer.checking import Wanted
+from workers.transfer.checking import Checks
 from workers.transfer.copy import copy_outputs
 from workers.transfer.digests import Digests
 from workers.transfer.fetch import CONNECTIONS, fetch_outputs
@@ -55,13 +54,12 @@ _LAZY = {
     "load_stage": "workers.runtime.stage",
     "delete_shard": "workers.shards.folder",
 }
-_log = logging.getLogger(__name__)
 
 __all__ = ["MAX_SHARD_BYTES", "delete_shard", "load_stage", "merge", "split", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """What belongs to shards but needs not be loaded to cut one (`load_stage` brings torch)."""
+    """Names that callers find here but that cutting a shard does not need (`load_stage` loads torch)."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
@@ -120,8 +118,19 @@ def split(
     """
     check_node_id(node_id)
     output = output.absolute()
-    there = _already(checkpoint, plan, node_id, output, max_shard_bytes, sha256=sha256, paranoid=paranoid)
+    if output.exists() and not is_shard_folder(output):
+        raise Conflict(f"{output} holds something else than a shard; name another folder")
+    request = ShardRequest(
+        plan_id=plan.plan_id,
+        revision=checkpoint.revision,
+        node_id=node_id,
+        max_shard_bytes=max_shard_bytes,
+        sha256=sha256,
+        paranoid=paranoid,
+    )
+    there = request.find(output)
     if there is not None:
+        discard_partials(output)
         progress(there.total_bytes, there.total_bytes, what="shard")
         return there
     doubted = output if paranoid else None
@@ -129,13 +138,12 @@ def split(
     clone = link and _can_clone(checkpoint, output)
     stamps = _stamps(checkpoint, checkpoint.files)
     layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
-    key = _key(plan, node_id, layout, checkpoint.revision, paranoid=paranoid)
-    journal = open_journal(output, key=key)
+    journal = open_journal(output, key=_key(request, layout))
     try:
         linked = _link(layout, checkpoint, journal.folder) if link else {}
         rest = [item for item in layout.outputs if item.name not in linked]
         check_room(journal.folder, layout, rest, clone=clone, nodes=plan.allocation, quota_bytes=quota_bytes)
-        wanted = Wanted(
+        checks = Checks(
             digests=digests,
             sha256=sha256,
             paranoid=paranoid,
@@ -152,7 +160,7 @@ def split(
         if not rest:
             progress(layout.total_bytes, layout.total_bytes, what="shard")
         elif len(here) == len(local):
-            found.update(copy_outputs(rest, here, journal, wanted=wanted, progress=progress, clone=clone))
+            found.update(copy_outputs(rest, here, journal, checks=checks, progress=progress, clone=clone))
         else:
             total = sum(item.size_bytes for item in rest)
             segments = [
@@ -161,7 +169,7 @@ def split(
                 for segment in cut(item, index, origins=sources.of, connections=connections, total_bytes=total)
             ]
             found.update(
-                fetch_outputs(rest, segments, journal, wanted=wanted, progress=progress, connections=connections)
+                fetch_outputs(rest, segments, journal, checks=checks, progress=progress, connections=connections)
             )
         means = "fetch" if len(here) != len(local) else "reflink" if clone else "copy"
         changed = [name for name, stamp in _stamps(checkpoint, layout.sources).items() if stamp != stamps.get(name)]
@@ -173,58 +181,18 @@ def split(
             journal,
             checkpoint=checkpoint,
             plan=plan,
-            node_id=node_id,
+            request=request,
             output=output,
             digests=found,
             how=how,
-            max_shard_bytes=max_shard_bytes,
-            paranoid=paranoid,
         )
     finally:
         journal.close()
 
 
-def _already(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    node_id: str,
-    output: Path,
-    max_shard_bytes: int,
-    *,
-    sha256: bool,
-    paranoid: bool,
-) -> Manifest | None:
-    """The manifest of the shard at `output`, if that is the one asked for and whole."""
-    if not output.exists():
-        return None
-    if not is_shard_folder(output):
-        raise Conflict(f"{output} holds something that is no shard of fairshard's; name another folder")
-    try:
-        manifest = read_manifest(output)
-    except NotFound:
-        return None
-    except FairshardError as error:
-        _log.warning("%s is made anew: %s", output, error)
-        return None
-    asked = (plan.plan_id, checkpoint.revision, node_id, max_shard_bytes)
-    if (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes) != asked:
-        return None
-    if sha256 and any(file.sha256 is None and file.digest is not None for file in manifest.files):
-        return None
-    if paranoid and not manifest.paranoid:
-        return None
-    if not all(file_is_whole(output, file, read=paranoid) for file in (*manifest.files, *manifest.extras)):
-        return None
-    discard_partials(output)
-    return manifest
-
-
-def _key(plan: Plan, node_id: str, layout: Layout, revision: str | None, *, paranoid: bool) -> str:
-    """What decides an unfinished folder's bytes, and how they were checked: only with the same is it taken over.
-
-    `revision` is the checkpoint's: a plan may name none.
-    """
-    digest = blake3(f"{plan.plan_id}\0{revision}\0{node_id}\0{paranoid}".encode())
+def _key(request: ShardRequest, layout: Layout) -> str:
+    """What decides a shard's bytes and how they are checked; an unfinished folder of another key is begun anew."""
+    digest = blake3(repr(request).encode())
     for item in layout.outputs:
         digest.update(f"\0{item.name}\0{item.size_bytes}\0{item.whole}\0".encode() + item.header)
         digest.update(repr([(run.source, run.begin, run.end, run.target) for run in item.runs]).encode())
@@ -232,7 +200,7 @@ def _key(plan: Plan, node_id: str, layout: Layout, revision: str | None, *, para
 
 
 def _stamps(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
-    """What tells whether weight files of a folder were replaced or written to; those of the Hub have digests."""
+    """Inode, size and time of a folder's weight files, to notice a change; files of the Hub have digests instead."""
     stamps = {}
     for name in names:
         weights = name.endswith((".safetensors", ".bin")) and checkpoint.files[name].etag is None

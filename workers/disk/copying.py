@@ -1,4 +1,4 @@
-"""Bytes from file to file on this machine, by the cheapest way that the kernel and the filesystem allow."""
+"""Copies between files of this machine, in the cheapest way that the kernel and the filesystem allow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from planner.errors import IntegrityError
+
 #: From linux/fs.h: share the extents of another file, or of a range of it.
 _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
 _PAGE_BYTES = 4096
 _STEP_BYTES = 8 * 1024 * 1024
+_PIECE_BYTES = 1024 * 1024
 #: The kernel or the filesystem does not do this; another way will.
 _CANNOT = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EBADF, errno.ETXTBSY}
@@ -23,9 +26,9 @@ _CANNOT = frozenset(
 
 @contextlib.contextmanager
 def own(path: Path) -> Iterator[int]:
-    """A descriptor to read and write `path` with, which is made if it is not there.
+    """Open `path` to read and write, and make it if it is missing.
 
-    A link that an interrupted call left is another file's own bytes: the checkpoint's.
+    A hard link that an interrupted call left is replaced by a new file: writing to it would change the checkpoint.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -85,8 +88,23 @@ def _by_sendfile(source: int, target: int, count: int, begin: int, at: int) -> i
 
 
 def _by_buffer(source: int, target: int, count: int, begin: int, at: int) -> int:
-    data = os.pread(source, min(count, 1024 * 1024), begin)
+    data = os.pread(source, min(count, _PIECE_BYTES), begin)
     return write_all(target, data, at)
+
+
+def read_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes [begin, end) of a file, a few at a time.
+
+    Raises:
+        IntegrityError: If the file ends before.
+    """
+    with path.open("rb", buffering=0) as file:
+        while begin < end:
+            data = os.pread(file.fileno(), min(end - begin, _PIECE_BYTES), begin)
+            if not data:
+                raise IntegrityError(f"{path} ends at byte {begin:,}, {end - begin:,} bytes early")
+            yield data
+            begin += len(data)
 
 
 def write_all(target: int, data: bytes | memoryview, at: int) -> int:
@@ -99,7 +117,7 @@ def write_all(target: int, data: bytes | memoryview, at: int) -> int:
 
 
 def reserve(target: int, size_bytes: int) -> None:
-    """Give a file its blocks: a full disk is known now, not after an hour, and 16 writers do not scatter it."""
+    """Allocate a file's blocks: a full disk shows now, not after an hour, and 16 writers do not fragment the file."""
     if size_bytes and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(target, 0, size_bytes)
 

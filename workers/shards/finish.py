@@ -1,4 +1,4 @@
-"""The last steps of a shard: what stands beside the weights, the manifest, and its name."""
+"""The last steps of a shard: the small files beside the weights, the manifest, and the final name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from planner.errors import FairshardError, NodeFailure
+from planner.errors import NodeFailure
 from planner.plan import Plan
 from workers.checkpoint.base import Checkpoint
 from workers.disk.durable import explained, sync, sync_together
-from workers.shards.folder import file_is_whole, is_shard_folder
+from workers.shards.folder import ShardRequest, is_shard_folder
 from workers.shards.layout import Layout
-from workers.shards.manifest import MANIFEST, Manifest, ShardFile, ShardTensor, SourceFile, read_manifest
+from workers.shards.manifest import MANIFEST, Manifest, ShardFile, ShardTensor, SourceFile
 from workers.transfer.digests import Digests, digest_of
 from workers.transfer.journal import Journal, discard_partials, install_lock, state_file
 from workers.transfer.outputs import Output
@@ -27,26 +27,22 @@ def finish(
     *,
     checkpoint: Checkpoint,
     plan: Plan,
-    node_id: str,
+    request: ShardRequest,
     output: Path,
     digests: Mapping[str, Digests | None],
     how: Mapping[str, str],
-    max_shard_bytes: int,
-    paranoid: bool,
 ) -> Manifest:
-    """Write what stands beside the weights, then the manifest, then give the folder its name.
+    """Write the small files beside the weights, then the manifest, then give the folder its name.
 
     Args:
         layout: What the journal's folder holds.
         journal: The folder.
         checkpoint: Where the small files come from.
         plan: The plan it is a part of.
-        node_id: Whose shard it is.
+        request: What was asked for.
         output: The folder's name.
         digests: By weight file; None where no bytes passed.
         how: By weight file: "copy", "fetch", "link" or "reflink".
-        max_shard_bytes: What it was cut with.
-        paranoid: What it was cut with.
 
     Raises:
         NodeFailure: If the disk is full or cannot be written.
@@ -63,10 +59,10 @@ def finish(
             if unexpected.is_file() and unexpected != state_file(folder):
                 unexpected.unlink()
         manifest = Manifest(
-            plan_id=plan.plan_id,
+            plan_id=request.plan_id,
             model_name=checkpoint.model_name,
-            revision=checkpoint.revision,
-            node_id=node_id,
+            revision=request.revision,
+            node_id=request.node_id,
             layers=layout.layers,
             nodes=plan.allocation,
             files=tuple(
@@ -82,26 +78,26 @@ def finish(
                 name: SourceFile(size_bytes=s.size_bytes, sha256=s.sha256, header_bytes=len(s.header))
                 for name, s in layout.sources.items()
             },
-            max_shard_bytes=max_shard_bytes,
-            paranoid=paranoid,
+            max_shard_bytes=request.max_shard_bytes,
+            paranoid=request.paranoid,
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
         written = {folder / name for name in (*extras, MANIFEST)}
         sync_together([*written, *{path.parent for path in written}])
-        return _install(journal, output, manifest)
+        return _install(journal, output, manifest, request)
 
 
-def _install(journal: Journal, output: Path, manifest: Manifest) -> Manifest:
-    """Give the finished folder its name; the manifest that stands there then.
+def _install(journal: Journal, output: Path, manifest: Manifest, request: ShardRequest) -> Manifest:
+    """Give the finished folder its name, and return the manifest that lies there then.
 
-    Of two processes that made the same shard the first wins, and the second's work is thrown away: whoever was told
-    that the shard is there must not find it gone for a moment.
+    Of two processes that made the same shard the first wins and the second's folder is deleted: a shard that was
+    reported as finished must never be missing, not even for a moment.
     """
     folder = journal.folder
     with install_lock(output):
         if is_shard_folder(output) and any(output.iterdir()):
-            theirs = _same(output, manifest)
+            theirs = request.find(output)
             if theirs is not None:
                 shutil.rmtree(folder)
                 return theirs
@@ -112,23 +108,6 @@ def _install(journal: Journal, output: Path, manifest: Manifest) -> Manifest:
         sync(output.parent)
     discard_partials(output)
     return manifest
-
-
-def _same(output: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest at `output`, if it is of the same shard, finished and not written to since."""
-    try:
-        theirs = read_manifest(output)
-    except FairshardError:
-        return None
-    mine = (manifest.plan_id, manifest.revision, manifest.node_id, manifest.max_shard_bytes)
-    if (theirs.plan_id, theirs.revision, theirs.node_id, theirs.max_shard_bytes) != mine:
-        return None
-    if manifest.paranoid and not theirs.paranoid:
-        return None
-    if any(ours.sha256 and not file.sha256 for ours, file in zip(manifest.files, theirs.files, strict=False)):
-        return None
-    files = (*theirs.files, *theirs.extras)
-    return theirs if all(file_is_whole(output, file, read=manifest.paranoid) for file in files) else None
 
 
 def _index(layout: Layout) -> bytes:

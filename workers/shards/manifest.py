@@ -1,4 +1,4 @@
-"""What a shard folder holds, and the proof of it: `manifest.json`."""
+"""`manifest.json`: what a shard's folder holds, with the digests that prove it."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ class Manifest:
                 raise IntegrityError(f"{where} names {outside!r:.200}, which is outside the shard")
             made._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise IntegrityError(f"{where} is no shard's manifest: {error!r}") from error
+            raise IntegrityError(f"{where} is not a valid manifest of a shard: {error!r}") from error
         return made
 
     def _check(self) -> None:
-        """TypeError, KeyError or ValueError if a figure in it cannot be: whoever reads on relies on them."""
+        """Raise TypeError, KeyError or ValueError if a value in it is impossible: all later code relies on them."""
         sizes = {file.name: index(file.size_bytes) for file in self.files}
         for tensor in self.tensors:
             if not 0 <= index(tensor.begin) <= index(tensor.end) <= sizes[tensor.file]:

@@ -1,4 +1,4 @@
-"""Puts shards back together to a checkpoint that loads as the original did."""
+"""Joins all nodes' shards to the checkpoint that they were cut from: its weights, config and tokenizer files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
 
     A safetensors file is put together exactly as it was, header included, so that its sha256 is the original's.
     Tensors of other files (`.bin`) come as new safetensors files, each under every name that it had. Config and
-    tokenizer files come along.
+    tokenizer files of the checkpoint's root are copied; files in its subfolders are no part of shards.
 
     Args:
         dirs: The shard folders of every node of one plan.

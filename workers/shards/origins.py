@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor can be had: this node's other shards, this machine's files, other nodes, the Hub."""
+"""Where a tensor's bytes can be got: this node's other shards, files on this machine, other nodes, the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Peer:
 
 
 class Origins:
-    """Answers, for one shard that is to be made, where each tensor can be had, best place first."""
+    """The places that have the tensors of one shard that is to be made, best place first."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Origins:
             beside: The folder of this node's shards.
             peers: Other nodes' shards.
             known: Digests that the caller knows.
-            doubted: A shard here that was checked less than is wanted now: its digests prove nothing.
+            doubted: A shard here that was checked less than asked for now, so its digests are not used.
         """
         self._checkpoint = checkpoint
         self._beside = beside

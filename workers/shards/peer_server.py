@@ -4,8 +4,8 @@
     GET /<folder>/manifest.json
     GET /<folder>/<weight file>    with Range
 
-Nothing else can be named: a folder is that of a finished shard, a file one that its manifest
-lists; a link that leads out of the shards' folder is followed for nobody.
+Anything else is answered with 404: only finished shards and the files that their manifests list are served, and no
+link that leads out of the shards' folder is followed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PeerServer:
             self._server = _Server((host, port), shards_dir, f"Bearer {token}")
         except OSError as error:
             raise InvalidInput(
-                f"port {port} of FAIRSHARD_PEER_URL cannot be served from here: {error.strerror}; name a free one",
+                f"port {port} of FAIRSHARD_PEER_URL cannot be opened here: {error.strerror}; name a free one",
                 details={"port": port, "errno": error.errno},
             ) from error
         self.port = self._server.server_port

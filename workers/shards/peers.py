@@ -1,4 +1,4 @@
-"""Other nodes' shards as a source: asked before the Hub, and never needed."""
+"""Other nodes' shards as a source: they are asked before the Hub, and every failure falls back to the Hub."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from workers.network.retry import RetryPolicy
 from workers.shards.manifest import Manifest
 from workers.shards.origins import Peer
 
-#: A node that does not answer soon is not waited for: the Hub has the same bytes.
+#: How long to wait for a node: not long, as the Hub has the same bytes.
 PATIENCE = RetryPolicy(attempts=2, first_s=0.2, longest_s=1.0, connect_s=3.0, stall_s=10.0, longest_retry_after_s=5.0)
 _LARGEST_BYTES = 200_000_000
 _AT_ONCE = 16
-#: What an answer that is no list of shards ends in.
-_NONSENSE = (LookupError, TypeError, ValueError, RecursionError)
+#: What reading an answer raises if it is not a list of shards.
+_MALFORMED = (LookupError, TypeError, ValueError, RecursionError)
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +56,7 @@ def _shards_at(url: str, token: str, wanted: tuple[str, str], policy: RetryPolic
                     _json(url, f"{folder}/manifest.json", server.headers, policy), where=f"{url}{folder}"
                 )
                 found.append(Peer(server=server, url=f"{url.rstrip('/')}{folder}", manifest=manifest))
-    except (OSError, http.client.HTTPException, FairshardError, *_NONSENSE) as error:
+    except (OSError, http.client.HTTPException, FairshardError, *_MALFORMED) as error:
         _log.info("%s serves no shards now: %r", url, error)
     return found
 

@@ -1,4 +1,4 @@
-"""Whether a shard fits on the disk and in the node's quota, asked before its first byte."""
+"""Whether a shard fits on the disk and in the node's quota, checked before its first byte is written."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Proves that shards are whole, and that together they are the checkpoint."""
+"""Proves that shards are undamaged, and that together they are the checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,13 @@ from blake3 import blake3
 from planner.errors import FairshardError, IntegrityError, InvalidCheckpoint, InvalidInput
 from workers.checkpoint.base import Checkpoint
 from workers.checkpoint.safetensors import parse_header
+from workers.disk.copying import read_pieces
 from workers.progress import Progress, silent
 from workers.shards.manifest import Manifest, ShardFile, ShardTensor, read_manifest, write_manifest
+from workers.transfer.digests import Digests, FileDigest
 
-_BUFFER_BYTES = 4 * 1024 * 1024
+#: Bytes after which progress is told.
+_STEP_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +77,7 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON, for `--json`."""
-        return {
-            "ok": self.ok,
-            "complete": self.complete,
-            "shards": self.shards,
-            "files": self.files,
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "missing_nodes": list(self.missing_nodes),
-            "rebuilt": dict(self.rebuilt),
-            "proven": list(self.proven),
-            "problems": [{"directory": p.directory, "what": p.what, "reason": p.reason} for p in self.problems],
-        }
+        return {"ok": self.ok, "complete": self.complete, **asdict(self)}
 
 
 def verify(
@@ -160,9 +151,8 @@ def verify(
 def digest_file(path: Path) -> str:
     """The digest of a file, as "blake3:<hex>"."""
     digest = blake3()
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(_BUFFER_BYTES):
-            digest.update(data)
+    for data in read_pieces(path, 0, path.stat().st_size):
+        digest.update(data)
     return f"blake3:{digest.hexdigest()}"
 
 
@@ -172,13 +162,8 @@ def rebuild_digests(shards: Sequence[tuple[Path, Manifest]]) -> dict[str, str]:
     for name, parts in source_parts(shards).items():
         digest = hashlib.sha256()
         for part in parts:
-            if isinstance(part, bytes):
-                digest.update(part)
-                continue
-            path, begin, end = part
-            with path.open("rb", buffering=0) as file:
-                for at in range(begin, end, _BUFFER_BYTES):
-                    digest.update(os.pread(file.fileno(), min(_BUFFER_BYTES, end - at), at))
+            for data in (part,) if isinstance(part, bytes) else read_pieces(*part):
+                digest.update(data)
         found[name] = digest.hexdigest()
     return found
 
@@ -218,62 +203,53 @@ class _Reading:
         for file in manifest.files:
             tensors = [tensor for tensor in manifest.tensors if tensor.file == file.name]
             try:
-                whole, digests = self._read(folder / file.name, file, tensors)
-                problems += _check_file(folder, file, tensors, whole, digests)
-                found |= digests
-                files.append(replace(file, digest=file.digest or whole))
+                digests = self._read(folder / file.name, file, tensors)
+                problems += _check_file(folder, file, tensors, digests)
+                found |= digests.tensors
+                files.append(replace(file, digest=file.digest or digests.file))
             except (OSError, FairshardError) as error:
                 problems.append(Problem(directory=str(folder), what=file.name, reason=str(error)))
         for extra in manifest.extras:
             path = folder / extra.name
             if not path.is_file() or digest_file(path) != extra.digest:
-                problems.append(Problem(directory=str(folder), what=extra.name, reason="missing, or not as written"))
+                problems.append(
+                    Problem(directory=str(folder), what=extra.name, reason="missing, or changed since it was written")
+                )
         if not problems and any(file.digest is None for file in manifest.files):
             tensors_now = tuple(replace(t, digest=t.digest or found[t.name]) for t in manifest.tensors)
             with contextlib.suppress(OSError):  # on a disk that may not be written to they are found each time
                 write_manifest(replace(manifest, files=tuple(files), tensors=tensors_now), folder)
         return problems
 
-    def _read(self, path: Path, file: ShardFile, tensors: Sequence[ShardTensor]) -> tuple[str, dict[str, str]]:
-        """The file's digest, and those of its tensors by name; its sha256 is compared where one is stated."""
+    def _read(self, path: Path, file: ShardFile, tensors: Sequence[ShardTensor]) -> Digests:
+        """The digests of a file and its tensors.
+
+        Raises:
+            InvalidCheckpoint: If its size, or the sha256 that is stated for it, is another.
+        """
         size = path.stat().st_size
         if size != file.size_bytes:
             raise InvalidCheckpoint(f"it has {size:,} bytes, not {file.size_bytes:,}")
-        whole, digests = blake3(), {}
-        sha256 = hashlib.sha256() if file.sha256 else None
-        with path.open("rb", buffering=0) as source:
-            at = 0
-            for tensor in [*sorted(tensors, key=lambda t: (t.begin, t.end)), None]:
-                one = blake3()
-                stop = file.size_bytes if tensor is None else tensor.begin
-                for begin, end, digest in ((at, stop, None), (stop, tensor.end if tensor else stop, one)):
-                    for place in range(begin, end, _BUFFER_BYTES):
-                        data = os.pread(source.fileno(), min(_BUFFER_BYTES, end - place), place)
-                        whole.update(data)
-                        if digest is not None:
-                            digest.update(data)
-                        if sha256 is not None:
-                            sha256.update(data)
-                        self._done += len(data)
-                        self._progress(self._done, self._total, what="verify")
-                if tensor is not None:
-                    digests[tensor.name] = f"blake3:{one.hexdigest()}"
-                    at = max(at, tensor.end)
-        if sha256 is not None and sha256.hexdigest() != file.sha256:
-            raise InvalidCheckpoint(f"its sha256 is {sha256.hexdigest()}, not {file.sha256}")
-        return f"blake3:{whole.hexdigest()}", digests
+        digest = FileDigest(path, [(t.name, t.begin, t.end) for t in tensors], sha256=file.sha256 is not None)
+        for at in range(0, size, _STEP_BYTES):
+            count = min(_STEP_BYTES, size - at)
+            digest.up_to(at + count)
+            self._done += count
+            self._progress(self._done, self._total, what="verify")
+        found = digest.finish()
+        if found.sha256 != file.sha256:
+            raise InvalidCheckpoint(f"its sha256 is {found.sha256}, not {file.sha256}")
+        return found
 
 
-def _check_file(
-    folder: Path, file: ShardFile, tensors: Sequence[ShardTensor], whole: str, digests: Mapping[str, str]
-) -> list[Problem]:
+def _check_file(folder: Path, file: ShardFile, tensors: Sequence[ShardTensor], found: Digests) -> list[Problem]:
     problems = []
     for tensor in tensors:
-        if tensor.digest not in {None, digests[tensor.name]}:
-            reason = f"in {file.name} it is {digests[tensor.name]}, not {tensor.digest}"
+        if tensor.digest not in {None, found.tensors[tensor.name]}:
+            reason = f"in {file.name} it is {found.tensors[tensor.name]}, not {tensor.digest}"
             problems.append(Problem(directory=str(folder), what=tensor.name, reason=reason))
-    if file.digest not in {None, whole}:
-        reason = f"it is {whole}, not {file.digest}"
+    if file.digest not in {None, found.file}:
+        reason = f"it is {found.file}, not {file.digest}"
         problems.append(Problem(directory=str(folder), what=file.name, reason=reason))
     with (folder / file.name).open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
@@ -286,7 +262,7 @@ def _check_file(
 
 
 def _contradictions(shards: Sequence[tuple[Path, Manifest]]) -> list[Problem]:
-    """Shards that do not belong together, and tensors that two nodes hold differently."""
+    """Shards of different plans, and tensors whose digest differs between two nodes."""
     problems = []
     first = shards[0][1]
     digests: dict[str, str] = {}
@@ -325,14 +301,11 @@ def _compare(shards: Sequence[tuple[Path, Manifest]], checkpoint: Checkpoint, *,
         for tensor in manifest.tensors:
             if tensor.source_file in skip:
                 continue
-            mine, theirs = blake3(), blake3()
-            size = tensor.end - tensor.begin
-            with (folder / tensor.file).open("rb", buffering=0) as file:
-                for at in range(0, size, _BUFFER_BYTES):
-                    count = min(_BUFFER_BYTES, size - at)
-                    mine.update(os.pread(file.fileno(), count, tensor.begin + at))
-                    begin = tensor.source_begin + at
-                    theirs.update(checkpoint.read(tensor.source_file, begin, begin + count))
+            mine, theirs, at = blake3(), blake3(), tensor.source_begin
+            for data in read_pieces(folder / tensor.file, tensor.begin, tensor.end):
+                mine.update(data)
+                theirs.update(checkpoint.read(tensor.source_file, at, at + len(data)))
+                at += len(data)
             if mine.digest() != theirs.digest():
                 reason = f"blake3:{mine.hexdigest()} here, blake3:{theirs.hexdigest()} in the checkpoint"
                 problems.append(Problem(directory=str(folder), what=tensor.name, reason=reason))

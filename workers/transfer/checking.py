@@ -1,4 +1,4 @@
-"""The thread that digests, syncs and checks files behind those that fill them."""
+"""How output files are checked, and the thread that does it while others fill them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from workers.transfer.digests import Digests
-from workers.transfer.threads import Crew
+from workers.transfer.threads import ThreadGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Checks:
     """How output files are to be checked."""
 
     #: Digest what is copied; what is fetched always is.
@@ -26,7 +26,7 @@ class Wanted:
     stated_sha256: Mapping[str, str] = field(default_factory=dict)
 
     def wrong(self, name: str, found: Digests) -> list[str]:
-        """Tensors of output `name` whose digest is not the known one; all of them where the file's sha256 is not."""
+        """Tensors of output `name` with another digest than the known one; all, if the file's sha256 is another."""
         stated = self.stated_sha256.get(name)
         if stated is not None and found.sha256 != stated:
             return list(found.tensors) or [name]
@@ -34,12 +34,12 @@ class Wanted:
 
 
 class Digester:
-    """Does what is submitted, in order, in one thread of the crew."""
+    """One thread that does what is submitted, in that order."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, threads: ThreadGroup) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        crew.on_stop(self.close)
-        crew.start(self._work, name="digest")
+        threads.on_stop(self.close)
+        threads.start(self._work)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Do `work` after all that was submitted before."""

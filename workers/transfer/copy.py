@@ -12,11 +12,11 @@ from planner.errors import IntegrityError, NodeFailure
 from workers.disk.copying import clone_run, copy_range, own, reserve, send_to_disk, write_all
 from workers.disk.durable import explained, sync
 from workers.progress import Progress
-from workers.transfer.checking import Digester, Wanted
+from workers.transfer.checking import Checks, Digester
 from workers.transfer.digests import Digests, FileDigest
 from workers.transfer.journal import Journal
 from workers.transfer.outputs import Output
-from workers.transfer.threads import Crew
+from workers.transfer.threads import ThreadGroup
 
 
 def copy_outputs(
@@ -24,32 +24,34 @@ def copy_outputs(
     sources: Mapping[str, Path],
     journal: Journal,
     *,
-    wanted: Wanted,
+    checks: Checks,
     progress: Progress,
     clone: bool = False,
 ) -> dict[str, Digests | None]:
     """Copy `outputs` into the journal's folder, file after file.
 
-    One thread copies, for a second writer finds the memory's bandwidth taken; another digests behind it what is
-    in memory still. A file that an interrupted call finished is taken over if its bytes still have its digest.
+    One thread copies (a second one would gain nothing: one takes all of the memory's bandwidth), and another digests
+    what was just copied. A file that an interrupted call finished is kept if its bytes still have the noted digest.
 
     Args:
         outputs: What to write.
         sources: Checkpoint file -> where it lies.
         journal: The folder, and what of it is done.
-        wanted: How to check.
+        checks: How to check.
         progress: Told the bytes.
         clone: Share extents with the sources where runs lie on pages; then nothing is digested.
 
     Returns:
-        Digests by output name; None where no bytes passed or none were wanted.
+        Digests by output name; None where no bytes passed, or no digests were asked for.
 
     Raises:
         NodeFailure: If the disk is full, or a file cannot be read or written.
-        IntegrityError: If a tensor is not what `wanted` knows.
+        IntegrityError: If a tensor is not what `checks` knows.
     """
-    crew = Crew(total=sum(output.size_bytes for output in outputs), progress=progress, what="shard")
-    copier = _Copier(sources=sources, journal=journal, wanted=wanted, crew=crew, digester=Digester(crew), clone=clone)
+    threads = ThreadGroup(total=sum(output.size_bytes for output in outputs), progress=progress, what="shard")
+    copier = _Copier(
+        sources=sources, journal=journal, checks=checks, threads=threads, digester=Digester(threads), clone=clone
+    )
 
     def copy_all() -> None:
         try:
@@ -58,8 +60,8 @@ def copy_outputs(
         finally:
             copier.digester.close()
 
-    crew.start(copy_all, name="copy")
-    crew.wait()
+    threads.start(copy_all)
+    threads.wait()
     return copier.results
 
 
@@ -67,8 +69,8 @@ def copy_outputs(
 class _Copier:
     sources: Mapping[str, Path]
     journal: Journal
-    wanted: Wanted
-    crew: Crew
+    checks: Checks
+    threads: ThreadGroup
     digester: Digester
     clone: bool
     results: dict[str, Digests | None] = field(default_factory=dict)
@@ -83,12 +85,12 @@ class _Copier:
             if not self.clone:
                 reserve(target, output.size_bytes)
             write_all(target, output.header, 0)
-            self.crew.advance(len(output.header))
+            self.threads.advance(len(output.header))
             if self.clone and self._cloned(output, path):
                 self.results[output.name] = None
                 os.fsync(target)
                 return
-            digest = self._digest(output, path) if self.wanted.digests else None
+            digest = self._digest(output, path) if self.checks.digests else None
             at = 0
 
             def step(count: int) -> None:
@@ -98,7 +100,7 @@ class _Copier:
                 if digest is not None:
                     reached = at
                     self.digester.submit(lambda: digest.up_to(reached))
-                self.crew.advance(count)
+                self.threads.advance(count)
 
             for run in output.runs:
                 at = run.target
@@ -119,19 +121,19 @@ class _Copier:
         self.results[output.name] = found
 
     def _check(self, output: Output, found: Digests) -> None:
-        wrong = self.wanted.wrong(output.name, found)
+        wrong = self.checks.wrong(output.name, found)
         if wrong:
             raise IntegrityError(
                 f"{wrong[0]}: the checkpoint's bytes here are {found.tensors[wrong[0]]}, elsewhere they are "
-                f"{self.wanted.known.get(wrong[0]) or self.wanted.stated_sha256.get(output.name)} "
-                f"({len(wrong)} tensors differ): a damaged or another copy",
+                f"{self.checks.known.get(wrong[0]) or self.checks.stated_sha256.get(output.name)} "
+                f"({len(wrong)} tensors differ): this copy is damaged, or another one",
                 details={"tensors": wrong[:20]},
             )
 
     def _resume(self, output: Output, target: int, path: Path) -> bool:
         """Whether an interrupted call finished this file, and its bytes are still what they were."""
         claim = self.journal.claim(output, 0, output.size_bytes)
-        if claim is None or not self.wanted.digests or os.fstat(target).st_size != output.size_bytes:
+        if claim is None or not self.checks.digests or os.fstat(target).st_size != output.size_bytes:
             return False
         digest = self._digest(output, path)
         digest.up_to(output.size_bytes)
@@ -139,18 +141,18 @@ class _Copier:
         if found.file != claim:
             return False
         self.results[output.name] = found
-        self.crew.advance(output.size_bytes)
+        self.threads.advance(output.size_bytes)
         return True
 
     def _digest(self, output: Output, path: Path) -> FileDigest:
-        return FileDigest(output, path, sha256=self.wanted.sha256 or output.name in self.wanted.stated_sha256)
+        return FileDigest(path, output.spans, sha256=self.checks.sha256 or output.name in self.checks.stated_sha256)
 
     def _cloned(self, output: Output, path: Path) -> bool:
         """Whether all runs could be shared; they lie alike within pages, so only their edges are copied."""
         for run in output.runs:
             if not clone_run(self.sources[run.source], path, run.begin, run.end, run.target):
                 return False
-            self.crew.advance(run.end - run.begin)
+            self.threads.advance(run.end - run.begin)
         return True
 
     def _source(self, name: str) -> FileIO:

@@ -1,20 +1,22 @@
-"""Digests of an output file and of each tensor in it, taken while the file grows."""
+"""Digests of a file and of each tensor in it, taken while the file grows."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from blake3 import blake3
 
-from workers.transfer.outputs import Output
-
 _BUFFER_BYTES = 1024 * 1024
 
-#: What to do where two nodes found different digests of one tensor.
-WHICH_IS_WRONG = "'fairshard verify SHARD --source MODEL' tells whose is wrong, 'fairshard delete PLAN' removes it"
+#: What to do when two nodes found different digests of one tensor.
+WHICH_IS_WRONG = (
+    "'fairshard verify SHARD --source MODEL' shows which one is wrong, 'fairshard delete PLAN' deletes it"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +30,25 @@ class Digests:
 
 
 class FileDigest:
-    """Follows the filled front of a file and digests each byte once; keeps one buffer, whatever the size.
+    """Digests a file while it grows: each byte once, with one buffer, whatever the file's size.
 
-    It reads back what was written, so that it proves the file and not what was meant to be in it; the pages are
-    in memory still.
+    It reads back what was written (from memory, still): it proves the file, not what was meant to be in it.
     """
 
-    def __init__(self, output: Output, path: Path, *, sha256: bool, buffer: memoryview | None = None) -> None:
+    def __init__(
+        self, path: Path, spans: Iterable[tuple[str, int, int]], *, sha256: bool, buffer: memoryview | None = None
+    ) -> None:
+        """Begin before the first byte.
+
+        Args:
+            path: The file.
+            spans: Its tensors' names, first bytes, and one past their last.
+            sha256: Take the file's sha256 as well.
+            buffer: To read through; default one of its own.
+        """
         self._path = path
         self._buffer = buffer or memoryview(bytearray(_BUFFER_BYTES))
-        self._tensors = sorted(output.placed, key=lambda placed: (placed.begin, placed.end))
+        self._spans = sorted(spans, key=itemgetter(1, 2))
         self._file = blake3()
         self._sha256 = hashlib.sha256() if sha256 else None
         self._at = 0
@@ -75,15 +86,12 @@ class FileDigest:
         self._file.update(view)
         if self._sha256:
             self._sha256.update(view)
-        while view and self._next < len(self._tensors):
-            tensor = self._tensors[self._next]
-            if self._at < tensor.begin:
-                skip = min(len(view), tensor.begin - self._at)
-                self._at += skip
-                view = view[skip:]
-                continue
-            part = view[: tensor.end - self._at]
-            self._tensor.update(part)
+        while view and self._next < len(self._spans):
+            _, begin, end = self._spans[self._next]
+            inside = self._at >= begin
+            part = view[: (end if inside else begin) - self._at]
+            if inside:
+                self._tensor.update(part)
             self._at += len(part)
             view = view[len(part) :]
             self._close_tensors()
@@ -91,8 +99,8 @@ class FileDigest:
 
     def _close_tensors(self) -> None:
         """Close the tensors that end here; empty ones at once."""
-        while self._next < len(self._tensors) and self._at >= self._tensors[self._next].end:
-            self._found[self._tensors[self._next].tensor.name] = f"blake3:{self._tensor.hexdigest()}"
+        while self._next < len(self._spans) and self._at >= self._spans[self._next][2]:
+            self._found[self._spans[self._next][0]] = f"blake3:{self._tensor.hexdigest()}"
             self._tensor = blake3()
             self._next += 1
 

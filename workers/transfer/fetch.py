@@ -1,4 +1,4 @@
-"""Fills output files by ranges from the Hub, from other nodes and from what lies here, many connections at once."""
+"""Fills output files by ranges from the Hub, other nodes and local files, over many connections at once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pathlib import Path
 from blake3 import blake3
 
 from planner.errors import FairshardError, IntegrityError
-from workers.disk.copying import own, reserve, send_to_disk, write_all
+from workers.disk.copying import own, read_pieces, reserve, send_to_disk, write_all
 from workers.disk.durable import explained, sync
 from workers.network.ranges import RangeReader, Server, Sink
 from workers.progress import Progress
-from workers.transfer.checking import Digester, Wanted
+from workers.transfer.checking import Checks, Digester
 from workers.transfer.digests import WHICH_IS_WRONG, Digests, FileDigest
 from workers.transfer.journal import Journal
 from workers.transfer.outputs import Output
 from workers.transfer.segments import LocalOrigin, Origin, Segment
-from workers.transfer.threads import Crew
+from workers.transfer.threads import ThreadGroup
 
 CONNECTIONS = 16
-#: Connections to begin with. More help where the network is slow; where it is as fast as this machine, they only take
-#: time from each other: 243 MB over loopback on 2 cores, 0.32 s with 16 from the start, 0.25 s with 2.
+#: Connections to begin with. More help on a slow network; on one that is as fast as this machine they only take
+#: time from each other: 243 MB over loopback on 2 cores took 0.32 s with 16 from the start, 0.25 s with 2.
 _FIRST_LANES = 2
 #: How long the machine is watched before their number is doubled.
 _LOOK_S = 0.02
@@ -57,19 +57,19 @@ def fetch_outputs(
     segments: Sequence[Segment],
     journal: Journal,
     *,
-    wanted: Wanted,
+    checks: Checks,
     progress: Progress,
     connections: int = CONNECTIONS,
 ) -> dict[str, Digests]:
     """Fetch `segments` straight to their places in `outputs`, in the journal's folder.
 
-    Bytes that an interrupted call wrote are taken over where they still have the digest that it noted.
+    Bytes that an interrupted call wrote are kept if they still have the digest that it noted.
 
     Args:
         outputs: The files; their headers are written here.
         segments: What fills them, as `workers.transfer.segments.cut` made them.
         journal: The folder, and what of it is done.
-        wanted: How to check.
+        checks: How to check.
         progress: Told the bytes.
         connections: How many ranges are fetched at once, at most.
 
@@ -82,32 +82,32 @@ def fetch_outputs(
         AccessDenied, NotFound, Unavailable: As the server answers.
     """
     total = sum(output.size_bytes for output in outputs)
-    crew = Crew(total=total, progress=progress, what="shard")
-    job = _Fetch(journal, wanted, crew)
+    threads = ThreadGroup(total=total, progress=progress, what="shard")
+    job = _Fetch(journal, checks, threads)
     try:
         job.begin(outputs, segments)
         job.start(max(1, min(connections, len(segments))))
     except BaseException:
-        crew.stop()
+        threads.stop()
         raise
-    crew.wait()
+    threads.wait()
     return job.results
 
 
 class _Fetch:
-    def __init__(self, journal: Journal, wanted: Wanted, crew: Crew) -> None:
+    def __init__(self, journal: Journal, checks: Checks, threads: ThreadGroup) -> None:
         self.results: dict[str, Digests] = {}
         self._journal = journal
-        self._wanted = wanted
-        self._crew = crew
+        self._checks = checks
+        self._threads = threads
         self._lock = threading.Lock()
         self._files: list[_File] = []
         self._ahead: queue.SimpleQueue[tuple[_File, int] | None] = queue.SimpleQueue()
-        self._digester = Digester(crew)
-        #: Servers that failed though another was there to ask: a node that is gone is waited for once, not each time.
+        self._digester = Digester(threads)
+        #: Servers that failed while another could be asked: not asked again, so a dead node is waited for only once.
         self._failed: set[int] = set()
         self._over = threading.Event()
-        crew.on_stop(self._wake)
+        threads.on_stop(self._wake)
 
     def begin(self, outputs: Sequence[Output], segments: Sequence[Segment]) -> None:
         """Make the files at their full size, and line up what fills them."""
@@ -118,14 +118,14 @@ class _Fetch:
         for index, output in enumerate(outputs):
             path = self._journal.folder / output.name
             with explained(path):
-                digest = FileDigest(output, path, sha256=self._with_sha256(output), buffer=buffer)
+                digest = FileDigest(path, output.spans, sha256=self._with_sha256(output), buffer=buffer)
                 file = _File(output=output, path=path, segments=by_output[index], digest=digest)
                 self._files.append(file)
                 with own(path) as descriptor:
                     os.ftruncate(descriptor, output.size_bytes)
                     reserve(descriptor, output.size_bytes)
                     write_all(descriptor, output.header, 0)
-            self._crew.advance(len(output.header))
+            self._threads.advance(len(output.header))
             for number in range(len(file.segments)):
                 self._ahead.put((file, number))
             if not file.segments:
@@ -136,27 +136,24 @@ class _Fetch:
     def start(self, lanes: int) -> None:
         """Start the first lanes; the others, up to `lanes` in all, while this machine has time left for them."""
         first = min(lanes, _FIRST_LANES)
-        self._start(range(first))
-        self._crew.start(lambda: self._start_more(first, lanes), name="fetch-more")
-
-    def _start(self, numbers: range) -> None:
-        for number in numbers:
-            self._crew.start(self._lane, name=f"fetch-{number}")
+        for _ in range(first):
+            self._threads.start(self._lane)
+        self._threads.start(lambda: self._start_more(first, lanes))
 
     def _start_more(self, running: int, lanes: int) -> None:
         began, busy_s = time.perf_counter(), time.process_time()
         while running < lanes and not self._over.wait(_LOOK_S):
             now, now_busy_s = time.perf_counter(), time.process_time()
             if now_busy_s - busy_s < _cores() / 2 * (now - began):
-                more = range(running, min(lanes, 2 * running))
-                self._start(more)
-                running = more.stop
+                for _ in range(min(running, lanes - running)):
+                    self._threads.start(self._lane)
+                running = min(lanes, 2 * running)
             began, busy_s = now, now_busy_s
 
     def _lane(self) -> None:
         """Fetch what is next until nothing is left."""
         with contextlib.ExitStack() as stack:
-            readers = _Readers(self._crew, stack)
+            readers = _Readers(self._threads, stack)
             while (item := self._ahead.get()) is not None:
                 file, number = item
                 segment, round_ = file.segments[number], file.round
@@ -165,7 +162,7 @@ class _Fetch:
                     with explained(self._journal.folder), own(file.path) as descriptor:
                         send_to_disk(descriptor, segment.begin, segment.end - segment.begin)
                         self._journal.record(file.output, segment.begin, segment.end, digest)
-                self._crew.advance(0 if round_ else segment.end - segment.begin)
+                self._threads.advance(0 if round_ else segment.end - segment.begin)
                 self._arrived(file, number)
         self._ahead.put(None)  # for the next lane
 
@@ -174,7 +171,7 @@ class _Fetch:
         self._ahead.put(None)
 
     def _with_sha256(self, output: Output) -> bool:
-        return self._wanted.sha256 or output.name in self._wanted.stated_sha256
+        return self._checks.sha256 or output.name in self._checks.stated_sha256
 
     def _kept(self, file: _File, segment: Segment) -> bool:
         """Whether an interrupted call wrote these bytes, and they are still what they were."""
@@ -182,10 +179,10 @@ class _Fetch:
         if claim is None:
             return False
         digest = blake3()
-        with explained(file.path), own(file.path) as descriptor:
-            for at in range(segment.begin, segment.end, _BUFFER_BYTES):
-                digest.update(os.pread(descriptor, min(_BUFFER_BYTES, segment.end - at), at))
-                self._crew.check()
+        with explained(file.path):
+            for data in read_pieces(file.path, segment.begin, segment.end):
+                digest.update(data)
+                self._threads.check()
         return digest.hexdigest() == claim
 
     def _bring(self, file: _File, segment: Segment, round_: int, readers: _Readers) -> str:
@@ -198,7 +195,7 @@ class _Fetch:
                 continue
             with contextlib.suppress(FairshardError, OSError):
                 return self._from(origin, file, segment, round_, readers)
-            self._crew.check()
+            self._threads.check()
             if server is not None:
                 self._failed.add(id(server))
         with explained(file.path):
@@ -211,7 +208,7 @@ class _Fetch:
             return self._pass(readers.reader(origin.server, round_), origin, segment, file)
 
         found, last = read(), segment.origins[-1]
-        if not self._wanted.paranoid or isinstance(last, LocalOrigin):
+        if not self._checks.paranoid or isinstance(last, LocalOrigin):
             return found
         for _ in range(1 if isinstance(origin, LocalOrigin) else ROUNDS):
             if self._pass(readers.reader(last.server, -1), last, segment, None) == found:
@@ -234,7 +231,7 @@ class _Fetch:
 
             def sink(view: memoryview) -> None:
                 nonlocal at
-                self._crew.check()
+                self._threads.check()
                 if file is not None and descriptor is not None:
                     with explained(file.path):
                         at += write_all(descriptor, view, at)
@@ -245,16 +242,12 @@ class _Fetch:
         return digest.hexdigest()
 
     def _from_here(self, origin: LocalOrigin, file: _File, segment: Segment) -> str:
-        digest = blake3()
-        with origin.path.open("rb", buffering=0) as source, own(file.path) as descriptor:
-            for at in range(0, segment.end - segment.begin, _BUFFER_BYTES):
-                count = min(_BUFFER_BYTES, segment.end - segment.begin - at)
-                data = os.pread(source.fileno(), count, origin.offset + at)
-                if len(data) != count:
-                    raise IntegrityError(f"{origin.path} ends before byte {origin.offset + at + count}")
+        digest, at = blake3(), segment.begin
+        with own(file.path) as descriptor:
+            for data in read_pieces(origin.path, origin.offset, origin.offset + segment.end - segment.begin):
                 digest.update(data)
-                write_all(descriptor, data, segment.begin + at)
-                self._crew.check()
+                at += write_all(descriptor, data, at)
+                self._threads.check()
         return digest.hexdigest()
 
     def _arrived(self, file: _File, number: int) -> None:
@@ -279,7 +272,7 @@ class _Fetch:
     def _finish(self, file: _File) -> None:
         self._up_to(file, file.digest, file.output.size_bytes)
         found = file.digest.finish()
-        wrong = self._wanted.wrong(file.output.name, found)
+        wrong = self._checks.wrong(file.output.name, found)
         if wrong:
             self._again(file, wrong, found)
             return
@@ -294,15 +287,15 @@ class _Fetch:
         """Fetch the segments of the tensors that are wrong once more, from the next origin if there is one."""
         name = file.output.name
         if file.round + 1 >= ROUNDS:
-            stated = self._wanted.stated_sha256.get(name)
+            stated = self._checks.stated_sha256.get(name)
             text = f"{name} has sha256 {found.sha256}, the Hub states {stated}"
             if stated is None or stated == found.sha256:
-                text = f"{wrong[0]} is {found.tensors[wrong[0]]}, elsewhere it is {self._wanted.known.get(wrong[0])}"
+                text = f"{wrong[0]} is {found.tensors[wrong[0]]}, elsewhere it is {self._checks.known.get(wrong[0])}"
                 text += f" ({WHICH_IS_WRONG})"
             raise IntegrityError(f"{text}: fetched {ROUNDS} times", details={"tensors": list(wrong)[:20]})
         bad = set(wrong)
         spans = [(p.begin, p.end) for p in file.output.placed if p.tensor.name in bad]
-        if name in self._wanted.stated_sha256:
+        if name in self._checks.stated_sha256:
             spans.append((0, file.output.size_bytes))
         numbers = [
             number
@@ -315,7 +308,7 @@ class _Fetch:
             file.front = 0
             while file.front in file.there:
                 file.front += 1
-            file.digest = FileDigest(file.output, file.path, sha256=self._with_sha256(file.output))
+            file.digest = FileDigest(file.path, file.output.spans, sha256=self._with_sha256(file.output))
         for number in numbers:
             self._ahead.put((file, number))
 
@@ -323,8 +316,8 @@ class _Fetch:
 class _Readers:
     """One lane's connections."""
 
-    def __init__(self, crew: Crew, stack: contextlib.ExitStack) -> None:
-        self._crew = crew
+    def __init__(self, threads: ThreadGroup, stack: contextlib.ExitStack) -> None:
+        self._threads = threads
         self._stack = stack
         self._readers: dict[tuple[int, int], RangeReader] = {}
 
@@ -332,8 +325,8 @@ class _Readers:
         """The lane's connection to `server`; another one for each round."""
         key = (id(server), round_)
         if key not in self._readers:
-            made = RangeReader(server, pause=self._crew.pause)
-            self._crew.on_stop(made.abort)
+            made = RangeReader(server, pause=self._threads.pause)
+            self._threads.on_stop(made.abort)
             self._stack.callback(made.close)
             self._readers[key] = made
         return self._readers[key]

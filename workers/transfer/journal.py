@@ -1,7 +1,7 @@
-"""What of an unfinished shard is known to be right: one line of JSON for each segment that was written.
+"""The folder of an unfinished shard and its journal: one line of JSON for each segment that was written.
 
-A line is a claim, not a proof: after a power cut it may speak of bytes that never reached the disk. Whoever resumes
-reads the bytes back and compares them with the line's digest.
+A line proves nothing: after a power cut it may name bytes that never reached the disk. The call that goes on with the
+folder reads the bytes back and compares them with the line's digest.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Journal:
 
 
 def open_journal(target: Path, *, key: str) -> Journal:
-    """Take over the unfinished folder of `target` that an interrupted process left, or begin one.
+    """Open the unfinished folder of `target` that an interrupted process left, or make one.
 
-    It lies beside `target` as `.<name>.partial-<random>`. One that a live process holds is left alone: of two that
-    make the same shard the first to finish wins.
+    It lies beside `target` as `.<name>.partial-<random>`. The folder of a live process is left alone: if two make the
+    same shard, the first to finish wins.
 
     Args:
         target: The folder that it will become.
-        key: What will be in it; a folder with another key is begun anew.
+        key: What will be in it; a folder with another key is emptied first.
 
     Raises:
         NodeFailure: If no folder can be made there.
@@ -88,9 +88,9 @@ def open_journal(target: Path, *, key: str) -> Journal:
 
 @contextlib.contextmanager
 def install_lock(target: Path) -> Iterator[None]:
-    """Let one process at a time name, take over or clear away folders beside `target`.
+    """Let one process at a time rename, reuse or delete folders beside `target`.
 
-    Else one finds a folder whose owner has given up its state file to rename it, and takes it for nobody's.
+    Without it a folder whose owner just removed the journal, to rename the folder, would look abandoned.
     """
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
@@ -101,7 +101,7 @@ def install_lock(target: Path) -> Iterator[None]:
 
 
 def discard_partials(target: Path) -> None:
-    """Remove what interrupted processes left of `target`; what a live one holds stays."""
+    """Delete the folders that interrupted processes left beside `target`; those of live processes stay."""
     folders = list(target.parent.glob(f".{target.name}.partial-*"))
     with install_lock(target) if folders else contextlib.nullcontext():
         for folder in folders:
@@ -113,7 +113,7 @@ def discard_partials(target: Path) -> None:
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all went well; what killed calls left of it is removed.
+    """A folder to fill; it is renamed to `out` on success. What killed calls left of it is deleted first.
 
     Raises:
         Conflict: If `out` holds something.
@@ -124,7 +124,7 @@ def staged(out: Path) -> Iterator[Path]:
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         discard_partials(out)
-    journal = open_journal(out, key=uuid.uuid4().hex)  # locked, and never taken over
+    journal = open_journal(out, key=uuid.uuid4().hex)  # a key that nobody else goes on with
     try:
         with explained(out):
             yield journal.folder
@@ -147,13 +147,13 @@ def check_new(out: Path) -> None:
         raise Conflict(f"{out} holds something already; name a folder that is new or empty")
     if out.resolve().is_mount():
         raise Conflict(
-            f"a disk is mounted at {out}, and no finished folder can be renamed to that; name a folder in it"
+            f"a disk is mounted at {out}, so the finished folder cannot get that name; name a folder in it"
         )
 
 
 def _take(folder: Path, key: str | None) -> Journal | None:
     if folder.is_symlink():
-        return None  # none of ours: whoever planted it would have another folder emptied
+        return None  # not made here, and following it would empty another folder
     try:
         descriptor = os.open(folder / STATE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Output files: how tensors are divided over them, and where each byte comes from and goes."""
+"""A shard's weight files: which tensors go into which file, and where each byte comes from and goes."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class Output:
     runs: tuple[Run, ...]
     #: The checkpoint file that this is, byte for byte.
     whole: str | None = None
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Each tensor's name, first byte, and one past its last."""
+        return [(placed.tensor.name, placed.begin, placed.end) for placed in self.placed]
 
 
 def pack(
@@ -147,8 +152,8 @@ def _output(
 def _aligned(group: Sequence[tuple[Tensor, str]]) -> Sequence[tuple[Tensor, str]]:
     """The group in an order in which each tensor begins at a multiple of its item's size.
 
-    Readers view the data in place, which works only so. The checkpoint's own order nearly always has it; else
-    wider items go first.
+    Readers need that to view the data in place. The checkpoint's own order nearly always has it; if not, wider items
+    go first.
     """
     at = 0
     for tensor, _ in group:

@@ -1,4 +1,4 @@
-"""What to fetch, cut into pieces that can be retried, verified and resumed one by one."""
+"""What to fetch, cut into segments: each is retried, checked and resumed by itself."""
 
 from __future__ import annotations
 
@@ -126,5 +126,5 @@ def _remote(checkpoint: Checkpoint) -> HubCheckpoint:
     from workers.checkpoint.hub import HubCheckpoint
 
     if not isinstance(checkpoint, HubCheckpoint):
-        raise InvalidInput(f"{checkpoint.model_name} lies neither here nor on a server")
+        raise InvalidInput(f"the files of {checkpoint.model_name} are neither on this machine nor on a server")
     return checkpoint

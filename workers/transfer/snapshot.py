@@ -1,4 +1,4 @@
-"""Whole files of a checkpoint in a folder, by the same ranges, resume and checks as shards."""
+"""Downloads whole files of a checkpoint to a folder, with the same ranges, resuming and checks as for shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.disk.durable import explained, sync, write_whole
 from workers.disk.paths import within
 from workers.disk.space import check_free, needed_bytes
 from workers.progress import Progress
-from workers.transfer.checking import Wanted
+from workers.transfer.checking import Checks
 from workers.transfer.copy import copy_outputs
 from workers.transfer.fetch import CONNECTIONS, fetch_outputs
 from workers.transfer.journal import open_journal
@@ -54,10 +54,10 @@ def snapshot(
             journal.folder.parent, needed_bytes(journal.folder, {item.name: item.size_bytes for item in outputs})
         )
         stated = {name: checkpoint.files[name].sha256 or "" for name in todo if checkpoint.files[name].sha256}
-        checks = Wanted(stated_sha256=stated)
+        checks = Checks(stated_sha256=stated)
         here = {name: path for name in todo if (path := checkpoint.local_path(name)) is not None}
         if len(here) == len(todo):
-            copy_outputs(outputs, here, journal, wanted=checks, progress=progress)
+            copy_outputs(outputs, here, journal, checks=checks, progress=progress)
         else:
 
             def origins(_: str, file: str, offset: int) -> tuple[Origin, ...]:
@@ -69,7 +69,7 @@ def snapshot(
                 for index, output in enumerate(outputs)
                 for segment in cut(output, index, origins=origins, connections=CONNECTIONS, total_bytes=total)
             ]
-            fetch_outputs(outputs, segments, journal, wanted=checks, progress=progress)
+            fetch_outputs(outputs, segments, journal, checks=checks, progress=progress)
         with explained(directory):
             for name in todo:
                 _check_git_id(journal.folder / name, checkpoint.files[name])

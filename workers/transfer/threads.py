@@ -1,56 +1,58 @@
-"""Threads that work on one thing: the first failure stops all, and progress is told from the caller's thread."""
+"""A group of threads: the first failure stops all, and progress is reported from the caller's thread."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from workers.progress import Progress
 
 _TELL_S = 0.1
+#: More than anyone asks for; a thread begins only when there is work for it.
+_MOST_THREADS = 1024
 
 
 class Stopped(Exception):
-    """Another thread failed or the caller gave up; says nothing of its own."""
+    """Ends a thread, because another one failed or the caller gave up."""
 
 
-class Crew:
-    """A group of threads; use as a context, then `wait`."""
+class ThreadGroup:
+    """Threads that work on one thing; start them, then `wait`."""
 
     def __init__(self, *, total: int, progress: Progress, what: str) -> None:
         self._total = total
         self._progress = progress
         self._what = what
         self._done = 0
-        self._error: BaseException | None = None
-        self._threads: list[threading.Thread] = []
-        self._running = 0
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(_MOST_THREADS, what)
+        self._futures: list[Future[None]] = []
         self._wakers: list[Callable[[], None]] = []
 
-    def start(self, work: Callable[[], None], *, name: str) -> None:
-        """Run `work` in a thread; what it raises stops the crew."""
-        thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        with self._lock:
-            self._threads.append(thread)
-            self._running += 1
-        thread.start()
+    def start(self, work: Callable[[], None]) -> None:
+        """Run `work` in a thread; what it raises stops the group."""
+
+        def run() -> None:
+            with contextlib.suppress(Stopped):
+                work()
+
+        self._futures.append(self._pool.submit(run))
 
     def advance(self, count: int) -> None:
         """`count` more units are done.
 
         Raises:
-            Stopped: If the crew was stopped.
+            Stopped: If the group was stopped.
         """
         with self._lock:
             self._done += count
         self.check()
 
     def check(self) -> None:
-        """Do nothing, unless the crew was stopped.
+        """Do nothing, unless the group was stopped.
 
         Raises:
             Stopped: If it was.
@@ -59,7 +61,7 @@ class Crew:
             raise Stopped
 
     def pause(self, seconds: float) -> None:
-        """Sleep, unless the crew is stopped.
+        """Sleep, unless the group is stopped.
 
         Raises:
             Stopped: If it was, at once.
@@ -68,27 +70,23 @@ class Crew:
             raise Stopped
 
     def on_stop(self, wake: Callable[[], None]) -> None:
-        """Call `wake` if the crew is stopped, to end what a thread is blocked in."""
-        with self._lock:
-            self._wakers.append(wake)
+        """Call `wake` if the group is stopped, to end what a thread is blocked in."""
+        self._wakers.append(wake)
 
     def wait(self) -> None:
-        """Tell progress until every thread has ended.
+        """Report progress until every thread has ended.
 
         Raises:
             BaseException: The first failure of a thread, or what `progress` raised; all threads have ended then.
         """
         try:
             while True:
-                with self._changed:
-                    if self._running and self._error is None:
-                        self._changed.wait(_TELL_S)
-                    running = self._running
-                    done, error = self._done, self._error
-                if error is not None:
-                    raise error
-                self._progress(done, self._total, what=self._what)
-                if not running:
+                done, running = wait(tuple(self._futures), _TELL_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                self._progress(self._done, self._total, what=self._what)
+                if not running and len(done) == len(self._futures):
+                    self._pool.shutdown()
                     return
         except BaseException:
             self.stop()
@@ -97,24 +95,8 @@ class Crew:
     def stop(self) -> None:
         """Have every thread end, and wait until it has."""
         self._stop.set()
-        while True:
-            with self._lock:
-                alive = [thread for thread in self._threads if thread.is_alive()]
-                wakers = list(self._wakers)
-            if not alive:
-                return
-            for wake in wakers:
+        while wait(tuple(self._futures), 0.0).not_done:
+            for wake in tuple(self._wakers):
                 wake()
-            alive[0].join(0.2)
-
-    def _run(self, work: Callable[[], None]) -> None:
-        error: BaseException | None = None
-        try:
-            with contextlib.suppress(Stopped):
-                work()
-        except BaseException as raised:  # noqa: BLE001 - handed to the caller's thread
-            error = raised
-        with self._changed:
-            self._error = self._error or error
-            self._running -= 1
-            self._changed.notify_all()
+            wait(tuple(self._futures), 0.2)
+        self._pool.shutdown()
