@@ -1,20 +1,21 @@
-"""One counted pass of a weightless model: FLOP by module path, peaks, and what flows from layer to layer.
+"""Counts one pass of a model without weights: FLOP by module, peak memory, and what flows from layer to layer.
 
-FLOP are those of `torch.utils.flop_counter.FlopCounterMode` (its registry; the tests prove a difference of 0), with
-two additions: a meta tensor asked for its truth value says yes, and repeated children of a `ModuleList` run once.
+FLOP are counted by the table of `torch.utils.flop_counter.FlopCounterMode`; the tests prove a difference of 0. A meta
+tensor that is asked for its truth value answers True, since the data that could tell is not there.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -281,7 +282,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known[3] and known[1] > known[0]:
                 self.counts.flows.append(known[:3])
         self._storages, self._watched = {}, {}
-        self.counts.output_bytes = sum(t.numel() * t.element_size() for t in tensors_in(output))
+        made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.counts.output_bytes = sum(leaf.numel() * leaf.element_size() for leaf in made)
         return self.counts
 
 
@@ -293,18 +295,6 @@ def asks_truth(func: Any, args: tuple[Any, ...]) -> bool:
 def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with real tensors (grids of image patches) made meta where they meet meta tensors."""
     real = [at for at, value in enumerate(args) if isinstance(value, Tensor) and not value.is_meta and value.ndim]
-    if not real or not any(value.is_meta for value in tensors_in(args)):
+    if not real or not any(leaf.is_meta for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)):
         return args
     return tuple(value.to("meta") if at in real else value for at, value in enumerate(args))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, dicts and model outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_in(each)

@@ -1,4 +1,4 @@
-"""Passes in which repeated children of a `ModuleList` run once; the others repeat what their twin did."""
+"""Passes in which equal children of a `ModuleList` run once: the others repeat the recorded result of that one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 
 from workers.profiling.tracing.counter import Counter, Counts, Subject
 from workers.profiling.tracing.kv_cache import watch
@@ -26,7 +27,7 @@ _POSITIONS = {"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "bl
 
 @dataclass(slots=True)
 class _Recorded:
-    """A child's pass, to be repeated for its twins."""
+    """What a child's pass cost and made, to be repeated for equal children."""
 
     path: str
     output: Any
@@ -86,7 +87,7 @@ def _einsum_noted(counts: Counts) -> Iterator[None]:
 
 
 class _Memo:
-    """Replaces the forward of a `ModuleList`'s children by one that repeats what a twin did."""
+    """Replaces the forward of a `ModuleList`'s children by one that repeats an equal child's recorded result."""
 
     def __init__(self, counter: Counter, subject: Subject) -> None:
         self._counter = counter
@@ -259,7 +260,6 @@ class _Made:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    weighted: bool
 
 
 @dataclass(slots=True)
@@ -270,28 +270,24 @@ class _Given:
 
 
 def _describe(output: Any, places: Mapping[int, int]) -> Any:
-    if isinstance(output, Tensor):
-        if id(output) in places:
-            return _Given(places[id(output)])
-        return _Made(tuple(output.shape), output.stride(), output.dtype, weighted=True)
-    if isinstance(output, dict):
-        return type(output), {name: _describe(value, places) for name, value in output.items()}
-    if isinstance(output, (list, tuple)):
-        return type(output), [_describe(value, places) for value in output]
-    return output
+    """A child's output with its tensors described; `places` tells which of them are among its inputs."""
+
+    def described(tensor: Tensor) -> _Made | _Given:
+        if id(tensor) in places:
+            return _Given(places[id(tensor)])
+        return _Made(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    return pytree.tree_map_only(Tensor, described, output)
 
 
 def _rebuild(described: Any, inputs: list[Tensor], counter: Counter) -> Any:
-    if isinstance(described, _Made):
+    """An output like the one described, for a twin with these inputs."""
+
+    def made(part: _Made) -> Tensor:
         with torch._C._DisableTorchDispatch():  # noqa: SLF001 (no operator of the model's)
-            tensor = torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
-        counter.makes(tensor, described.weighted)
+            tensor = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
+        counter.makes(tensor, weighted=True)
         return tensor
-    if isinstance(described, _Given):
-        return inputs[described.place]
-    if isinstance(described, tuple) and len(described) == 2 and isinstance(described[0], type):
-        kind, values = described
-        if isinstance(values, dict):
-            return kind(**{name: _rebuild(value, inputs, counter) for name, value in values.items()})
-        return kind(_rebuild(value, inputs, counter) for value in values)
-    return described
+
+    whole = pytree.tree_map_only(_Given, lambda part: inputs[part.place], described)
+    return pytree.tree_map_only(_Made, made, whole)
