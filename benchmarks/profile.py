@@ -7,7 +7,7 @@ warm     one process traces large models at full size
 headers  the headers of DeepSeek-V3's 91,991 tensors in 163 files
 batch    1 to 1,000 different models, one after the other: profiles per second, and what the process grows to
 queue    10, 100 and 1,000 different models as one batch each, through API, Redis and one worker
-rivals   the same Llama the seed's way (float32 and bfloat16; 2.5 GB), accelerate's way, and the Hub client's way
+rivals   the same Llama by loading it (float32 and bfloat16; 2.5 GB), accelerate's way, and the Hub client's way
 
 Times are medians; the weights are holes in sparse files, so that the disk takes no part. Ratios count, not seconds.
 """
@@ -247,7 +247,7 @@ def measure_batch(folder: Path, runs: int) -> None:
         )
 
 
-_SEED = """
+_LOADING = """
 import sys, torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -281,8 +281,8 @@ def measure_rivals(folder: Path, runs: int) -> None:
     ours, size = fresh(_PROFILE, model, "headers", runs=runs)
     exact, exact_size = fresh(_PROFILE, model, "lean", runs=runs)
     for name, code, arguments in (
-        ("the seed's way, float32", _SEED, (model, "float32")),
-        ("the seed's way, bfloat16", _SEED, (model, "bfloat16")),
+        ("by loading the model, float32", _LOADING, (model, "float32")),
+        ("by loading the model, bfloat16", _LOADING, (model, "bfloat16")),
         ("accelerate estimate-memory's way", _ACCELERATE, (model,)),
     ):
         seconds, resident = fresh(code, *arguments, runs=max(1, runs // 3))

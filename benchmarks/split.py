@@ -222,7 +222,7 @@ def torch_ways(source: Checkpoint, profile: ModelProfile, plan: Plan, out: Path)
             save_torch_state_dict({name: state[name] for name in names}, out / node)
             subprocess.run(["sync", str(out / node / "model.safetensors")], check=True)
 
-    def seed() -> None:
+    def whole() -> None:
         import torch
 
         for node, names in held.items():
@@ -234,7 +234,7 @@ def torch_ways(source: Checkpoint, profile: ModelProfile, plan: Plan, out: Path)
     return {
         "safetensors: open, select, save": selected,
         "huggingface_hub: load, save_torch_state_dict": sharder,
-        "the seed's way: all in float32, torch.save": seed,
+        "load all in float32, torch.save": whole,
     }
 
 

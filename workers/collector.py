@@ -1,4 +1,4 @@
-"""Python's collector, left out where it would only look: many objects are made at once, and none is garbage."""
+"""Python's garbage collector switched off for work that makes many objects at once, none of them garbage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect nothing within; what is garbage by then is collected later."""
+    """Switch the collector off within; it catches up afterwards."""
     collecting = gc.isenabled()
     gc.disable()
     try:

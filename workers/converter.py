@@ -1,4 +1,4 @@
-"""`.bin` to safetensors: the raw bytes of each tensor copied, nothing loaded, nothing run."""
+"""Converts `.bin` files to safetensors by copying each tensor's raw bytes; no code of the pickle is run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LARGEST_OTHER_BYTES = 100_000_000
 def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = silent) -> Path:
     """Write `checkpoint`, whose weights are `.bin` files, as safetensors.
 
-    Each name has its own bytes, also where names share one storage; strided ones are written out plainly. The folder
-    is there whole or not at all.
+    Each name gets bytes of its own, also where names share one storage; strided tensors are written out contiguously.
+    On failure no folder is left.
 
     Args:
         checkpoint: What is converted; it stays as it is.
@@ -88,7 +88,7 @@ def _is_other(file: CheckpointFile) -> bool:
 
 
 def _check_growth(total: int, stored: int) -> None:
-    """16 bytes and strides of 0 can say terabytes, which would fill memory or the disk."""
+    """Refuse expanded tensors: 16 bytes and strides of 0 can mean terabytes, which would fill memory or the disk."""
     most = _MOST_GROWTH * stored + _SMALL_BYTES
     if total > most:
         raise InvalidCheckpoint(

@@ -1,4 +1,4 @@
-"""From a name to a checkpoint: a folder, the Hub's cache, or the Hub; and a whole checkpoint to a folder."""
+"""Finds the checkpoint that a name means (a folder, the Hub's cache, the Hub), and downloads whole checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A profile out of a checkpoint: what each layer costs, from its headers and config alone.
+"""Profiles a checkpoint: what each layer costs, from the headers and the config alone (docs/profiling.md).
 
-Parameters, bytes, ties and layers come from the headers. FLOP, KV cache and activations come from an exact trace of
-the model without its weights (`workers.profiling.tracing.tracer`, cached on disk), or from the general rule of
+Parameters, bytes, ties and layers come from the headers. FLOP, KV cache and activations come from a trace of the
+model without weights (`workers.profiling.tracing.tracer`, cached on disk) and are exact; or from the general rule of
 `workers.profiling.rules`, and then the profile says so in `approximate`.
 """
 
@@ -49,7 +49,7 @@ def generate(
         kv_dtype: Dtype of the cached keys and values; default the model's.
         node_id: The node that makes it, for the record.
         cache_dir: Where traces are kept; None: traced anew.
-        lean: Trace in half the time to begin with, in a process that neither compiles nor distributes models
+        lean: Make the first trace in half the time; for processes that neither compile nor distribute models
             (`workers.profiling.tracing.lean_imports`).
         progress: Told of the headers read.
 
@@ -104,7 +104,7 @@ def generate(
 def _trace(
     contents: Contents, cache_dir: Path | None, batch_size: int, sequence_length: int, *, lean: bool
 ) -> tuple[ModelTrace | None, list[str], Mapping[str, bool]]:
-    """The model's trace, from the cache or made now; or None, why it cannot be had, and which tensors are parameters.
+    """The model's trace, from the cache or made now; or None, the reasons, and which tensors are parameters.
 
     Raises:
         InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
@@ -131,7 +131,7 @@ def _trace(
     except ModuleNotFoundError as error:
         return None, [f"torch and transformers are not installed: {error.name} is missing"], {}
     except ImportError as error:
-        return None, [f"the installed torch and transformers do not do: {error}"[:300]], {}
+        return None, [f"the installed torch and transformers cannot be used: {error}"[:300]], {}
     try:
         made = trace(contents.config, sizes, batch_size=batch_size, sequence_length=sequence_length)
     except NotTraceable as error:

@@ -1,4 +1,4 @@
-"""How long work tells how far it is, and learns that it should stop."""
+"""How long-running work reports its progress, and is told to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WINDOW_S = 15.0
 
 
 class Progress(Protocol):
-    """Called often by long work; the shell that passes it in throttles.
+    """Called often by long work; whoever passes it in limits how often it acts.
 
     A call may raise (`planner.errors.Cancelled`, say): the work then stops at once and leaves nothing half written.
     """
@@ -22,11 +22,11 @@ class Progress(Protocol):
 
 
 def silent(done: int, total: int | None, /, *, what: str = "") -> None:
-    """The progress of those who do not ask."""
+    """Reports to nobody."""
 
 
 class Pace:
-    """How fast something is done, and how long the rest of it will take, by the last seconds."""
+    """The rate of some work over the last seconds, and how long the rest will take at that rate."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""A checkpoint that lies in a folder, the Hub's cache included; loads nothing but the standard library."""
+"""A checkpoint in a folder, such as one of the Hub's cache. Loads nothing but the standard library."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _opened(folder: Path, model_name: str | None, revision: str | None) -> Folde
 
 
 def mark_downloaded(folder: Path, *, model_name: str, revision: str) -> None:
-    """Note in `folder` which commit its files were downloaded from; the note ends with any change to them."""
+    """Note in `folder` which commit its files were downloaded from; once a file changes, the note is ignored."""
     note = {"model_name": model_name, "revision": revision, "files": _stamps(folder, (f.name for f in _walk(folder)))}
     (folder / _NOTE).write_text(json.dumps(note), encoding="utf-8")
 
@@ -143,17 +143,17 @@ def check_range(file: CheckpointFile, begin: int, end: int | None) -> int:
     stop = file.size_bytes if end is None else end
     if not 0 <= begin <= stop <= file.size_bytes:
         raise InvalidCheckpoint(
-            f"{file.name} has {file.size_bytes} bytes; [{begin}, {stop}) was asked for: truncated, or a lying header",
+            f"{file.name} has {file.size_bytes} bytes; [{begin}, {stop}) was asked for: truncated, or a wrong header",
             details={"file": file.name, "size_bytes": file.size_bytes, "begin": begin, "end": stop},
         )
     return stop
 
 
 def folder_revision(folder: Path, files: Mapping[str, CheckpointFile]) -> str:
-    """40 hex digits that name what lies in a folder, equal for equal copies of it on other machines.
+    """A revision for a folder that has no commit: 40 hex digits, the same for equal copies on other machines.
 
-    It covers the config, every weight file's name, size and header, and a few samples of each file's data, so
-    that fine-tuned weights of the same shapes do not pass for the same revision. It reads some 40 KB a file.
+    A hash of the config, of every weight file's name, size and header, and of a few samples of its data, so that
+    fine-tuned weights of the same shapes get another revision. It reads some 40 KB a file.
     """
     digest = hashlib.sha256(b"fairshard folder 1")
     for name in sorted(files):

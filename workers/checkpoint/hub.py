@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub at one commit, its files taken from the local cache where they lie there."""
+"""A checkpoint on the Hub, at one commit. Files that are in the local cache are read from there."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class HubCheckpoint:
                 return bytes(found)
             self._own.reader.close()  # the next read goes over another connection
         raise IntegrityError(
-            f"{name} of {self.model_name} is not what the Hub states ({file.etag}), fetched {_ROUNDS} times",
+            f"{name} of {self.model_name} differs from what the Hub states ({file.etag}) in each of {_ROUNDS} reads",
             details={"file": name, "stated": file.etag},
         )
 
@@ -116,7 +116,7 @@ def open_hub(
     hub: HubSettings,
     policy: RetryPolicy | None = None,
 ) -> Checkpoint:
-    """The Hub's repository `name`, pinned to the commit that `revision` means now.
+    """Open the Hub's repository `name` at the commit that `revision` means now.
 
     Raises:
         NotFound: If there is no such repository or revision, or (offline) no cached copy of it.
@@ -192,10 +192,10 @@ def _listing(
             raise Transient(f"the server states no size of {item.rfilename}")
         sha256 = item.lfs.sha256 if item.lfs else None
         etag = sha256 or item.blob_id
-        # All three become paths in the cache and in shards; git has no such names, so whoever states them lies.
+        # All three become paths in the cache and in shards, and git allows no others.
         if not is_inner(item.rfilename) or not _ETAG.fullmatch(etag or "0" * 40) or not _COMMIT.fullmatch(info.sha):
             raise InvalidCheckpoint(
-                f"{name} on {endpoint} lists a file that no repository can have: {item.rfilename!r:.200}",
+                f"{endpoint} lists an impossible file in {name}: {item.rfilename!r:.200}",
                 details={"model_name": name, "file": item.rfilename[:200]},
             )
         files[item.rfilename] = CheckpointFile(name=item.rfilename, size_bytes=item.size, etag=etag, sha256=sha256)

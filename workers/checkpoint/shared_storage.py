@@ -1,4 +1,4 @@
-"""Names that share another tensor's bytes (in `.bin` files): which layer they are of."""
+"""Tensors of `.bin` files that share one storage ("twins"): which layer each name belongs to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planner.profile import Layer, Tensor
 
 
 def distinct(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors, each range of bytes by its first name; and the others, its twins."""
+    """Divide tensors into the first name of each range of bytes, and the further names (twins)."""
     seen: dict[tuple[str, int, int], str] = {}
     first: list[Tensor] = []
     twins: list[Tensor] = []
@@ -21,15 +21,15 @@ def distinct(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def place(tensor: Tensor) -> tuple[str, int, int]:
-    """The range of bytes that a tensor is."""
+    """The file and byte range of a tensor."""
     return tensor.file, tensor.begin, tensor.end
 
 
 def with_twins(layers: Sequence[Layer], twins: Sequence[Tensor]) -> list[Layer]:
-    """The layers, each with the twins that are its own weights.
+    """Add to each layer the twins that are its own weights.
 
-    Left out is what the model ties anyway, and what is of the layer that stores the bytes or of none by its name:
-    such a name travels with the bytes.
+    A twin is left out if the model ties it anyway, or if its name belongs to the layer that stores the bytes or to no
+    layer: then it travels with the bytes.
     """
     found = list(layers)
     if not twins:
@@ -53,7 +53,7 @@ def with_twins(layers: Sequence[Layer], twins: Sequence[Tensor]) -> list[Layer]:
 
 
 def _paths(layers: Sequence[Layer]) -> dict[str, int]:
-    """Every module path that leads to one layer alone -> its number; -1 where it leads to several."""
+    """Module path -> number of the one layer below it; -1 where there are several."""
     paths: dict[str, int] = {}
     for at, layer in enumerate(layers):
         for path in {layer.name, *(tensor.name.rpartition(".")[0] for tensor in layer.tensors)}:

@@ -1,4 +1,4 @@
-"""JSON read strictly: no key is lost to another of its name, and what is wrong is shown, cut short."""
+"""Strict JSON for files from strangers: a key that is written twice is an error; error texts are cut short."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON with its objects as tuples of (key, value), so that no key is lost to another of its name.
+    """Parse JSON; objects become tuples of (key, value), so that `pairs` can see a key that is written twice.
 
     Raises:
         InvalidCheckpoint: If it is not JSON.
@@ -29,7 +29,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def pairs(value: Any, where: str) -> tuple[tuple[str, Any], ...]:
-    """`value` if it is a JSON object without a doubled key."""
+    """`value` if it is a JSON object in which no key is written twice."""
     if not isinstance(value, tuple):
         raise InvalidCheckpoint(f"{where} must be a JSON object, got {show(value)}")
     if len(dict(value)) != len(value):

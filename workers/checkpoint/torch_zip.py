@@ -1,4 +1,4 @@
-"""torch's zip archives by ranges: the directory at the end, the pickle, and where each storage's bytes begin."""
+"""Zip archives of `torch.save`, read by ranges: the directory, the pickle, and where each storage's bytes begin."""
 
 from __future__ import annotations
 

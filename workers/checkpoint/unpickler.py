@@ -1,7 +1,7 @@
-"""An interpreter of the pickles that `torch.save` writes, which runs nothing of what they ask for.
+"""An interpreter for pickles of `torch.save` that runs nothing of what they ask for.
 
-A pickle is a program. This knows the opcodes that build plain values and the few names that rebuild a tensor;
-anything else is refused by its name.
+A pickle is a program. This knows the opcodes that build plain values, and the few functions that rebuild a tensor.
+Anything else is refused, and the message names it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are on the disk when they are said to be, and the cause where they cannot be."""
+"""Files that survive a power cut once they are written, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
 
 def sync_together(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on the disk, side by side.
+    """Wait until files and folders are on the disk, in parallel.
 
-    The filesystem's journal is then written once for all of them: four small files took 4 ms instead of 16.
+    The filesystem writes its journal once for all of them: four small files took 4 ms instead of 16.
     """
     with ThreadPoolExecutor(_SYNCS, "sync") as pool:
         list(pool.map(sync, paths))
@@ -57,10 +57,10 @@ def sync(path: Path) -> None:
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the user's quota on this disk is used up",
+    errno.EDQUOT: "this user's disk quota is used up",
     errno.EROFS: "the filesystem is read-only",
-    errno.EACCES: "this user may not",
-    errno.EPERM: "this user may not",
+    errno.EACCES: "this user has no permission",
+    errno.EPERM: "this user has no permission",
     errno.EFBIG: "the file is larger than the filesystem or the process's limit allows",
     errno.EIO: "the disk reports an error",
     errno.EMFILE: "this process has too many open files",

@@ -1,4 +1,4 @@
-"""Names from elsewhere (a Hub's listing, a manifest, a plan) as paths that stay in their folder."""
+"""File names from strangers (a Hub's listing, a manifest, a plan) as paths that stay in their folder."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def is_inner(name: object) -> bool:
 
 
 def within(folder: Path, name: str, *, replaced: bool = False) -> Path:
-    """The path of `name` in `folder`, out of which no link may lead either.
+    """The path of `name` in `folder`; no link on the way may lead out of the folder.
 
     Args:
         folder: May be a link itself.
         name: From elsewhere.
-        replaced: A file is renamed to it, so where a link in its place leads does not matter (the Hub's cache has
+        replaced: A file will be renamed to this path, so it may itself be a link to elsewhere (the Hub's cache has
             such links).
 
     Raises:
@@ -38,5 +38,5 @@ def within(folder: Path, name: str, *, replaced: bool = False) -> Path:
     """
     path = folder / name if is_inner(name) else None
     if path is None or not (path.parent if replaced else path).resolve().is_relative_to(folder.resolve()):
-        raise InvalidCheckpoint(f"{str(name)!r:.100} does not lie in {folder}", details={"name": str(name)[:200]})
+        raise InvalidCheckpoint(f"{str(name)!r:.100} leads out of {folder}", details={"name": str(name)[:200]})
     return path

@@ -1,4 +1,4 @@
-"""Room on the disk: what folders take, and whether what is to be written fits, asked before the first byte."""
+"""Disk space: what folders take, and whether files will fit, asked before the first byte is written."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _LAST = 0x1
 
 
 def used_bytes(folder: Path) -> int:
-    """Bytes that would be free if `folder` was not there, finished shards or not.
+    """Bytes that deleting `folder` would free.
 
-    What is linked or reflinked, and lies outside as well, takes none.
+    Links and reflinks of files that lie elsewhere too count nothing.
     """
     total = 0
     links: Counter[tuple[int, int]] = Counter()
@@ -104,6 +104,6 @@ def check_free(folder: Path, needed: int) -> None:
     if needed > free:
         raise NodeFailure(
             f"the disk of {folder} has {free:,} bytes free, {needed:,} are needed: "
-            f"{needed - free:,} too few; remove plans no longer needed (fairshard delete PLAN), or add disk",
+            f"{needed - free:,} too few; delete old plans (fairshard delete PLAN), or add disk space",
             details={"free_bytes": free, "needed_bytes": needed},
         )

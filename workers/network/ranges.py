@@ -1,12 +1,12 @@
-"""Byte ranges over HTTP, for servers with moods.
+"""Byte ranges over HTTP, from servers that fail now and then.
 
-Built on http.client: a reader costs one connection and one buffer, and the bytes go from the socket straight to
-whoever asked. What goes wrong is retried by `workers.network.retry`; what cannot be right is refused:
+Built on http.client, so a reader costs one connection and one buffer, and bytes go from the socket straight to the
+caller. Failures that may pass are retried (`workers.network.retry`). Refused at once are:
 
 - an answer whose ETag, commit, length or Content-Range is not that of the pinned file;
-- 401, 403, 404 of the server itself (those of a CDN mean an expired address, which is asked for anew).
+- 401, 403, 404 of the server itself (from a CDN they mean an expired address, and a new one is asked for).
 
-The token goes to the endpoint alone, never to where it redirects.
+The token goes to the endpoint alone, never to an address that it redirects to.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RemoteFile:
 class Server:
     """What the readers of one server share."""
 
-    #: Sent to `url`s of `RemoteFile` alone, never to where they redirect.
+    #: Sent to the URLs of `RemoteFile`s alone, never to an address that they redirect to.
     headers: Mapping[str, str]
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     #: What to say when access is denied.
@@ -100,7 +100,7 @@ class RangeReader:
         self.close()
 
     def read(self, file: RemoteFile, begin: int, end: int, sink: Sink) -> None:
-        """Hand bytes [begin, end) of `file` to `sink`, in order and each once, whatever the server does between.
+        """Hand bytes [begin, end) of `file` to `sink`, in order and each once, however often the connection breaks.
 
         Raises:
             AccessDenied: If the server asks for a token, or for another one.
@@ -174,7 +174,9 @@ class RangeReader:
         if status in {301, 302, 303, 307, 308}:
             location = response.getheader("Location")
             if not location or not self._server.redirects:
-                raise Transient(f"HTTP {status} {'without a Location' if not location else 'where none is followed'}")
+                raise Transient(
+                    f"HTTP {status} {'without a Location' if not location else 'from a server that may not redirect'}"
+                )
             response.read(_SKIP_BYTES)
             target = urllib.parse.urljoin(url, location)
             if _origin(target) != _origin(file.url):
@@ -186,7 +188,7 @@ class RangeReader:
             raise Transient(reason, retry_after_s=asked_s(response.getheader))
         if not own and status in _EXPIRED:
             self._server.expired(file.url, url)
-            raise Transient(f"{reason} from {_shown(url)}: the signed address has ended")
+            raise Transient(f"{reason} from {_shown(url)}: the signed address has expired")
         if status in {401, 403}:
             raise AccessDenied(f"{_shown(file.url)}: {reason}. {self._server.remedy}".strip(), details=details)
         if status in {404, 410}:
@@ -217,9 +219,9 @@ class RangeReader:
     ) -> None:
         encoding = response.getheader("Content-Encoding") or "identity"
         if encoding.lower() != "identity":
-            # Nobody asked for it, and nothing is unpacked here: a few bytes may unfold into gigabytes.
+            # Not asked for, and not unpacked: a few bytes may unfold into gigabytes.
             raise IntegrityError(
-                f"{_shown(file.url)}: the bytes come as Content-Encoding {encoding:.40}, unasked",
+                f"{_shown(file.url)}: the server sends Content-Encoding {encoding:.40}, which was not asked for",
                 details={"url": _shown(file.url), "encoding": encoding[:40]},
             )
         etag = response.getheader("ETag")
@@ -283,7 +285,7 @@ class RangeReader:
             parts = urllib.parse.urlsplit(url)
             _ = parts.port
         except ValueError as error:
-            raise Transient(f"redirected to an address that is none: {_shown(url)}") from error
+            raise Transient(f"redirected to an invalid address: {_shown(url)}") from error
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         key = (parts.scheme, parts.netloc)
         fresh = key not in self._connections
@@ -327,7 +329,7 @@ class RangeReader:
         elif parts.scheme == "http":
             made = http.client.HTTPConnection(connect_to[0], connect_to[1], timeout=timeout)
         else:
-            raise Transient(f"redirected to {parts.scheme!r}, which is no http")
+            raise Transient(f"redirected to a {parts.scheme!r} address; only http and https are followed")
         made.connect()
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connections[parts.scheme, parts.netloc] = made

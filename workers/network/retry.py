@@ -1,4 +1,4 @@
-"""When to try again, and for how long: the policy, apart from what is tried."""
+"""When to try again after a failure, and for how long."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """Limits of patience with one server; the defaults give up after some 8 s without a single byte."""
+    """How long one server is retried; by default some 8 s without a single byte."""
 
     #: Failures in a row without progress before giving up.
     attempts: int = 5
     #: The first pause; each further one is twice as long, up to `longest_s`.
     first_s: float = 0.5
     longest_s: float = 20.0
-    #: A server that asks for more than this is not waited for; the Hub counts in windows of 300 s.
+    #: If a server asks to wait longer than this, it is given up; the Hub counts requests in windows of 300 s.
     longest_retry_after_s: float = 300.0
     #: A connection must be made, and answer, within this.
     connect_s: float = 10.0
@@ -87,7 +87,9 @@ def retrying(
             wait = policy.pause_s(failures, retry_after_s=error.retry_after_s)
             details = {"what": what, "attempts": failures, "retry_after_s": error.retry_after_s}
             if (error.retry_after_s or 0) > policy.longest_retry_after_s:
-                raise Unavailable(f"{what}: {error}; it asks to wait {wait:.0f} s", details=details) from error
+                raise Unavailable(
+                    f"{what}: {error}; the server asks to wait {wait:.0f} s", details=details
+                ) from error
             if failures >= policy.attempts:
                 raise Unavailable(f"{what}: {error} (tried {failures} times)", details=details) from error
             pause(wait)

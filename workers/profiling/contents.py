@@ -26,7 +26,7 @@ _BUFFERS = (
     ".codebook.embed_sum", ".n_points_scale", ".num_points_scale", ".global_mean", ".global_invstd", ".norm_mean",
     ".norm_std", ".pos_idx_to_embed", ".balancing_biases",
 )  # fmt: skip
-#: What balances a router's experts is no parameter either, but where it is; some call it the gate's bias.
+#: Terms that balance a router's experts: buffers in most architectures, parameters in some; some call them gate.bias.
 _BALANCES = ("e_score_correction_bias", ".expert_bias")
 _BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
     **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
@@ -53,7 +53,7 @@ class Contents:
 
         Args:
             tensor: Of this checkpoint.
-            known: Whether it is one, by logical name; else its own name tells.
+            known: Logical name -> whether it is a parameter; for other tensors their names decide.
         """
         name, stored = tensor.name, self.logical[tensor.name]
         if name.endswith("weight"):
@@ -79,7 +79,7 @@ class Contents:
         return "BF16" if any(tensor.dtype == "BF16" for tensor in self.headers.tensors) else "F16"
 
     def unused_layer(self, tensors: Sequence[Tensor], index: int) -> Layer:
-        """The entry that holds what no layer uses."""
+        """The last entry of a profile: the tensors that no layer uses."""
         return Layer(
             name="unused",
             index=index,
@@ -90,7 +90,7 @@ class Contents:
         )
 
     def _frozen(self, name: str) -> bool:
-        """Whether it is a batch norm's weight or bias that is not trained: a trained norm's batches are counted."""
+        """Whether it is a frozen batch norm's weight or bias: a trained one also stores `num_batches_tracked`."""
         module, _, kind = name.rpartition(".")
         return (
             kind in {"weight", "bias"}

@@ -1,4 +1,4 @@
-"""Layers by the general rule: parameters, bytes and ties exact from the headers, the costs by `rules`."""
+"""A profile's layers by the general rule: parameters, bytes and ties exact from the headers, costs from `rules`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers out of a checkpoint's contents and its model's trace: bytes from the headers, costs from the trace."""
+"""A profile's layers from a trace: bytes from the headers, costs from the trace's formulas."""
 
 from __future__ import annotations
 
@@ -132,5 +132,5 @@ def kv_terms(traced: LayerTrace, kv_dtype: str | None) -> KvTerms | None:
 
 
 def kv_bits(traced: LayerTrace, kv_dtype: str | None) -> int:
-    """Bits of a cached key's or value's value."""
+    """Bits of one cached number."""
     return traced.kv_value_bytes * 8 if kv_dtype is None else bits(canonical(kv_dtype) or "") or 16

@@ -1,7 +1,7 @@
-"""Layers out of names: which numbered stacks there are, and which layer each name belongs to.
+"""Sorts tensor names into layers: finds the numbered stacks, and the layer of each name.
 
-Works on any dotted names: a checkpoint's tensors (the general rule) or a module tree's parameters (the exact
-profile, which then corrects the order by what it saw run).
+Works on any dotted names: a checkpoint's tensors (for the general rule) or a model's parameters (for a trace, which
+then puts the layers in the order in which they ran).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-#: Words that tell what a module outside the stacks does, by its path. The first that matches wins.
+#: What a module outside the stacks does, by words in its path. The first pattern that matches wins.
 _HEAD = re.compile(
     r"(^|[._])(lm_head|embed_out|score|classifier|qa_outputs|cls|pooler|predictions?|proj_out|output_projection"
     r"|logit_scale|logit_bias|visual_projection|text_projection|lm_scale|head|final_logits_bias|generator|sop_classifier"

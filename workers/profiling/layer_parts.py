@@ -1,4 +1,4 @@
-"""Which sub-part of a layer a module is, by the names that architectures give their modules."""
+"""Which part of a layer a module belongs to (attention, MLP, router, ...), by its name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How many parameters a stored tensor really holds, when a quantisation packed them.
+"""How many parameters a stored tensor of a quantised checkpoint holds.
 
-A packed tensor counts the values it encodes; scales, zero points and the like are overhead: bytes, no parameters.
-The formats are told by the suffixes that their writers use, so that no quantisation library is needed.
+A packed tensor counts as many parameters as the values that it encodes. Scales, zero points and the like are
+overhead: they count as bytes only. Formats are recognised by the suffixes of their tensors' names, without their libraries.
 """
 
 from __future__ import annotations

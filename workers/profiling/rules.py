@@ -1,7 +1,7 @@
 """The general rule: FLOP and KV cache from names, shapes and a few well-known config fields.
 
-The fallback where no exact trace can be had (unknown model_type, remote code, no torch); always flagged
-`approximate`. Parameters and bytes beside it are exact.
+Used where there is no trace (unknown model_type, code of the repository's own, no torch). Its figures are always
+marked `approximate`; parameters and bytes do not depend on it and are exact.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The result of tracing a model: per layer, what it costs at any batch size and sequence length. Plain values.
+"""A trace's result as plain values: what each layer costs at any batch size and sequence length.
 
-No torch here: a cached trace is read and used by machines that have none.
+Needs no torch, so machines without it can use cached traces.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ModelTrace:
     reasons: tuple[str, ...] = ()
 
     def covers(self, batch_size: int, sequence_length: int) -> bool:
-        """Whether another trace could not tell more of that batch size and sequence length."""
+        """Whether a new trace would add nothing at that batch size and sequence length."""
         at = f"{batch_size}x{min(sequence_length, self.longest or sequence_length)}"
         return all(at in layer.exact or not layer.chunked for layer in self.layers)
 

@@ -1,4 +1,4 @@
-"""Traces kept on disk by what they depend on, so that torch need not be loaded for a model seen before."""
+"""Traces on disk, by a hash of all they depend on: a model that was traced before needs no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TraceCache:
             return None
 
     def write(self, trace: ModelTrace, older: ModelTrace | None) -> ModelTrace:
-        """Keep a trace, with what an older one counted at other batch sizes and lengths; returns both together."""
+        """Store a trace joined with an older one's counts at other batch sizes and lengths; returns both together."""
         if older is not None and len(older.layers) == len(trace.layers):
             layers = (
                 replace(new, exact={**old.exact, **new.exact})

@@ -1,4 +1,4 @@
-"""Which parts of a model need which: one pass on the meta device, each tensor followed by where it came from.
+"""Which parts of a model need which others: one pass on the meta device that follows where each tensor comes from.
 
 A model is cut into units (an embedding, one layer of a stack, a norm, a head: what a stage has whole or not at all)
 and the code between them, which every stage runs for itself. The trace lists each call of a unit with the results of
@@ -156,7 +156,7 @@ def _state(value: Any) -> dict[int, tuple[Any, int]]:
 
 
 def _refuse_side_effects(path: str, before: Any, after: Any, parts: list[Any]) -> None:
-    """Refuse a unit that tells others something by changing its arguments: on another node nobody would hear it."""
+    """Refuse a unit that writes to its arguments: units on other nodes would not see it."""
     own = {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}  # noqa: SLF001
     for key, (leaf, version) in after.items():
         if key in before and before[key][1] == version:
@@ -168,7 +168,7 @@ def _refuse_side_effects(path: str, before: Any, after: Any, parts: list[Any]) -
 
 
 def plan_visit(found: Trace, ready: Collection[Key], can: Callable[[str], bool]) -> Visit:
-    """What a stage that has `ready`, and holds the units, `=` weights and `~` buffers that `can` says, does next."""
+    """What a stage does next, given the results it has (`ready`) and what it holds (`can`)."""
     by_key = {key: call for call in found.calls for key in call.keys}
     known = set(ready) | {key for key in _weights(found) if can(key)}
 
@@ -227,7 +227,7 @@ def calling(model: nn.Module, units: Collection[str], runner: Runner) -> Iterato
 
 
 class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Knows of each tensor which results and weights it was made from; views and what is written in place included.
+    """Remembers which results and weights each tensor was made from, views and in-place writes included.
 
     Tensors are told apart by storage: a view shares its base's origins, which may be more than its own, never less.
     """

@@ -1,6 +1,6 @@
-"""What one stage of a model hands to the next: the request's inputs and the tensors that are still needed.
+"""What one stage hands to the next: the request's inputs and the tensors that are still needed.
 
-Travels as safetensors: no code can hide in it.
+It travels as safetensors, which can hold no code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INPUT, _VALUE, _HEADER = "input/", "value/", "fairshard"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """A pass through the model, part of the way done."""
+    """A pass through the model that is partly done."""
 
     #: The model's own inputs (`input_ids`, `attention_mask`, ...): masks and positions are made from them everywhere.
     inputs: Mapping[str, Tensor]

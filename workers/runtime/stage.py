@@ -1,4 +1,4 @@
-"""Runs the layers that one shard holds: `load_stage(path)` gives a torch module of them.
+"""Runs the layers of one shard: `load_stage(path)` makes a torch module of them.
 
     stage = load_stage("shards/<plan>/<node>")
     step = stage(Handoff(inputs={"input_ids": ids}))        # on the first node of the chain
@@ -155,9 +155,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, NotImplementedError) and "data-independent" in str(error):
         return "the shapes within it depend on values, as those of Switch Transformers' experts do"
     if "on meta tensors" in str(error):
-        return "its code looks at values on the way, as LLaVA's does at those of images"
+        return "its code looks at tensors' values, as LLaVA's does at those of images"
     if "expected device" in str(error):
-        return "its code makes tensors on the processor, wherever the others are, as XLNet's does"
+        return "its code makes tensors on the CPU wherever the others are, as XLNet's does"
     return first_line(error)
 
 

@@ -1,7 +1,7 @@
-"""A stage's model: all of the code, and of the weights those that its shard brings.
+"""A stage's model: the whole model's code, with the weights of one shard.
 
-What transformers does when it loads a checkpoint is done with its own parts: names and layouts converted by its
-rules, weights tied, dtypes kept. Weights that are not here take no memory.
+They are loaded with transformers' own functions, as from a checkpoint: names and layouts converted, weights tied,
+dtypes kept. Weights of other shards take no memory.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ def _made_by_rule(model: Any, missing: Collection[str]) -> set[str]:
 
 
 def _hollow(like: Tensor, device: torch.device) -> Tensor:
-    """A tensor of that shape and dtype that takes one element's memory: NaN, so that a use of it is seen."""
+    """A tensor of that shape and dtype in one element's memory: NaN, so that a use of it shows in the output."""
     return torch.full((), filler(like.dtype), dtype=like.dtype, device=device).expand(like.shape)
 
 
 def filler(dtype: torch.dtype) -> float:
-    """What stands where nothing is known: NaN, so that a use of it is seen."""
+    """The value of tensors that are not here: NaN, so that a use of them shows in the output."""
     return float("nan") if dtype.is_floating_point or dtype.is_complex else 0
 
 

@@ -79,7 +79,7 @@ def test_links_lead_nowhere_else(tmp_path: Path) -> None:
     (inner / "link").symlink_to(outer)
     (inner / "file").symlink_to(outer / "file")
     for name in ("link/x", "file"):
-        with pytest.raises(InvalidCheckpoint, match="does not lie in"):
+        with pytest.raises(InvalidCheckpoint, match="leads out of"):
             within(inner, name)
     assert within(inner, "file", replaced=True) == inner / "file"
     with pytest.raises(InvalidCheckpoint):
@@ -92,7 +92,7 @@ def test_links_lead_nowhere_else(tmp_path: Path) -> None:
 def test_a_hub_that_lists_such_a_file_is_refused(hub: TestHub, tmp_path: Path, name: str) -> None:
     files: dict[str, Any] = {path.name: path for path in checkpoint("llama").iterdir()}
     hub.add_repo("tester/evil", files | {name: b"{}"})
-    with pytest.raises(InvalidCheckpoint, match="no repository can have"):
+    with pytest.raises(InvalidCheckpoint, match="impossible file"):
         download(resolve("tester/evil"), tmp_path / "deep" / "er" / "here")
     assert not list(tmp_path.rglob("*escaped*"))
 
@@ -102,7 +102,7 @@ def test_a_download_follows_no_link_out_of_its_folder(hub: TestHub, tmp_path: Pa
     (tmp_path / "here").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "here" / "sub").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InvalidCheckpoint, match="does not lie in"):
+    with pytest.raises(InvalidCheckpoint, match="leads out of"):
         download(resolve("tester/nested"), tmp_path / "here")
     assert not list((tmp_path / "elsewhere").iterdir())
 

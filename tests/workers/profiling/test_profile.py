@@ -116,7 +116,7 @@ def test_a_cached_trace_needs_no_torch(tmp_path: Path) -> None:
         ("sys.modules['torch'] = None", "torch and transformers are not installed: torch is missing"),
         (
             "import transformers.core_model_loading as m; del m.rename_source_key",
-            "the installed torch and transformers do not do: cannot import name 'rename_source_key'",
+            "the installed torch and transformers cannot be used: cannot import name 'rename_source_key'",
         ),
     ],
 )

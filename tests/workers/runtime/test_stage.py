@@ -323,7 +323,7 @@ def test_the_example_compares_with_a_model_that_keeps_no_cache_either(tmp_path: 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("llava", "its code looks at values"), ("xlnet", "its code makes tensors on the processor")],
+    [("llava", "its code looks at tensors"), ("xlnet", "its code makes tensors on the CPU")],
 )
 def test_what_code_does_that_cannot_be_run_in_stages_is_said(model: str, reason: str, tmp_path: Path) -> None:
     import transformers

@@ -182,18 +182,18 @@ def test_config_goes_to_all_and_the_tokenizer_where_the_text_enters(tmp_path: Pa
 
 
 def test_metadata_without_tensors_is_looked_up_by_name(tmp_path: Path) -> None:
-    """The seed's layers are tensors by name, as the bare model has them, and its head may be missing."""
+    """The williw form's layers are tensors by name, as the bare model has them, and its head may be missing."""
     source = resolve(checkpoint("llama"))
     names = [t.name for layer in profile_of(source).layers for t in layer.tensors]
     bare = [name.removeprefix("model.") for name in names if not name.startswith("lm_head")]
-    seed = ModelProfile(
+    williw = ModelProfile(
         model_name="own/model",
         unit="tensor",
         layers=tuple(Layer(name=name, index=i, layer_type="x", compute_required=1) for i, name in enumerate(bare)),
     )
-    plan = plan_of(seed, {"a": bare[::2], "b": bare[1::2]})
+    plan = plan_of(williw, {"a": bare[::2], "b": bare[1::2]})
     for node in ("a", "b"):
-        split(source, seed, plan, node_id=node, output=tmp_path / node)
+        split(source, williw, plan, node_id=node, output=tmp_path / node)
     assert raw_tensors(tmp_path / "a", tmp_path / "b") == raw_tensors(checkpoint("llama"))
     assert read_manifest(tmp_path / "a").unused == ("lm_head.weight",)
 

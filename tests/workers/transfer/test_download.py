@@ -97,7 +97,7 @@ def test_the_hub_pins_the_commit_and_states_sizes_and_digests(hub: TestHub) -> N
     assert old.read("model.safetensors", 3, 1000) == WEIGHTS[3:1000]
     assert old.read("sub/deep er/vocab.txt") == b"a\nb\n"
     assert old.read("config.json", 5, 5) == b""
-    with pytest.raises(InvalidCheckpoint, match="truncated, or a lying header"):
+    with pytest.raises(InvalidCheckpoint, match="truncated, or a wrong header"):
         old.read("config.json", 0, 10**6)
     with pytest.raises(NotFound):
         old.read("nothing")

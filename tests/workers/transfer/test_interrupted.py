@@ -223,7 +223,7 @@ def test_nothing_is_resumed_from_another_commit_or_unchecked(hub: TestHub, large
     hub.add_repo("own/moving", large)
     source = resolve("own/moving")
     profile, plan = prepared(source)
-    # As metadata of the seed's form makes it.
+    # As metadata in the williw form makes it.
     profile, plan = replace(profile, revision=None), replace(plan, revision=None)
 
     def cancel(done: int, _total: int | None, /, *, what: str = "") -> None:
@@ -279,7 +279,7 @@ def test_something_else_is_never_overwritten_or_deleted(large: Path, tmp_path: P
     (tmp_path / "home/letter.txt").write_text("dear")
     with pytest.raises(Conflict, match="no shard"):
         split(source, profile, plan, node_id="a", output=tmp_path / "home")
-    with pytest.raises(Conflict, match="nothing was removed"):
+    with pytest.raises(Conflict, match="nothing was deleted"):
         delete_shard(tmp_path / "home")
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
     (tmp_path / "file").write_text("x")
@@ -473,7 +473,7 @@ def test_a_manifest_with_impossible_figures_is_refused(
         holder = holder[part]
     holder[name] = value
     (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(IntegrityError, match="no shard's manifest"):
+    with pytest.raises(IntegrityError, match="not a valid manifest"):
         verify(tmp_path / "a")
 
 

@@ -1,4 +1,4 @@
-"""Inputs for a counted pass: meta tensors of the right shapes, found by the names that a model's forward takes.
+"""Inputs for a counted pass: meta tensors of the right shapes, by the names of `forward`'s arguments.
 
 The workload is B sequences of S tokens; an encoder-decoder reads S and writes S; a model of images gets one image of
 its own size for each sequence, whose tokens are among the S; a model of sound gets its full window.

@@ -1,6 +1,6 @@
-"""What a pass leaves in the KV cache, read from the cache object that transformers itself fills.
+"""What a pass leaves in the KV cache, read from the cache object that transformers fills.
 
-No formula per architecture: grouped, latent, sliding, cross and linear attention all store what they store.
+So grouped, latent, sliding, cross and linear attention need no formulas of their own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an attention mask lets see, read off the function that transformers makes the mask with.
+"""Which tokens an attention mask lets each token see, found by asking the function that makes the mask.
 
-No rule per architecture: whatever asks `transformers.masking_utils` for a mask, the function that it passes tells for
-two tokens, whether the one sees the other. A few questions far out in a long sequence tell windows and blocks.
+No rule per architecture: a model hands `transformers.masking_utils` a function that says for two tokens whether the
+one sees the other. Calling it for a few tokens far into a long sequence shows windows and blocks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Zeros(TorchFunctionMode):
 
 
 def sight_of(mask_function: Callable[..., Any]) -> Sight | None:
-    """What a mask function lets see; None where it cannot be asked."""
+    """What a mask function lets a token see; None where it cannot be called here."""
     return _causal() if mask_function is causal_mask_function else _asked(mask_function)
 
 

@@ -1,4 +1,4 @@
-"""A module tree looked through once: walking one of 32 layers takes a millisecond, and much needs to know it."""
+"""A model's modules, parameters and buffers by name, collected once: walking 32 layers takes a millisecond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensor names to the module tree's parameters, by transformers' own conversion tables.
+"""Maps a checkpoint's tensor names to the model's parameters, by transformers' own conversion tables.
 
 `get_model_conversion_mapping` and `rename_source_key` are semi-private: the tests save a checkpoint of every family
 and compare, so that a change there is seen.
@@ -52,7 +52,7 @@ class Renamer:
     def __call__(self, name: str) -> tuple[str, bool]:
         """The name in the module tree, and whether a conversion (fusing, splitting, ...) makes it.
 
-        92,000 names have a few dozen shapes: each shape is renamed once, with marks for its numbers.
+        92,000 names follow a few dozen patterns: each pattern is renamed once, with marks for its numbers.
         """
         pieces = name.split(".")
         numbers = [piece for piece in pieces if piece.isdecimal()]

@@ -1,4 +1,4 @@
-"""A layer's costs as polynomials of the sequence length, through what passes of a few lengths cost."""
+"""A layer's costs as polynomials of the sequence length, fitted through passes of a few lengths."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A model without weights: transformers' own class for a config, on the meta device, at full size.
+"""Builds a model without weights: transformers' own class for a config, on the meta device, at full size.
 
-Only classes that transformers itself ships are ever made; code that a repository carries is never run.
+Only classes that transformers itself ships are used; code of a repository is never run.
 """
 
 from __future__ import annotations
