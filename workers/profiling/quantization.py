@@ -1,7 +1,9 @@
 """How many parameters a stored tensor of a quantised checkpoint holds.
 
 A packed tensor counts as many parameters as the values that it encodes. Scales, zero points and the like are
-overhead: they count as bytes only. Formats are recognised by the suffixes of their tensors' names, without their libraries.
+overhead: they count as bytes only.
+
+Formats are recognised by the suffixes of their tensors' names, without their libraries.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -75,34 +75,6 @@ class Subject:
 
 _INDEX = torch.ops.aten.index.Tensor
 _SCALAR = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (the operator's name)
-#: Operators whose FLOP follow from their operands' shapes.
-_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
-_Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
-#: Operator's identity (torch hashes one in Python) -> the operator and its rule.
-_RULES: dict[int, tuple[Any, _Rule | None]] = {}
-
-
-def _rule(func: Any) -> _Rule | None:
-    """Give torch's own rule for an operator's FLOP, from operands, keywords and result."""
-    known = _RULES.get(id(func))
-    if known is not None:
-        return known[1]
-    packet = func._overloadpacket  # noqa: SLF001 (as FlopCounterMode does)
-    registered: Any = flop_registry.get(packet)
-    rule: _Rule | None = None
-    if packet in _PRODUCTS and hasattr(registered, "__wrapped__"):
-        # torch would look for tensors in nested arguments first, which takes longer than all else.
-        def rule(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-            shapes = [value.shape for value in args]
-            return int(registered.__wrapped__(*shapes, out_shape=out.shape, **kwargs))
-
-    elif registered is not None:
-
-        def rule(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-            return int(registered(*args, **kwargs, out_val=out))
-
-    _RULES[id(func)] = func, rule
-    return rule
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -140,9 +112,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         counts = self.counts
         counts.operators += 1
-        rule = _rule(func)
+        rule: Any = flop_registry.get(func._overloadpacket)  # noqa: SLF001 (as FlopCounterMode does)
         if rule is not None:
-            counts.flop[self.layer, self._stack[-1] if self._stack else ""] += rule(args, kwargs, out)
+            counts.flop[self.layer, self._stack[-1] if self._stack else ""] += int(rule(*args, **kwargs, out_val=out))
         weighted = False
         if self.masks:
             self._sees(args, out, rule is None)

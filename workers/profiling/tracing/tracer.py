@@ -1,7 +1,8 @@
 """Traces a model without its weights: each layer's costs as polynomials of batch size and sequence length.
 
 A few passes on the meta device (`workers.profiling.tracing.counter`) count each layer's FLOP, KV cache and
-activations. Three sequence lengths fix a polynomial, a batch of two shows what a pass executes once, further passes check both.
+activations. Three sequence lengths fix a polynomial, a batch of two shows what a pass executes once, further passes
+check both.
 """
 
 from __future__ import annotations
