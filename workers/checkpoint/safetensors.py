@@ -52,10 +52,13 @@ def read_header(
         raise InvalidCheckpoint(f"{name} is {size} bytes; a safetensors file has at least 8 (a Git LFS pointer?)")
     raw = checkpoint.read(name, 0, min(size, header_bytes or _FIRST_READ_BYTES))
     length = int.from_bytes(raw[:8], "little")
-    for largest, what in ((MAX_HEADER_BYTES, "is over the format's"), (size - 8, "goes beyond the file's")):
+    for largest, text in (
+        (MAX_HEADER_BYTES, f"is over the format's {MAX_HEADER_BYTES:,}"),
+        (size - 8, f"goes beyond the file's {size:,} bytes"),
+    ):
         if length > largest:
             raise InvalidCheckpoint(
-                f"{name}: the header's stated length of {length:,} bytes {what} {largest:,} bytes",
+                f"{name}: the header's stated length of {length:,} bytes {text}",
                 details={"file": name, "header_bytes": length, "file_bytes": size},
             )
     if len(raw) < 8 + length:
