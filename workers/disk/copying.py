@@ -17,7 +17,7 @@ _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
 _PAGE_BYTES = 4096
 _STEP_BYTES = 8 * 1024 * 1024
-_PIECE_BYTES = 1024 * 1024
+_PIECE_BYTES = 256 * 1024
 #: The kernel or the filesystem does not do this; another way will.
 _CANNOT = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EBADF, errno.ETXTBSY}
@@ -46,8 +46,8 @@ def copy_range(
 ) -> None:
     """Copy bytes [begin, end) of descriptor `source` to offset `at` of `target`.
 
-    By copy_file_range, which stays in the kernel (and shares extents where it can); where that is refused by
-    sendfile, else through a buffer.
+    By copy_file_range, which stays in the kernel (and shares extents where it can); where that is refused, through a
+    buffer, which takes as long as `cp` (0.95 of its time with 256 KiB, 3.9 with 8 MiB).
 
     Args:
         source: Read from here.
@@ -60,31 +60,22 @@ def copy_range(
     Raises:
         OSError: If the source is shorter, or the target cannot take it.
     """
-    ways: list[Callable[[int, int, int, int, int], int]] = [_in_kernel, _by_sendfile, _by_buffer]
+    copy: Callable[[int, int, int, int, int], int] = (
+        os.copy_file_range if hasattr(os, "copy_file_range") else _by_buffer
+    )
     while begin < end:
         try:
-            count = ways[0](source, target, min(end - begin, _STEP_BYTES), begin, at)
+            count = copy(source, target, min(end - begin, _STEP_BYTES), begin, at)
         except OSError as error:
-            if error.errno not in _CANNOT or len(ways) == 1:
+            if error.errno not in _CANNOT or copy is _by_buffer:
                 raise
-            ways.pop(0)
+            copy = _by_buffer
             continue
         if count == 0:
             raise OSError(errno.EIO, f"the source ends at byte {begin}, {end - begin} bytes early")
         begin += count
         at += count
         each(count)
-
-
-def _in_kernel(source: int, target: int, count: int, begin: int, at: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        raise OSError(errno.ENOSYS, "no copy_file_range here")
-    return os.copy_file_range(source, target, count, begin, at)
-
-
-def _by_sendfile(source: int, target: int, count: int, begin: int, at: int) -> int:
-    os.lseek(target, at, os.SEEK_SET)
-    return os.sendfile(target, source, begin, count)
 
 
 def _by_buffer(source: int, target: int, count: int, begin: int, at: int) -> int:

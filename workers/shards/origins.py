@@ -11,7 +11,7 @@ from workers.checkpoint.base import Checkpoint
 from workers.network.ranges import RemoteFile, Server
 from workers.shards.folder import finished_shards
 from workers.shards.manifest import Manifest, ShardTensor
-from workers.transfer.segments import LocalOrigin, Origin, RemoteOrigin, of_checkpoint
+from workers.transfer.segments import Origin, of_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +83,13 @@ class Origins:
         found: list[Origin] = []
         here = self._here.get(tensor)
         if here is not None and (here[1].source_file, here[1].source_begin) == (file, offset):
-            found.append(LocalOrigin(here[0], here[1].begin))
+            found.append(Origin(file=here[0], offset=here[1].begin))
         own = of_checkpoint(self._checkpoint, file, offset)
-        if isinstance(own, LocalOrigin):
+        if own.server is None:
             return (*found, own)
         for peer, held in self._peers.get(tensor, ()):
             if (held.source_file, held.source_begin) == (file, offset):
                 size = next(item.size_bytes for item in peer.manifest.files if item.name == held.file)
                 remote = RemoteFile(url=f"{peer.url}/{held.file}", size_bytes=size)
-                found.append(RemoteOrigin(peer.server, remote, held.begin))
+                found.append(Origin(file=remote, offset=held.begin, server=peer.server))
         return (*found, own)

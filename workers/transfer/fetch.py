@@ -17,13 +17,13 @@ from blake3 import blake3
 from planner.errors import FairshardError, IntegrityError
 from workers.disk.copying import own, read_pieces, reserve, send_to_disk, write_all
 from workers.disk.durable import explained, sync
-from workers.network.ranges import RangeReader, Server, Sink
+from workers.network.ranges import RangeReader, Server
 from workers.progress import Progress
 from workers.transfer.checking import Checks, Digester
 from workers.transfer.digests import WHICH_IS_WRONG, Digests, FileDigest
 from workers.transfer.journal import Journal
 from workers.transfer.outputs import Output
-from workers.transfer.segments import LocalOrigin, Origin, Segment
+from workers.transfer.segments import Origin, Segment
 from workers.transfer.threads import ThreadGroup
 
 CONNECTIONS = 16
@@ -190,28 +190,25 @@ class _Fetch:
         start = min(round_, len(segment.origins) - 1)
         *firsts, last = segment.origins[start:]
         for origin in firsts:
-            server = None if isinstance(origin, LocalOrigin) else origin.server
-            if id(server) in self._failed:
+            if id(origin.server) in self._failed:
                 continue
             with contextlib.suppress(FairshardError, OSError):
                 return self._from(origin, file, segment, round_, readers)
             self._threads.check()
-            if server is not None:
-                self._failed.add(id(server))
+            if origin.server is not None:
+                self._failed.add(id(origin.server))
         with explained(file.path):
             return self._from(last, file, segment, round_, readers)
 
     def _from(self, origin: Origin, file: _File, segment: Segment, round_: int, readers: _Readers) -> str:
         def read() -> str:
-            if isinstance(origin, LocalOrigin):
-                return self._from_here(origin, file, segment)
-            return self._pass(readers.reader(origin.server, round_), origin, segment, file)
+            return self._pass(origin, segment, file, readers, round_)
 
         found, last = read(), segment.origins[-1]
-        if not self._checks.paranoid or isinstance(last, LocalOrigin):
+        if not self._checks.paranoid or last.server is None or isinstance(last.file, Path):
             return found
-        for _ in range(1 if isinstance(origin, LocalOrigin) else ROUNDS):
-            if self._pass(readers.reader(last.server, -1), last, segment, None) == found:
+        for _ in range(1 if origin.server is None else ROUNDS):
+            if self._pass(last, segment, None, readers, -1) == found:
                 return found
             readers.drop(last.server)
             found = read()
@@ -221,33 +218,28 @@ class _Fetch:
             details={"begin": last.offset, "end": end},
         )
 
-    def _pass(self, reader: RangeReader, origin: Origin, segment: Segment, file: _File | None) -> str:
+    def _pass(self, origin: Origin, segment: Segment, file: _File | None, readers: _Readers, round_: int) -> str:
         """Read a segment once, to its place in `file` or only through the digest."""
-        assert not isinstance(origin, LocalOrigin)
         digest = blake3()
         at = segment.begin
+        end = origin.offset + segment.end - segment.begin
         # Opened for each segment: a shard may have thousands of files.
         with contextlib.nullcontext() if file is None else own(file.path) as descriptor:
 
-            def sink(view: memoryview) -> None:
+            def sink(data: memoryview | bytes) -> None:
                 nonlocal at
                 self._threads.check()
                 if file is not None and descriptor is not None:
                     with explained(file.path):
-                        at += write_all(descriptor, view, at)
-                digest.update(view)
-
-            taking: Sink = sink
-            reader.read(origin.file, origin.offset, origin.offset + segment.end - segment.begin, taking)
-        return digest.hexdigest()
-
-    def _from_here(self, origin: LocalOrigin, file: _File, segment: Segment) -> str:
-        digest, at = blake3(), segment.begin
-        with own(file.path) as descriptor:
-            for data in read_pieces(origin.path, origin.offset, origin.offset + segment.end - segment.begin):
+                        at += write_all(descriptor, data, at)
                 digest.update(data)
-                at += write_all(descriptor, data, at)
-                self._threads.check()
+
+            if isinstance(origin.file, Path) or origin.server is None:
+                assert isinstance(origin.file, Path)
+                for data in read_pieces(origin.file, origin.offset, end):
+                    sink(data)
+            else:
+                readers.reader(origin.server, round_).read(origin.file, origin.offset, end, sink)
         return digest.hexdigest()
 
     def _arrived(self, file: _File, number: int) -> None:

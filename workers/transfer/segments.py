@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from planner.errors import InvalidInput
 from workers.checkpoint.base import Checkpoint
 from workers.network.ranges import RemoteFile, Server
 from workers.transfer.outputs import Output
-
-if TYPE_CHECKING:
-    from workers.checkpoint.hub import HubCheckpoint
 
 #: Enough that a request's round trip is small beside its bytes, small enough to lose little when it breaks.
 LARGEST_BYTES = 16 * 1024 * 1024
 _SMALLEST_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LocalOrigin:
-    """Bytes that lie in a file here, from `offset` on."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Bytes from `offset` of a file on: of one on this machine, or of one that a server has."""
 
-    path: Path
+    file: Path | RemoteFile
     offset: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RemoteOrigin:
-    """Bytes that a server has, from `offset` of `file` on."""
-
-    server: Server
-    file: RemoteFile
-    offset: int
-
-
-Origin = LocalOrigin | RemoteOrigin
+    #: None for a file on this machine.
+    server: Server | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +66,7 @@ def cut(
     for begin, end, places in pieces:
         last = segments[-1] if segments else None
         at = begin
-        if last and last.end == begin and _follows(last, places):
+        if last and last.end == begin and _shifted(last.origins, last.end - last.begin) == places:
             at = min(end, last.begin + largest)
             if at > begin:
                 segments[-1] = Segment(output=index, begin=last.begin, end=at, origins=last.origins)
@@ -93,38 +78,16 @@ def cut(
     return segments
 
 
-def _follows(segment: Segment, places: Sequence[Origin]) -> bool:
-    """Whether `places` go on where every origin of `segment` ends."""
-    moved = _shifted(segment.origins, segment.end - segment.begin)
-    return len(moved) == len(places) and all(_key(a) == _key(b) for a, b in zip(moved, places, strict=True))
-
-
 def _shifted(places: Sequence[Origin], by: int) -> tuple[Origin, ...]:
-    return tuple(
-        LocalOrigin(place.path, place.offset + by)
-        if isinstance(place, LocalOrigin)
-        else RemoteOrigin(place.server, place.file, place.offset + by)
-        for place in places
-    )
-
-
-def _key(place: Origin) -> tuple[object, ...]:
-    where = place.path if isinstance(place, LocalOrigin) else place.file.url
-    return where, place.offset
+    return tuple(replace(place, offset=place.offset + by) for place in places)
 
 
 def of_checkpoint(checkpoint: Checkpoint, file: str, offset: int) -> Origin:
     """The checkpoint's own bytes, from `offset` of `file` on: here, or on the Hub."""
     local = checkpoint.local_path(file)
     if local is not None:
-        return LocalOrigin(local, offset)
-    hub = _remote(checkpoint)
-    return RemoteOrigin(hub.server, hub.remote(file), offset)
-
-
-def _remote(checkpoint: Checkpoint) -> HubCheckpoint:
+        return Origin(file=local, offset=offset)
     from workers.checkpoint.hub import HubCheckpoint
 
-    if not isinstance(checkpoint, HubCheckpoint):
-        raise InvalidInput(f"the files of {checkpoint.model_name} are neither on this machine nor on a server")
-    return checkpoint
+    assert isinstance(checkpoint, HubCheckpoint)  # a folder's files are all local
+    return Origin(file=checkpoint.remote(file), offset=offset, server=checkpoint.server)
