@@ -119,7 +119,7 @@ def split(
     check_node_id(node_id)
     output = output.absolute()
     if output.exists() and not is_shard_folder(output):
-        raise Conflict(f"{output} holds something else than a shard; name another folder")
+        raise Conflict(f"{output} holds something that is no shard; name another folder")
     request = ShardRequest(
         plan_id=plan.plan_id,
         revision=checkpoint.revision,

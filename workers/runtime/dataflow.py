@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from workers.profiling.tracing.counter import asks_truth
 
 #: A result: `<module path>#<call>:<part>`; a weight that the code between uses directly: `=<name>`; a buffer
 #: likewise: `~<name>`, which the model makes for itself where the checkpoint has none.
@@ -120,7 +119,7 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
         return output
 
     meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    with calling(model, units, recorded), torch.no_grad(), follower:
+    with calling(model, units, recorded), torch.no_grad(), _Truth(), follower:
         output = model(**meta)
     return Trace(calls=tuple(calls), output_needs=follower.origins(output))
 
@@ -226,6 +225,17 @@ def calling(model: nn.Module, units: Collection[str], runner: Runner) -> Iterato
             del unit.__dict__["forward"]
 
 
+class _Truth(TorchFunctionMode):
+    """Answers what only data could tell: a meta tensor asked whether it is true says yes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers which results and weights each tensor was made from, views and in-place writes included.
 
@@ -268,8 +278,6 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if asks_truth(func, args):
-            return True
         output = func(*args, **(kwargs or {}))
         if self._on:
             origins = self.origins((args, kwargs))

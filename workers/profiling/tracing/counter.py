@@ -106,8 +106,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if asks_truth(func, args):
-            return True
+        if func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool:
+            return True  # only data could tell
         args = on_meta(args)
         out = func(*args, **kwargs)
         counts = self.counts
@@ -257,11 +257,6 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         self.counts.output_bytes = sum(leaf.numel() * leaf.element_size() for leaf in made)
         return self.counts
-
-
-def asks_truth(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operator asks a meta tensor for its truth value: only data could tell, and a trace answers True."""
-    return func is _SCALAR and args[0].is_meta and args[0].dtype is torch.bool
 
 
 def on_meta(args: tuple[Any, ...]) -> tuple[Any, ...]:
