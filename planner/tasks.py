@@ -16,6 +16,7 @@ from planner.strategies.make import make_plan
 from planner.wire.read import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
 from workers.ledger.ledger import StepSpec
 from workers.nodes.registry import to_node
+from workers.progress import stoppable
 from workers.queue.claims import Claim, HandedBack
 from workers.queue.messages import PLANNER, node_queue
 from workers.queue.step_task import step_task
@@ -46,7 +47,8 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     lost = claim.claimed.lost_nodes
     cluster = _cluster(asked, alive, lost, dtype=profile.dtype, splits=bool(before.get("split")))
     claim.check()
-    made = _plan(services, profile, cluster, asked, before if lost else {})
+    with stoppable("plans"):
+        made = _plan(services, profile, cluster, asked, before if lost else {})
     chosen = sorted(made.allocation)
     do_split = _wants_split(asked, chosen, alive)
     revision = made.revision

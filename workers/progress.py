@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 #: Seconds that a rate looks back over: long enough to be calm, short enough to follow a server's moods.
@@ -23,6 +25,57 @@ class Progress(Protocol):
 
 def silent(done: int, total: int | None, /, *, what: str = "") -> None:
     """Reports to nobody."""
+
+
+class Watch(Protocol):
+    """Whoever runs the work of this context: shows what it waits for, and can end the wait."""
+
+    def stoppable(self, why: str, until_s: float | None) -> AbstractContextManager[None]:
+        """A block of work that may be ended at any point by an exception of the watch's own.
+
+        Args:
+            why: What it waits for, to be shown; "": nothing.
+            until_s: Until when, in seconds since the epoch; None: not known.
+        """
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(by: Watch) -> Iterator[None]:
+    """Have `by` watch what runs within the block; threads are watched if they run in a copy of its context."""
+    token = _watch.set(by)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@contextmanager
+def stoppable(why: str = "", *, until_s: float | None = None) -> Iterator[None]:
+    """A block that can be left at any point, such as a request: it ends at once when the work is to stop.
+
+    Nothing within may need to be finished once it is begun. Without a watch it is a block like any other.
+    """
+    watch = _watch.get()
+    if watch is None:
+        yield
+        return
+    with watch.stoppable(why, until_s):
+        yield
+
+
+def wait(seconds: float, why: str, *, pause: Callable[[float], object] = time.sleep) -> None:
+    """Sleep, and say for what; ends at once when the work is to stop.
+
+    Args:
+        seconds: How long.
+        why: What is waited for: "the Hub asks to wait 100 s (HTTP 429)".
+        pause: Sleeps; may raise to stop.
+    """
+    with stoppable(why, until_s=time.time() + seconds):
+        pause(seconds)
 
 
 class Pace:

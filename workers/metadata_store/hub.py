@@ -18,7 +18,8 @@ from planner.errors import AccessDenied, FairshardError, IntegrityError, Invalid
 from planner.limits import MAX_JSON_BYTES
 from workers.metadata_store.base import check_path
 from workers.network.ranges import RangeReader, RemoteFile, Server
-from workers.network.retry import RetryPolicy, Transient, parse_retry_after, retrying
+from workers.network.retry import RetryPolicy, Transient, asked_s, retrying
+from workers.progress import wait
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -110,8 +111,9 @@ class HubStore:
             for attempt in range(1, _CONFLICTS + 1):
                 try:
                     return self._commit_once(api, files, message)
-                except _ConflictError:
-                    self._pause(attempt)
+                except _ConflictError as error:
+                    pause_s = replace(self.policy, first_s=0.05, longest_s=2.0).pause_s(attempt)
+                    wait(pause_s, f"HTTP {error} from {self.spec}: another commit came first, attempt {attempt + 1}")
             raise Transient(f"{_CONFLICTS} commits of others came between")
 
         return self._retried(commit)
@@ -127,12 +129,6 @@ class HubStore:
             return sorted(name for name in names if name.startswith(folder) and not name.startswith("."))
 
         return self._retried(listing)
-
-    def _pause(self, attempt: int) -> None:
-        """Wait a moment after losing a race for the `attempt`th time."""
-        import time
-
-        time.sleep(replace(self.policy, first_s=0.05, longest_s=2.0).pause_s(attempt))
 
     def _commit_once(self, api: HfApi, files: Mapping[str, bytes | None], message: str) -> str:
         """Commit what differs from the branch's head, on top of it; the new id, or the head's if nothing does."""
@@ -159,7 +155,7 @@ class HubStore:
             ).oid
         except HfHubHTTPError as error:
             if error.response.status_code in {409, 412}:
-                raise _ConflictError from error
+                raise _ConflictError(error.response.status_code) from error
             raise
 
     def _at(self, api: HfApi, revision: str | None) -> str:
@@ -221,7 +217,7 @@ class HubStore:
         if status in {400, 413, 422}:
             said = headers.get("X-Error-Message") or error.response.text[:200]
             return InvalidInput(f"{self.endpoint} refuses the commit to {self.spec}: {said}", details=details)
-        return Transient(f"HTTP {status}", retry_after_s=parse_retry_after(headers.get("Retry-After")))
+        return Transient(f"HTTP {status}", retry_after_s=asked_s(headers.get))
 
     def _remedy(self) -> str:
         if self.token is None:

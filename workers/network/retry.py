@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from planner.errors import Unavailable
+from workers.progress import stoppable, wait
 
 T = TypeVar("T")
 
@@ -79,20 +80,22 @@ def retrying(
     failures, reached = 0, progress()
     while True:
         try:
-            return attempt()
+            with stoppable(f"waits for {what}" + (f", attempt {failures + 1}" if failures else "")):
+                return attempt()
         except Transient as error:
             if progress() - reached >= policy.stall_bytes:
                 failures, reached = 0, progress()
             failures += 1
-            wait = policy.pause_s(failures, retry_after_s=error.retry_after_s)
+            pause_s = policy.pause_s(failures, retry_after_s=error.retry_after_s)
             details = {"what": what, "attempts": failures, "retry_after_s": error.retry_after_s}
             if (error.retry_after_s or 0) > policy.longest_retry_after_s:
                 raise Unavailable(
-                    f"{what}: {error}; the server asks to wait {wait:.0f} s", details=details
+                    f"{what}: {error}; the server asks to wait {pause_s:.0f} s", details=details
                 ) from error
             if failures >= policy.attempts:
                 raise Unavailable(f"{what}: {error} (tried {failures} times)", details=details) from error
-            pause(wait)
+            asks = "asks to wait" if error.retry_after_s else f"is asked again (attempt {failures + 1}) in"
+            wait(pause_s, f"{what} {asks} {pause_s:.0f} s: {error}", pause=pause)
 
 
 def asked_s(header: Callable[[str], str | None]) -> float | None:

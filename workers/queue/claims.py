@@ -11,15 +11,17 @@ import errno
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from planner.errors import AccessDenied, Cancelled, FairshardError, NodeFailure, Unavailable
 from workers.ledger.ledger import Claimed, Ledger, StepSpec
 from workers.nodes.joining import Joining
-from workers.progress import Pace
+from workers.progress import Pace, watched
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,15 @@ class Claim:
         self._ledger = ledger
         self.claimed = claimed
         self._stop: Exception | None = None
-        self._progress: dict[str, Any] | None = None
+        self._progress: dict[str, Any] = {"done": 0, "total": None, "what": ""}
+        #: Whether it was reported since it was last written, and the wait that was written with it.
+        self._reported = False
+        self._wait: tuple[str, float | None, float] | None = None
         self._pace = Pace()
+        #: thread -> what it waits for: (why, until when, since when), in seconds since the epoch.
+        self._waits: dict[int, tuple[str, float | None, float]] = {}
+        #: How many blocks that may be left at any point the main thread is in.
+        self._stoppable = 0
         self._add: tuple[StepSpec, ...] = ()
         self._drop: tuple[str, ...] = ()
         self._job_result: Mapping[str, Any] | None = None
@@ -116,11 +125,48 @@ class Claim:
         if self._stop is not None:
             raise self._stop
         self._progress = {"done": done, "total": total, "what": what}
+        self._reported = True
 
     def check(self) -> None:
         """Raise if the work should stop."""
         if self._stop is not None:
             raise self._stop
+
+    @contextlib.contextmanager
+    def stoppable(self, why: str, until_s: float | None) -> Iterator[None]:
+        """See `workers.progress.Watch`. In the process' main thread even a blocked call is left, by a signal."""
+        self.check()
+        thread, main = threading.get_ident(), threading.current_thread() is threading.main_thread()
+        before = self._waits.get(thread)
+        if why:
+            self._waits[thread] = (why, until_s, time.time())
+        self._stoppable += main
+        try:
+            yield
+        finally:
+            self._stoppable -= main
+            if before is not None:
+                self._waits[thread] = before
+            else:
+                self._waits.pop(thread, None)
+
+    def interrupt(self) -> None:
+        """In the main thread, by a signal: leave the block that may be left, if the work should stop."""
+        if self._stoppable:
+            self.check()
+
+    def _shown(self) -> dict[str, Any] | None:
+        """What to tell of the progress now; None if it was told already."""
+        now = time.time()
+        # What takes no second is no wait; of several threads' the longest counts.
+        waits = [w for w in list(self._waits.values()) if max(now, w[1] or 0.0) - w[2] >= BEAT_S]
+        wait = max(waits, key=lambda w: w[1] or 0.0, default=None)
+        if not self._reported and wait == self._wait:
+            return None
+        self._reported, self._wait = False, wait
+        told = self._progress
+        shown = told | self._pace.figures(told["done"], told["total"], told["what"])
+        return shown | ({"what": wait[0], "waits_until": wait[1] and _instant(wait[1])} if wait else {})
 
     def then(
         self,
@@ -134,14 +180,13 @@ class Claim:
 
     def beat(self) -> None:
         """Renew the lease; remember it if the work should stop."""
-        told, self._progress = self._progress, None
-        progress = told and told | self._pace.figures(told["done"], told["total"], told["what"])
+        progress = self._shown()
         try:
             standing = self._ledger.renew(self.claimed, progress=progress)
         except Unavailable as error:
             # The work goes on: if the lease runs out meanwhile, the fence keeps its outcome from counting twice.
             logger.warning("job %s, step %s: lease not renewed: %s", self.claimed.job_id, self.claimed.step, error)
-            self._progress = self._progress or told
+            self._reported = True
             return
         if standing == "cancelled":
             self._stop = Cancelled(f"job {self.claimed.job_id} was cancelled")
@@ -149,6 +194,9 @@ class Claim:
             self._stop = Fenced()
         elif progress and self.on_progress is not None:
             self.on_progress(progress)
+        if self._stop is not None and _interrupted is self:
+            # Again with each beat: what the work is in may catch the exception.
+            signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
 
     def commit(self, result: Mapping[str, Any]) -> str:
         """Store the outcome; waits for a Redis that is away."""
@@ -159,6 +207,32 @@ class Claim:
                 self.claimed, signed, add=self._add, drop=self._drop, job_result=self._job_result
             )
         )
+
+
+#: The claim whose work is left at this signal; it is the main thread's.
+_INTERRUPT = signal.SIGUSR2
+_interrupted: Claim | None = None
+
+
+@contextlib.contextmanager
+def _interruptible(claim: Claim) -> Iterator[None]:
+    """Let the heartbeat end what `claim`'s work is blocked in, where it runs in the main thread, as in a pool."""
+    global _interrupted  # noqa: PLW0603  (signals are the process')
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(_INTERRUPT, lambda *_: claim.interrupt())
+    _interrupted = claim
+    try:
+        yield
+    finally:
+        _interrupted = None
+        # Not `before`, which may be the system's default: a signal that comes late would end the process.
+        signal.signal(_INTERRUPT, before if callable(before) else signal.SIG_IGN)
+
+
+def _instant(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class _Heart(threading.Thread):
@@ -256,7 +330,8 @@ def run_step(
     heart = _beating()
     heart.add(claim)
     try:
-        result = dict(work(claim))
+        with _interruptible(claim), watched(claim):
+            result = dict(work(claim))
         standing = claim.commit(result)
     except Cancelled as stopped:
         logger.info("job %s, step %s: stopped: %s", job_id, step, stopped)

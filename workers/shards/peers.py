@@ -13,6 +13,7 @@ from typing import Any
 from planner.errors import FairshardError
 from workers.network.ranges import Server
 from workers.network.retry import RetryPolicy
+from workers.progress import stoppable
 from workers.shards.manifest import Manifest
 from workers.shards.origins import Peer
 
@@ -40,7 +41,10 @@ def find_peers(
     places = list(urls)
     if not places:
         return ()
-    with ThreadPoolExecutor(min(_AT_ONCE, len(places)), "peers") as pool:
+    with (
+        stoppable("asks other nodes for their shards"),
+        ThreadPoolExecutor(min(_AT_ONCE, len(places)), "peers") as pool,
+    ):
         asked = pool.map(lambda url: _shards_at(url, token, (model_name, revision), policy), places)
         return tuple(peer for found in asked for peer in found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -39,7 +40,8 @@ class ThreadGroup:
             with contextlib.suppress(Stopped):
                 work()
 
-        self._futures.append(self._pool.submit(run))
+        # In a copy of the caller's context: who watches the caller sees what its threads wait for.
+        self._futures.append(self._pool.submit(contextvars.copy_context().run, run))
 
     def advance(self, count: int) -> None:
         """`count` more units are done.
