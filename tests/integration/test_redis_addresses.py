@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pytest
 from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.redis_roles import counted, waiting
@@ -21,6 +22,7 @@ from workers.up.redis_server import find_binary
 PASSWORD = "p/a@s#s?"
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # celery's
 def test_broker_backend_ledger_limiter_and_flower_reach_redis_by_its_socket(tmp_path: Path) -> None:
     service = Service(tmp_path, nodes={})
     service.redis.options = ["--unixsocket", str(tmp_path / "socket"), "--requirepass", PASSWORD]

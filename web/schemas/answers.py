@@ -183,7 +183,7 @@ PreviewOut = answer(
 ProgressOut = answer(
     "ProgressOut", "How far a step is.",
     done=may(number()), total=may(null(number())), what=maybe(), rate_per_s=may(null(number())),
-    eta_s=may(null(number())),
+    eta_s=may(null(number())), waits_until=maybe("Until when the step waits, for what `what` says then."),
 )
 JobErrorOut = answer(
     "JobErrorOut", "Why it failed.", code=may(text()), message=may(text()), details=may(null(mapping())),
@@ -220,7 +220,7 @@ NodeOut = answer(
     queue_length=may(whole()), running=may(many(fields.Dict())),
     wedged=may(flag("Alive, its queue not empty, and nothing claimed.")), shards=may(many(text())),
 )
-NodesOut = answer("NodesOut", "The nodes that are alive.", nodes=many(NodeOut))
+NodesOut = answer("NodesOut", "The nodes that are alive.", nodes=many(NodeOut), total=whole())
 HealthOut = answer(
     "HealthOut", "Whether the service lives, and whether it can do work.",
     status=text(choices=("healthy", "degraded")), live=flag(), ready=flag(),

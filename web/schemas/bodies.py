@@ -261,6 +261,12 @@ class PlansQuery(Page):
     model_name = RepoId()
 
 
+class NodesQuery(Page):
+    """GET /api/nodes?..."""
+
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, 500))
+
+
 class JobsQuery(Page):
     """GET /api/jobs?..."""
 

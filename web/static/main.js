@@ -59,7 +59,7 @@ async function lookAround() {
   await Promise.all([
     lookAtHealth(),
     look("jobs", call("GET", "/api/jobs?limit=20").then(({jobs}) => showJobs(at("jobs"), jobs, state.job, choose))),
-    look("nodes", call("GET", "/api/nodes").then(({nodes}) => showNodes(at("nodes"), at("nodes-total"), nodes))),
+    look("nodes", call("GET", "/api/nodes").then((found) => showNodes(at("nodes"), at("nodes-total"), found))),
     state.job && !state.over ? refreshJob() : null,
   ]);
   state.looking = false;

@@ -234,7 +234,13 @@ def nodes(args: argparse.Namespace) -> int:
     """Fairshard nodes."""
     from workers.cli.plan_tables import nodes_table
 
-    answer = _client().call("GET", "/api/nodes")
+    client = _client()
+    answer = client.call("GET", "/api/nodes?limit=500")
+    while len(answer["nodes"]) < answer["total"]:
+        more = client.call("GET", f"/api/nodes?limit=500&offset={len(answer['nodes'])}")["nodes"]
+        if not more:  # nodes died meanwhile
+            break
+        answer["nodes"] += more
     none = "no node is alive (fairshard node starts one)"
     emit(args, answer, [nodes_table(answer["nodes"])] if answer["nodes"] else [none])
     return 0

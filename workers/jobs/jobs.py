@@ -193,14 +193,14 @@ class Jobs(Submissions):
 
         return profile_to_json(self._services.newest_profile(check_model_name(model_name), revision=revision))
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """Nodes alive, by id.
+    def nodes(self, *, limit: int | None = None, offset: int = 0) -> list[dict[str, Any]]:
+        """Nodes alive, by id; with `limit` that many, after the first `offset`.
 
         `{node_id, device, flop_per_s, memory_bytes, memory_bytes_per_s, load, disk_free_bytes, versions: {name:
         version}, host, started_at, seen_at, queue_length, running: [{job_id, step}], wedged, shards: [plan_id]}`.
         """
         services = self._services
-        infos = services.registry.alive()
+        infos = services.registry.alive(limit=limit, offset=offset)
         running: dict[str, list[dict[str, str]]] = {}
         for job_id, step, worker in services.ledger.running():
             running.setdefault(worker.partition("@")[0], []).append({"job_id": job_id, "step": step})
@@ -211,6 +211,10 @@ class Jobs(Submissions):
             # Alive, work waiting and nothing claimed: its consumer hangs. (For a moment it is so between two steps.)
             views.append({**info, "queue_length": length, "running": now, "wedged": bool(length and not now)})
         return views
+
+    def node_count(self) -> int:
+        """How many nodes announced themselves."""
+        return self._services.registry.count()
 
     def _queue_lengths(self, names: Sequence[str]) -> list[int]:
         services = self._services
@@ -250,7 +254,8 @@ class Jobs(Submissions):
                 # A write: with its memory or its disk full, Redis still answers what only looks.
                 answers["redis"] = bool(services.redis.set(f"{services.queue.prefix}probe", "", px=1000))
                 answers["planner"] = bool(services.redis.exists(f"{services.queue.prefix}planner"))
-            answers["nodes"] = bool(services.registry.alive())
+            # Asked every two seconds by each open page: one living node is enough to know.
+            answers["nodes"] = bool(services.registry.alive(limit=10) or services.registry.alive())
         if self._journals:
             answers["journal"] = False
             with contextlib.suppress(Unavailable):

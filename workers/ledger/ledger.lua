@@ -40,6 +40,7 @@ local ENDED = {done = true, failed = true, cancelled = true}
 -- `delay` 0: the caller sends the message now, the reconciler only if nobody claims. Else the reconciler sends it.
 local function make_due(job, step, delay)
   local key = step_key(job, step)
+  redis.call('HDEL', P .. 'running', job .. '|' .. step)
   redis.call('HSET', key, 'state', 'queued', 'sends', delay > 0 and 0 or 1, 'not_before', now + delay)
   redis.call('ZADD', P .. 'due', now + (delay > 0 and delay or FIRST_RESEND_MS), job .. '|' .. step)
   if delay == 0 then
@@ -56,6 +57,7 @@ local function close_step(job, step, state, err)
   redis.call('HSET', key, 'state', state, 'ended_at', now)
   if present(err) then redis.call('HSET', key, 'error', err) end
   redis.call('ZREM', P .. 'due', job .. '|' .. step)
+  redis.call('HDEL', P .. 'running', job .. '|' .. step)
   if present(was[2]) then
     redis.call('SREM', P .. 'at:' .. was[2], job .. '|' .. step)
     if redis.call('EXISTS', P .. 'at:' .. was[2]) == 0 then redis.call('SREM', P .. 'nodes_in_use', was[2]) end
@@ -126,6 +128,7 @@ local function put_step(job, spec)
   redis.call('HDEL', key, 'error', 'progress', 'result', 'started_at', 'ended_at')
   redis.call('HINCRBY', key, 'fence', was and 1 or 0)
   redis.call('ZREM', P .. 'due', job .. '|' .. spec.name)
+  redis.call('HDEL', P .. 'running', job .. '|' .. spec.name)
   if present(spec.node_id) then
     redis.call('SADD', P .. 'at:' .. spec.node_id, job .. '|' .. spec.name)
     redis.call('SADD', P .. 'nodes_in_use', spec.node_id)
@@ -290,6 +293,7 @@ operations.claim = function(job, step, owner, lease_ms)
     'lease', now + tonumber(lease_ms))
   redis.call('HDEL', key, 'progress')
   redis.call('ZADD', P .. 'due', now + tonumber(lease_ms), job .. '|' .. step)
+  redis.call('HSET', P .. 'running', job .. '|' .. step, owner)
   redis.call('HSET', job_key(job), 'step', step)
   if state == 'queued' then redis.call('HSET', job_key(job), 'state', 'running', 'started_at', now) end
   if not again then

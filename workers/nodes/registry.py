@@ -75,10 +75,11 @@ class Registry:
         with reachable():
             self._redis.set(f"{self._prefix}planner", "1", px=round(self.ttl_s * 1000))
 
-    def alive(self) -> list[dict[str, Any]]:
-        """What the living nodes said, by id."""
+    def alive(self, *, limit: int | None = None, offset: int = 0) -> list[dict[str, Any]]:
+        """What the living nodes said, by id; with `limit` that many of them, after the first `offset`."""
         with reachable():
-            node_ids = sorted(self._redis.smembers(f"{self._prefix}nodes"))
+            known = sorted(self._redis.smembers(f"{self._prefix}nodes"))
+            node_ids = known[offset:] if limit is None else known[offset : offset + limit]
             if not node_ids:
                 return []
             said = self._redis.mget([f"{self._prefix}node:{node_id}" for node_id in node_ids])
@@ -89,6 +90,11 @@ class Registry:
         pairs = zip(node_ids, said, strict=True)
         found = [self._read(node_id, text, clock) for node_id, text in pairs if text is not None]
         return [info for info in found if info is not None]
+
+    def count(self) -> int:
+        """How many announced themselves; one that died is counted until someone looks for it."""
+        with reachable():
+            return int(self._redis.scard(f"{self._prefix}nodes"))
 
     def _clock(self) -> float:
         """Redis' seconds: the machines' own clocks may differ."""

@@ -39,6 +39,10 @@ class PromptWorker(Worker):
     #: celery's stubs leave it out.
     hostname: str
 
+    def prepare_args(self, **kwargs: Any) -> dict[str, Any]:
+        """No worker listens to the others: with gossip each hears all, a traffic of the square of their number."""
+        return {**kwargs, "without_gossip": True, "without_mingle": True}
+
     def wait_for_soft_shutdown(self) -> bool:
         """Wait until no step of this worker runs, for at most the grace period; whether there was any."""
         if not state.active_requests:
