@@ -153,7 +153,7 @@ def call(connection: http.client.HTTPConnection, path: str, number: int) -> floa
     if path.startswith("POST "):
         # Each another job, or it would be given one that waits.
         body = json.dumps({"model_name": "scale/model", "sequence_length": 1 + number % 100_000})
-        connection.request("POST", path[5:], body, {"Content-Type": "application/json"})
+        connection.request("POST", path[5:], body, {"Content-Type": "application/json", "Prefer": "respond-async"})
         wanted = 202
     else:
         connection.request("GET", path)
@@ -246,7 +246,8 @@ def measure(*, nodes: int, jobs: int, plans: int, clients: int) -> dict[str, Any
         services = Services(settings=settings, queue=queue)
         service_jobs = Jobs(services)
         empty = server.memory()
-        report: dict[str, Any] = fill(service_jobs, services, count=jobs, plans=plans)
+        report: dict[str, Any] = {"idle_worker": idle(env | {"NODE_ID": "idle"}, folder, server, authority)}
+        report |= fill(service_jobs, services, count=jobs, plans=plans)
         simulated = Nodes(redis, authority, nodes, queue)
         simulated.announce()
         report["redis_mb"] = round((server.memory() - empty) / 1e6, 1)
@@ -258,7 +259,6 @@ def measure(*, nodes: int, jobs: int, plans: int, clients: int) -> dict[str, Any
             "bytes": round((after["bytes"] - before["bytes"]) / nodes),
             "redis_ms": round(1000 * (after["cpu_s"] - before["cpu_s"]) / nodes, 3),
         }
-        report["idle_worker"] = idle(env | {"NODE_ID": "idle"}, folder, server, authority)
         every_s = queue.node_ttl_s / 3
         done = threading.Event()
         with Web(env=env, directory=folder) as web, simulated.announcing(every_s):

@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,7 +135,9 @@ class Joining:
             if not isinstance(proof, Mapping) or not _covers(str(proof["ids"]), node_id):
                 return False
             key = Ed25519PublicKey.from_public_bytes(_bytes(str(proof["key"])))
-            self.authority.verify(_bytes(str(proof["grant"])), _granted(str(proof["ids"]), key))
+            _check_grant(
+                self.authority.public_bytes_raw(), str(proof["ids"]), key.public_bytes_raw(), str(proof["grant"])
+            )
             key.verify(_bytes(str(proof["signature"])), _signed(node_id, what, value))
         except (InvalidSignature, KeyError, TypeError, ValueError):
             return False
@@ -156,6 +159,17 @@ class Joining:
                 f"`python -m workers.nodes.joining token {node_id} --authority FILE` prints",
                 details={"node_id": node_id, "setting": "FAIRSHARD_JOIN_TOKEN"},
             )
+
+
+@lru_cache(maxsize=10_000)
+def _check_grant(authority: bytes, ids: str, key: bytes, grant: str) -> None:
+    """Check that the authority granted `ids` to `key`; once a process, since each announcement comes with it.
+
+    Raises:
+        InvalidSignature, ValueError: If it did not.
+    """
+    granted = _granted(ids, Ed25519PublicKey.from_public_bytes(key))
+    Ed25519PublicKey.from_public_bytes(authority).verify(_bytes(grant), granted)
 
 
 def _covers(ids: str, node_id: str) -> bool:

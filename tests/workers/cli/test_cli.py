@@ -197,9 +197,9 @@ def test_a_closed_pipe_is_no_accident(fairshard: Shell) -> None:
 
 def test_a_setting_that_does_not_parse_is_named(fairshard: Shell) -> None:
     done = fairshard("profile", "m", rc=2, env={"FAIRSHARD_FLOP_PER_S": "fast"})
-    assert "FAIRSHARD_FLOP_PER_S must be a positive number, got 'fast'" in done.stderr
+    assert "FAIRSHARD_FLOP_PER_S must be a number above 0, in FLOP/s, got 'fast'" in done.stderr
     done = fairshard("nodes", rc=2, env={"FAIRSHARD_URL": "ftp://x"})
-    assert "FAIRSHARD_URL must start with http:// or https://" in done.stderr
+    assert "FAIRSHARD_URL must be an address such as https://host:port" in done.stderr
 
 
 def test_a_typing_error_in_a_nodes_file_is_found_before_the_model_is_looked_for(fairshard: Shell) -> None:
