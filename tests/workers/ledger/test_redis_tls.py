@@ -27,7 +27,7 @@ from workers.jobs.jobs import Jobs
 from workers.ledger.ledger import ENDED
 from workers.settings import QueueSettings, Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class TlsProxy:
