@@ -92,7 +92,7 @@ def test_a_full_queue_refuses_with_retry_after(make_app: Any) -> None:
     text = client.get("/metrics").get_data(as_text=True)
     assert 'status="429"' in text
     assert "fairshard_accepts_jobs 0.0" in text
-    assert "FAIRSHARD_MAX_QUEUE is 2" in client.get("/api/health").get_json()["warnings"][0]
+    assert "FAIRSHARD_MAX_QUEUE allows, 2" in client.get("/api/health").get_json()["warnings"][0]
 
 
 def test_each_token_has_its_own_share_of_the_queue(make_app: Any, tmp_path: Any) -> None:

@@ -272,9 +272,7 @@ class Jobs(Submissions):
         except Unavailable:
             return []
         if most is not None and unfinished >= most:
-            found.append(
-                f"the queue is full: {unfinished:.0f} jobs are unfinished, and FAIRSHARD_MAX_QUEUE is {most}"
-            )
+            found.append(f"the queue is full: as many jobs are unfinished as FAIRSHARD_MAX_QUEUE allows, {most}")
         return [warning for warning in found if warning]
 
     def replay(self) -> int:
