@@ -63,8 +63,10 @@ def on_starting(_server: Any) -> None:
                 shutil.rmtree(old)
             finally:
                 os.close(handle)
-    _counts.mkdir(mode=0o700)
-    fcntl.flock(os.open(_counts, os.O_RDONLY), fcntl.LOCK_SH)  # until this process and its children are gone
+    made = _counts.with_name(f".{_counts.name}")  # by a name that no other server looks for, until it is locked
+    made.mkdir(mode=0o700)
+    fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_SH)  # until this process and its children are gone
+    made.rename(_counts)
 
 
 def child_exit(_server: Any, worker: Any) -> None:

@@ -46,9 +46,9 @@ const look = (name, work) => work.then(() => fresh(name), (error) => stale(name,
 
 async function lookAtHealth() {
   const found = await call("GET", "/api/health", {refused: true}).catch(() => null);
-  if (!found) return health("away", "no answer");
-  const missing = Object.entries(found.checks || {}).filter(([, good]) => !good).map(([name]) => name);
-  const why = [found.reason, ...(found.warnings || [])].filter(Boolean).join("\n");
+  if (!found || found.ready === undefined) return health("away", "no answer", found?.error);
+  const missing = Object.entries(found.checks).filter(([, good]) => !good).map(([name]) => name);
+  const why = [found.reason, ...found.warnings].filter(Boolean).join("\n");
   if (missing.length) return health("degraded", `waiting for ${missing.join(", ")}`, why);
   return health(why ? "degraded" : "healthy", why ? "healthy, with a warning" : "healthy", why);
 }
