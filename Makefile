@@ -7,8 +7,8 @@ MODEL ?=
 #: Where the service keeps its data, and its port (demo: any free one).
 DATA ?= .fairshard
 PORT ?= 8080
-#: Parallel test processes.
-JOBS ?= 2
+#: Parallel test processes: one more than two cores, since tests of services mostly wait.
+JOBS ?= 3
 
 .PHONY: help install install-dev demo up test test-deep quick chaos lint format docs bench clean
 

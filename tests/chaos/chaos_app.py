@@ -18,9 +18,10 @@ from celery import Celery
 
 from workers import celery_app
 from workers.ledger.ledger import Wakeup
+from workers.queue import messages, process
 
 _DICE = random.Random(os.urandom(8))
-_send_well = celery_app.sender
+_send_well = messages.sender
 _rename = os.rename
 _replace = os.replace
 
@@ -35,7 +36,7 @@ def note(**line: Any) -> None:
 
 
 def bad_line(app: Celery) -> Callable[[Sequence[Wakeup]], None]:
-    """As `workers.celery_app.sender`, with accidents."""
+    """As `workers.queue.messages.sender`, with accidents."""
     send = _send_well(app)
     doubled, dropped = float(os.environ["CHAOS_DOUBLED"]), float(os.environ["CHAOS_DROPPED"])
 
@@ -60,7 +61,7 @@ def _renaming(rename: Callable[..., None]) -> Callable[..., None]:
     return renamed
 
 
-celery_app.sender = bad_line
+messages.sender = process.sender = bad_line
 os.rename = _renaming(_rename)
 os.replace = _renaming(_replace)
 

@@ -138,17 +138,6 @@ def test_every_role_that_is_killed_starts_again_and_the_job_accepted_before_ends
     assert {path.parts[-4] for path in shards} == {"node-1", "node-2"}
 
 
-def test_a_second_one_on_the_same_folder_is_refused_by_name(up: Up) -> None:
-    api = up.ready()
-    command = [str(FAIRSHARD), "up", "--port", "0", "--data", str(up.data)]
-    second = subprocess.run(command, env=child_env({}), capture_output=True, text=True, timeout=60, check=False)
-    assert second.returncode == 1
-    assert f"pid {up.process.pid}" in second.stderr
-    assert api in second.stderr
-    assert "--data" in second.stderr
-    assert call(f"{api}/api/health/live")["live"] is True  # and the first goes on
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_all_roles_in_order_and_leaves_nothing(up: Up, number: signal.Signals) -> None:
     api = up.ready()
@@ -173,8 +162,15 @@ def test_a_stop_while_it_starts_is_heeded_and_leaves_nothing(up: Up) -> None:
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
-def test_when_it_is_killed_itself_its_roles_end_and_the_folder_is_free(up: Up, tmp_path: Path) -> None:
-    up.ready()
+def test_the_folder_is_its_own_until_it_is_killed_and_its_roles_end_then(up: Up) -> None:
+    api = up.ready()
+    command = [str(FAIRSHARD), "up", "--port", "0", "--data", str(up.data)]
+    second = subprocess.run(command, env=child_env({}), capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 1
+    assert f"pid {up.process.pid}" in second.stderr
+    assert api in second.stderr
+    assert "--data" in second.stderr
+    assert call(f"{api}/api/health/live")["live"] is True  # and the first goes on
     family = psutil.Process(up.process.pid).children(recursive=True)
     up.process.kill()
     up.process.wait(30)

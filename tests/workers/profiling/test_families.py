@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.depth import depth
 from support.models.families import families, folder_of, load, real_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,7 +94,7 @@ def cached_bytes(output: Any) -> int:
 
 
 #: The window of those that have one is 8 tokens, so that 7 stay; position tables end at 64, 32 (whisper), 24 (clip).
-_LENGTHS = (1, 5, 7, 8, 9, 16, 21, 60)
+_LENGTHS = depth((1, 7, 8, 9, 60), (1, 5, 7, 8, 9, 16, 21, 60))
 #: Where no formula holds at all lengths; a single token may be taken as a generated one.
 _ESTIMATED = {
     "mamba2": _LENGTHS,
