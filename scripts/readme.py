@@ -33,8 +33,8 @@ _SKIP = shutil.ignore_patterns(".git", ".venv", ".fairshard", "*.egg-info", "__p
 _WRITTEN = ("shards", "out")
 #: What comes and goes with the machine's speed.
 _FLEETING = re.compile(
-    r"^\s*[\d.]+ s  \S+ +(running|\d+%)|^  \S+: (queued|running)|^  for the command line"
-    r"|^Making|\d%\||is ignored: it is neither"
+    r"^\s*[\d.]+ s  \S+ +(running|\d+%)|^  \S+: (queued|running|[\d,]+ of |\d+% of |[\d.]+ [kMGT]?B)"
+    r"|^  for the command line|^Making|\d%\||is ignored: it is neither"
 )
 
 
