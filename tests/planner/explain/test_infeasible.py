@@ -168,6 +168,7 @@ def test_the_change_that_is_stated_is_the_smallest_and_does_help(strategy: str, 
     assert tried > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
 def test_the_change_that_is_stated_keeps_the_time_budget(strategy: str) -> None:
     tried, longer = 0, 0

@@ -93,6 +93,7 @@ def _replanned(seed: int, options: PlanOptions, event: str) -> tuple[Replan, int
     return result, _least_moved(model, machines, options, plan, within)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
 @pytest.mark.parametrize("objective", ["throughput", "latency"])
 @pytest.mark.parametrize("event", ["leave", "join", "slower"])
