@@ -19,6 +19,7 @@ from web.services import Services, install
 from web.views import batches, docs, health, jobs, nodes, page, plans, process, requests
 from workers.jobs.jobs import Jobs
 from workers.metadata_store.open import open_store
+from workers.service.tokens import secret_key
 from workers.settings import Settings, WebSettings
 
 
@@ -36,6 +37,7 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     background = overrides.pop("background", True)
     web = replace(WebSettings.from_env(), **overrides)
     settings = settings or Settings.from_env()
+    secret_key(settings)  # now, not when the first Hub token comes
     _log_to_stderr()
     app = Flask("web", static_url_path="/static")
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it

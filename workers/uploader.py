@@ -10,7 +10,7 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.wire.documents import loads_json
 from planner.wire.read import dumps, plan_from_json, plan_to_json, profile_from_json, profile_to_json
-from workers.metadata_store.base import MetadataStore, plan_path, profile_path, seed_path
+from workers.metadata_store.base import MetadataStore, plan_path, profile_path, williw_path
 from workers.progress import Progress, silent
 
 #: Differences that do not make metadata new: the same model profiled again, elsewhere or later.
@@ -21,7 +21,7 @@ _WHO_AND_WHEN = ("generated_at", "node_id")
 class Published:
     """Where something was published, for messages: never the thing itself."""
 
-    #: `workers.metadata_store.folder.open_store` opens it by this.
+    #: `MetadataStore.spec` of the store.
     store: str
     path: str
     #: Commit of the store at which `path` has the published content.
@@ -29,7 +29,7 @@ class Published:
 
 
 def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress = silent) -> Published:
-    """Publish a profile under its own path and, for clients of the seed, under the root file's, in one commit.
+    """Publish a profile under its own path and, for williw clients, under the root file's, in one commit.
 
     Metadata that differs only in when and where it was made stays as it is, so that a repeat makes no new commit.
 
@@ -43,7 +43,7 @@ def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress =
     metadata = profile_to_json(profile)
     content = dumps(metadata)
     progress(0, 2 * len(content), what=f"publishing {profile.model_name}")
-    files = {place: _kept(store, place, metadata) or content for place in (path, seed_path(profile.model_name))}
+    files = {place: _kept(store, place, metadata) or content for place in (path, williw_path(profile.model_name))}
     commit = store.write(files, message=f"Metadata of {profile.model_name} at {profile.revision}")
     progress(2 * len(content), 2 * len(content), what=f"publishing {profile.model_name}")
     return Published(store=store.spec, path=path, commit=commit)
@@ -64,7 +64,7 @@ def publish_plan(plan: Plan, store: MetadataStore) -> Published:
 
 
 def load_profile(store: MetadataStore, path: str, revision: str | None = None) -> ModelProfile:
-    """The profile published at `path`, now or as of the store's commit `revision`; the seed's form is read as well.
+    """The profile published at `path`, now or as of the store's commit `revision`; the williw form is read as well.
 
     Raises:
         NotFound: If there is none.
@@ -93,7 +93,7 @@ def load_plan(store: MetadataStore, plan_id: str, revision: str | None = None) -
 
 
 def latest_profile(store: MetadataStore, model_name: str, *, revision: str | None = None) -> ModelProfile:
-    """The newest profile of a model in a store: the root file's, ours or a seed client's, else the newest of its own.
+    """A model's newest profile in a store: the root file's, ours or a williw client's, else the newest of its own.
 
     Args:
         store: Where to look.
@@ -105,7 +105,7 @@ def latest_profile(store: MetadataStore, model_name: str, *, revision: str | Non
         InvalidMetadata: If the root file names this model and cannot be read.
         Unavailable: If the Hub cannot be reached within the retries.
     """
-    root = seed_path(model_name)
+    root = williw_path(model_name)
     try:
         newest = load_profile(store, root)
         # "a/b_c" and "a_b/c" have one root file between them.

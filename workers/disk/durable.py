@@ -37,6 +37,20 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     sync(path.parent)
 
 
+def write_new(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """As `write_whole`, where there is no such file yet.
+
+    Raises:
+        FileExistsError: If there is.
+    """
+    temporary = path.with_name(f".new-{secrets.token_hex(8)}")
+    write_whole(temporary, data, mode=mode)
+    try:
+        os.link(temporary, path)  # a rename would replace what another process wrote first
+    finally:
+        temporary.unlink()
+
+
 def sync_together(paths: Iterable[Path]) -> None:
     """Wait until files and folders are on the disk, in parallel.
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.errors import FairshardError, NotFound, Unavailable
+from planner.errors import FairshardError, NodeFailure, NotFound, Unavailable
 from planner.names import check_model_name
 from workers.jobs.replay import replay
 from workers.jobs.submissions import JobView, Submissions
 from workers.ledger.connection import eviction, reachable
 from workers.ledger.ledger import ENDED
 from workers.ledger.views import accepted_view, batch_view, failed_view
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a job that is waited for.
 _POLL_S = 0.1
@@ -281,4 +284,9 @@ class Jobs(Submissions):
         Returns:
             How many were.
         """
+        try:
+            # First: once the journal has forgotten a job, what the job made must be on the disk.
+            self._services.keep()
+        except NodeFailure as error:
+            logger.warning("metadata and plans are kept by Redis alone: %s", error)
         return 0 if self._journal is None else replay(self._journal, self._services.ledger)

@@ -53,7 +53,8 @@ class Submissions:
 
         Args:
             settings: As `Settings.from_env()` gives them.
-            journal: Whether accepted jobs are written to `<data>/journal.sqlite` first (the web process does).
+            journal: Whether accepted jobs are written to `<data>/journal.sqlite` first, and metadata and plans kept
+                in `<data>/store` (the web process does).
             queue: Default: from the environment.
             max_queued: Refuse jobs when so many are unfinished.
             max_per_submitter: Refuse a submitter's when so many of his are.
@@ -65,7 +66,7 @@ class Submissions:
         # No result backend: nobody here waits for Celery.
         app = create_app(settings, queue, results=False)
         # A caller is told within five seconds that Redis is away, whatever way it is.
-        services = Services(settings=settings, queue=queue, wake=sender(app), redis_timeout_s=2.0)
+        services = Services(settings=settings, queue=queue, wake=sender(app), redis_timeout_s=2.0, keeper=journal)
         return cls(services, journal=journal, max_queued=max_queued, max_per_submitter=max_per_submitter)
 
     def __init__(

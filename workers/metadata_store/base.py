@@ -18,7 +18,7 @@ class MetadataStore(Protocol):
 
     @property
     def spec(self) -> str:
-        """What `open_store` opens this store by: `owner/name`, `datasets/owner/name` or an absolute path."""
+        """Its name in messages; but for the service's own, "redis", also what `open_store` opens it by."""
 
     def read(self, path: str, *, revision: str | None = None) -> bytes:
         """The file's content, now or as of the commit `revision`.
@@ -57,8 +57,8 @@ def profile_path(model_name: str, revision: str | None, batch_size: int, sequenc
     return f"profiles/{check_model_name(model_name)}/{commit}/{sizes}.json"
 
 
-def seed_path(model_name: str) -> str:
-    """Where clients of the seed look for a model's metadata. `a/b_c` and `a_b/c` share it: check `model_name`."""
+def williw_path(model_name: str) -> str:
+    """Where williw clients look for a model's metadata. `a/b_c` and `a_b/c` share it: check `model_name`."""
     return f"{check_model_name(model_name).replace('/', '_')}_metadata.json"
 
 

@@ -69,7 +69,8 @@ class FolderStore:
         try:
             with self._locked():
                 head = self._head()
-                if head is not None and all(self._has(path, files[path]) for path in digests):
+                changed = [path for path in digests if not self._has(path, files[path])]
+                if head is not None and not changed:
                     return head
                 for path, digest in digests.items():
                     content = files[path]
@@ -80,7 +81,7 @@ class FolderStore:
                 commit = hashlib.sha256(identity.encode()).hexdigest()[:40]
                 record = {"parent": head, "files": digests, "message": message, "date": stamp}
                 write_whole(self._commit(commit), json.dumps(record, indent=1).encode())
-                for path in digests:
+                for path in changed:
                     _put(self._place(path), files[path])
                 # Last: whoever reads the head finds all of the above.
                 write_whole(self.root / _HISTORY / "head", commit.encode())

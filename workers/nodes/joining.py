@@ -2,6 +2,8 @@
 
     python -m workers.nodes.joining authority FILE
         makes the authority's key, prints FAIRSHARD_JOIN_KEY
+    python -m workers.nodes.joining secret
+        prints a new FAIRSHARD_SECRET, for every role
     python -m workers.nodes.joining token NODE --authority FILE
         prints the FAIRSHARD_JOIN_TOKEN of that node ("gpu-*": of all whose ids begin so, which then trust each other)
 
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from planner.errors import Conflict, FairshardError, InvalidInput, NodeFailure
 from planner.names import check_node_id
-from workers.disk.durable import write_whole
+from workers.disk.durable import write_new, write_whole
 from workers.settings import Settings
 
 #: FAIRSHARD_JOIN_KEY where every node is let in, on purpose.
@@ -81,8 +83,8 @@ class Token:
         """
         parts = text.removeprefix(_PREFIX).rsplit(".", 2)
         try:
-            ids, seed, grant = parts
-            return cls(ids=ids, key=Ed25519PrivateKey.from_private_bytes(_bytes(seed)), grant=_bytes(grant))
+            ids, private, grant = parts
+            return cls(ids=ids, key=Ed25519PrivateKey.from_private_bytes(_bytes(private)), grant=_bytes(grant))
         except ValueError:
             raise InvalidInput(
                 "FAIRSHARD_JOIN_TOKEN is no join token: make one with `python -m workers.nodes.joining token NODE "
@@ -217,9 +219,7 @@ def make_authority(path: Path) -> Authority:
     """
     made = Authority()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(f"{_text(made.key.private_bytes_raw())}\n")
+        write_new(path, f"{_text(made.key.private_bytes_raw())}\n".encode(), mode=0o600)
     except OSError as error:
         raise NodeFailure(f"{path} cannot be written: {error.strerror}") from None
     return made
@@ -239,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("authority", help="make the authority's key, and print FAIRSHARD_JOIN_KEY")
     new.add_argument("file", type=Path)
+    commands.add_parser("secret", help="print a new FAIRSHARD_SECRET")
     token = commands.add_parser("token", help="print a node's FAIRSHARD_JOIN_TOKEN")
     token.add_argument("node", help='its NODE_ID, or "prefix*" for all whose ids begin so')
     token.add_argument("--authority", type=Path, required=True, metavar="FILE")
@@ -249,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "authority":
             print(make_authority(given.file).join_key)
+        elif given.command == "secret":
+            print(Fernet.generate_key().decode())
         elif given.command == "files":
             _make_files(authority=given.authority, key=given.key, token=given.token)
         else:

@@ -21,6 +21,7 @@ from workers.queue.messages import COMPUTE, PLANNER, node_queue
 from workers.queue.process import current
 from workers.queue.reconciler import Reconciler, ReconcilerThread
 from workers.service.services import Services
+from workers.service.tokens import secret_key
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Presence:
         services = current()
         beats: list[Callable[[], None]] = []
         if PLANNER in queues:
-            beats.append(services.registry.announce_planner)
+            beats += [services.registry.announce_planner, services.keep]
         if node_queue(services.settings.node_id) in queues:
             beats += [self._node(services), lambda: sweep_up(services)]
         for beat in beats:
@@ -229,7 +230,8 @@ def _check_may(services: Services, queues: set[str]) -> None:
 
     Raises:
         Conflict: If a queue is another node's, or this node's join token is missing.
-        InvalidInput: If other machines reach the Redis of a planner that asks nodes for no token.
+        InvalidInput: If other machines reach this Redis, and nodes are asked for no token, or FAIRSHARD_SECRET is
+            not set.
     """
     settings = services.settings
     others = sorted(q for q in queues if q.startswith(node_queue("")) and q != node_queue(settings.node_id))
@@ -243,6 +245,7 @@ def _check_may(services: Services, queues: set[str]) -> None:
             "`python -m workers.nodes.joining authority FILE` prints, or to 'open' to let every node in",
             details={"setting": "FAIRSHARD_JOIN_KEY"},
         )
+    secret_key(settings)
 
 
 def sweep_up(services: Services) -> None:

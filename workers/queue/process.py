@@ -7,15 +7,17 @@ from functools import lru_cache
 
 from celery import current_app
 
-from workers.queue.messages import sender
+from workers.queue.messages import PLANNER, sender
 from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
 
 
 @lru_cache(maxsize=4)
 def _for_process(pid: int) -> Services:  # noqa: ARG001  (the key: a forked child makes its own)
-
-    return Services(settings=Settings.from_env(), queue=QueueSettings.from_env(), wake=sender(current_app))
+    keeper = PLANNER in current_app.amqp.queues.consume_from
+    return Services(
+        settings=Settings.from_env(), queue=QueueSettings.from_env(), wake=sender(current_app), keeper=keeper
+    )
 
 
 def current() -> Services:

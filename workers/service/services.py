@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import AccessDenied, InvalidInput, NotFound
-from planner.limits import MAX_JSON_BYTES
+from planner.errors import AccessDenied, NotFound
 from planner.names import check_model_name
 from workers.ledger.connection import connect, reachable
 from workers.ledger.ledger import Ledger, Wakeup
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
 
     from planner.profile import ModelProfile
     from workers.metadata_store.base import MetadataStore
+    from workers.metadata_store.shared import SharedStore
     from workers.service.known_digests import KnownDigests
     from workers.service.plans import Plans
     from workers.service.tokens import Tokens
@@ -38,6 +36,8 @@ class Services:
     wake: Callable[[Sequence[Wakeup]], None] | None = None
     #: How long one answer of Redis may take, in seconds.
     redis_timeout_s: float = 5.0
+    #: Whether this role keeps the metadata and plans of a service without METADATA_REPO: API and planner do.
+    keeper: bool = False
 
     @cached_property
     def redis(self) -> Redis:
@@ -102,22 +102,43 @@ class Services:
             )
         return token
 
+    @cached_property
+    def _own_store(self) -> SharedStore:
+        from workers.metadata_store.folder import FolderStore
+        from workers.metadata_store.shared import SharedStore
+
+        folder = FolderStore(self.settings.store_dir) if self.keeper else None
+        return SharedStore(self.redis, prefix=self.queue.prefix, folder=folder)
+
     def store(self, repo: str | None = None, *, token: str | None = None) -> MetadataStore:
         """The service's metadata store, or the Hub repository `repo`."""
+        chosen = repo or self.settings.metadata_repo
+        if chosen is None:
+            return self._own_store
         from workers.metadata_store.open import open_store
 
         if repo is not None:
             # Else `open_store` would take it for a folder's path.
             check_model_name(repo.removeprefix("datasets/"))
-        chosen = repo or self.settings.metadata_repo
-        return open_store(chosen or self.settings.store_dir, token=token)
+        return open_store(chosen, token=token)
+
+    def keep(self) -> None:
+        """A keeper's turn: its disk has what Redis has, and a Redis that was wiped gets it back.
+
+        Raises:
+            NodeFailure: If <data>/store cannot be written.
+            Unavailable: If Redis cannot be reached.
+        """
+        if self.keeper and self.settings.metadata_repo is None:
+            self._own_store.keep()
 
     # -- payloads: too large for messages, gone when they were published ------------------------------------------
     def put_payload(self, job_id: str, name: str, value: Any) -> None:
         """Keep JSON between two steps of a job, for at most a day."""
-        packed = base64.b85encode(zlib.compress(json.dumps(value).encode(), 1)).decode()
+        from workers.metadata_store.shared import pack
+
         with reachable():
-            self.redis.set(f"{self.queue.prefix}payload:{job_id}:{name}", packed, ex=86400)
+            self.redis.set(f"{self.queue.prefix}payload:{job_id}:{name}", pack(json.dumps(value).encode()), ex=86400)
 
     def get_payload(self, job_id: str, name: str) -> Any:
         """What `put_payload` kept.
@@ -126,17 +147,13 @@ class Services:
             NotFound: If there is nothing.
             InvalidInput: If it unpacks to more than metadata takes.
         """
+        from workers.metadata_store.shared import unpack
+
         with reachable():
             packed: Any = self.redis.get(f"{self.queue.prefix}payload:{job_id}:{name}")
         if packed is None:
             raise NotFound(f"job {job_id} has no {name}: it was lost with Redis, or dropped after a day")
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(base64.b85decode(packed), MAX_JSON_BYTES)
-        if unpacker.unconsumed_tail:
-            raise InvalidInput(
-                f"job {job_id}'s {name} unpacks to more than the {MAX_JSON_BYTES:,} bytes of any metadata"
-            )
-        return json.loads(text)
+        return json.loads(unpack(packed, what=f"job {job_id}'s {name}"))
 
     # -- profiles --------------------------------------------------------------------------------------------------
     def profile_published(self, model_name: str, record: dict[str, Any]) -> None:

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-import os
-from pathlib import Path
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 from redis import Redis
 
 from planner.errors import InvalidInput
-from workers.ledger.connection import reachable
+from workers.disk.durable import write_new
+from workers.ledger.connection import is_local, reachable
 from workers.settings import Settings
 
 
 def secret_key(settings: Settings) -> bytes:
-    """The key that web and workers share: FAIRSHARD_SECRET, else `<data>/secret`, made by whoever comes first.
+    """The key that all roles share: FAIRSHARD_SECRET; on one machine else `<data>/secret`, made by who comes first.
 
     Raises:
-        InvalidInput: If it is not a Fernet key.
+        InvalidInput: If it is not set, and other machines reach this Redis: each would make its own.
     """
     if settings.secret:
         return settings.secret.encode()
+    if not is_local(settings.redis_url):
+        raise InvalidInput(
+            "FAIRSHARD_SECRET must be set, to the same value for every role: other machines reach this Redis, and "
+            "users' Hub tokens pass through it encrypted. `python -m workers.nodes.joining secret` makes one "
+            "(`fairshard join` brings it by itself)",
+            details={"setting": "FAIRSHARD_SECRET"},
+        )
     path = settings.data_dir / "secret"
-    if not path.is_file():
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"secret.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(Fernet.generate_key())
-        try:
-            # Not a rename: the second of two processes must take the first one's key, not replace it.
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    return Path(path).read_bytes().strip()
+    with contextlib.suppress(FileExistsError):  # the second of two processes takes the first one's
+        write_new(path, Fernet.generate_key(), mode=0o600)
+    return path.read_bytes().strip()
 
 
 class Tokens:
@@ -81,7 +77,7 @@ class Tokens:
             return self._fernet.decrypt(found.encode()).decode()
         except InvalidToken as error:
             raise InvalidInput(
-                "the job's Hub token can't be decrypted here: FAIRSHARD_SECRET must be the same on web and workers"
+                "the job's Hub token can't be decrypted here: FAIRSHARD_SECRET must be the same for every role"
             ) from error
 
     def drop(self, job_id: str) -> None:

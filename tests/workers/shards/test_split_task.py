@@ -41,6 +41,7 @@ class Service:
             node: Services(
                 settings=Settings.from_env({"FAIRSHARD_DATA": str(folder), "NODE_ID": node, "REDIS_URL": redis.url}),
                 queue=QueueSettings(),
+                keeper=node == "a",
             )
             for node in NODES
         }
