@@ -13,7 +13,6 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY planner planner
 COPY workers workers
 COPY web web
-COPY deploy deploy
 
 FROM base AS slim
 # huggingface_hub alone of the workers' extra: the metadata store may be a Hub repo.

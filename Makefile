@@ -58,7 +58,7 @@ lint: install-dev ## Format, lint, types, imports, security
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases --namespace-packages tests benchmarks
 	$(BIN)/lint-imports
-	$(BIN)/bandit -q -ll -c pyproject.toml -r planner workers web deploy
+	$(BIN)/bandit -q -ll -c pyproject.toml -r planner workers web
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec docker-compose.yml
 
 format: install-dev

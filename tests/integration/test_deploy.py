@@ -171,7 +171,7 @@ def test_what_the_images_copy_is_not_ignored_and_exists() -> None:
 def test_the_certificates_are_made_once_and_name_the_host(tmp_path: Path) -> None:
     from cryptography import x509
 
-    command = [sys.executable, str(ROOT / "deploy/certs.py"), str(tmp_path / "certs"), "redis"]
+    command = [sys.executable, "-m", "workers.up.certificates", str(tmp_path / "certs"), "redis"]
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     made = {path.name: path.read_bytes() for path in (tmp_path / "certs").iterdir()}
     assert set(made) == {"ca.crt", "redis.crt", "redis.key"}
@@ -230,7 +230,7 @@ def started(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tls = has_tls(binary)
     certs = home / "certs"
     if tls:
-        subprocess.run([sys.executable, str(ROOT / "deploy/certs.py"), str(certs), "localhost"], check=True)
+        subprocess.run([sys.executable, "-m", "workers.up.certificates", str(certs), "localhost"], check=True)
     (home / "data" / "redis").mkdir(parents=True)
     token_command = [sys.executable, "-m", "web.auth", "new", "me", "--scopes", "read,submit,admin"]
     made = subprocess.run(

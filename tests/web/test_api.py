@@ -19,7 +19,9 @@ from planner.wire.documents import dumps
 from web.errors import STATUS, Refused, status_of, status_of_code
 from web.views.prefer import Waiting, waiting
 from workers.metadata_store.base import plan_path
+from workers.metadata_store.folder import FolderStore
 from workers.metadata_store.open import open_store
+from workers.metadata_store.shared import SharedStore
 from workers.service.plans import Plans
 from workers.settings import Settings
 
@@ -211,7 +213,8 @@ def test_what_redis_lost_is_answered_from_the_store_until_it_is_deleted(
     # As the planner does with it.
     assert [step["name"] for step in client.get(f"/api/jobs/{deletion}").get_json()["steps"]] == ["forget"]
     with bare_redis.client() as redis:
-        Plans(redis, lambda: open_store(settings.store_dir)).delete(plan["plan_id"], "williw/model")
+        store = SharedStore(redis, folder=FolderStore(settings.store_dir))
+        Plans(redis, lambda: store).delete(plan["plan_id"], "williw/model")
     for _ in range(2):
         assert client.get(path).status_code == client.post("/api/get-plan", json=asked).status_code == 404
         assert client.get("/api/plans").get_json() == {"plans": []}

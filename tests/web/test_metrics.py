@@ -76,7 +76,11 @@ def test_counters_never_go_back_not_even_when_a_process_dies(server: Server) -> 
         if look == 15:
             old = {worker.pid for worker in _workers(server)}
             os.kill(min(old), signal.SIGKILL)
-            until(lambda old=old: len({w.pid for w in _workers(server)} - old) == 1, what="it is replaced")
+
+            def replaced(old: set[int] = old) -> bool:
+                return len({worker.pid for worker in _workers(server)} - old) == 1
+
+            until(replaced, what="it is replaced")
     assert before[seconds] == 30
 
 

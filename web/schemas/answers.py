@@ -221,6 +221,9 @@ NodeOut = answer(
     wedged=may(flag("Alive, its queue not empty, and nothing claimed.")), shards=may(many(text())),
 )
 NodesOut = answer("NodesOut", "The nodes that are alive.", nodes=many(NodeOut), total=whole())
+InvitationOut = answer(
+    "InvitationOut", "All that a machine needs to join, encrypted under the token of its line.", sealed=text(),
+)
 HealthOut = answer(
     "HealthOut", "Whether the service lives, and whether it can do work.",
     status=text(choices=("healthy", "degraded")), live=flag(), ready=flag(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from planner.errors import NodeFailure
+from planner.errors import InvalidInput, NodeFailure
 from workers.cli.arguments import adder, positive, size
 from workers.cli.console import Table, emit, say, shown_bytes, shown_memory
 
@@ -17,6 +18,7 @@ _UP = """\
 examples:
   fairshard up                        Redis, planner, three unequal nodes, API, page and Flower, until Ctrl-C
   fairshard up --nodes nodes.yaml --port 9000 --data /var/lib/fairshard
+  fairshard up --coordinator --host 10.0.0.1    for nodes on other machines: docs/several-machines.md
 """
 _NODE = """\
 examples:
@@ -56,14 +58,19 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="data folder (default: FAIRSHARD_DATA or .fairshard)"
     )
     command.add_argument("--nodes", metavar="N|FILE", help="how many compute nodes, or a nodes file (default 3)")
+    command.add_argument(
+        "--coordinator", action="store_true", help="no nodes here: other machines join by the line that this prints"
+    )
+    command.add_argument("--host", metavar="ADDRESS", help="where a coordinator listens (default 127.0.0.1)")
+    command.add_argument("--address", metavar="ADDRESS", help="where others find it, if not at --host")
+    command.add_argument("--redis-port", type=int, metavar="N", help="of a coordinator's Redis (default 6379)")
+    command.add_argument(
+        "--insecure-redis", action="store_true", help="let other machines reach a Redis that speaks no TLS"
+    )
 
     command = add("node", node, "run this machine as a compute node", _NODE)
-    command.add_argument("--node-id", metavar="ID", help="default: NODE_ID or the host's name; * is a free number")
     command.add_argument("--redis", metavar="URL", help="default: REDIS_URL")
-    command.add_argument("--data", type=Path, metavar="DIR", help="default: FAIRSHARD_DATA or .fairshard")
-    command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
-    command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
-    command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
+    add_node_options(command)
 
     command = add("config", config, "show the settings in force here", _CONFIG)
     command.add_argument(
@@ -91,40 +98,71 @@ def needs(extras: str, *packages: str) -> None:
         )
 
 
+def add_node_options(command: argparse.ArgumentParser) -> None:
+    """Add what every command that starts a node takes."""
+    command.add_argument("--node-id", metavar="ID", help="default: NODE_ID or the host's name; * is a free number")
+    command.add_argument("--data", type=Path, metavar="DIR", help="default: FAIRSHARD_DATA or .fairshard")
+    command.add_argument("--flop-per-s", type=positive, metavar="N", help="instead of what is measured")
+    command.add_argument("--memory", type=size, metavar="SIZE", help="for weights and KV cache, e.g. 20GiB")
+    command.add_argument("--bandwidth", type=size, metavar="SIZE", help="of the memory in a second, e.g. 900GB")
+
+
 def up(args: argparse.Namespace) -> int:
     """Fairshard up."""
-    needs("queue,web,workers", "celery", "flask", "psutil", "huggingface_hub")
-    from workers.settings import Settings
+    if args.coordinator:
+        needs("queue,web", "celery", "flask", "psutil")
+    else:
+        needs("queue,web,workers", "celery", "flask", "psutil", "huggingface_hub")
+    from workers.up.coordinator import Coordinator
     from workers.up.service import run
 
-    data = args.data.expanduser().absolute() if args.data else Settings.from_env().data_dir
-    return run(port=args.port, data=data, nodes=args.nodes)
+    given = {"host": args.host, "address": args.address, "redis_port": args.redis_port}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not args.coordinator:
+        raise InvalidInput(f"--{next(iter(given)).replace('_', '-')} is a coordinator's: say --coordinator as well")
+    if args.coordinator and args.nodes:
+        raise InvalidInput("a coordinator runs no nodes: leave out --nodes, and run 'fairshard join' where they are")
+    coordinator = Coordinator(insecure_redis=args.insecure_redis, **given) if args.coordinator else None
+    return run(port=args.port, data=data_folder(args), nodes=args.nodes, coordinator=coordinator)
+
+
+def data_folder(args: argparse.Namespace) -> Path:
+    """--data, else what the environment says."""
+    from workers.settings import Settings
+
+    data: Path = args.data.expanduser().absolute() if args.data else Settings.from_env().data_dir
+    return data
 
 
 def node(args: argparse.Namespace) -> int:
-    """Fairshard node: becomes the node's Celery worker, so that signals reach it."""
+    """Fairshard node."""
+    return become_node(args, {"REDIS_URL": args.redis})
+
+
+def become_node(args: argparse.Namespace, env: Mapping[str, str | None]) -> NoReturn:
+    """Become the node's Celery worker, so that signals reach it, with these settings beside those of the options."""
     needs("queue,workers", "celery", "psutil", "huggingface_hub")
     from planner.names import check_node_id
     from workers.nodes.probe import hold_name, worker_argv
     from workers.settings import Settings, child_env
 
-    data = args.data and args.data.expanduser().absolute()
     node_id = args.node_id
     if node_id and "*" in node_id:
-        node_id = hold_name(data or Settings.from_env().data_dir, node_id)
+        node_id = hold_name(data_folder(args), node_id)
     changed = {
+        **env,
         "NODE_ID": node_id and check_node_id(node_id),
-        "REDIS_URL": args.redis,
-        "FAIRSHARD_DATA": data and str(data),
+        "FAIRSHARD_DATA": args.data and str(data_folder(args)),
         "FAIRSHARD_FLOP_PER_S": args.flop_per_s and repr(args.flop_per_s),
         "FAIRSHARD_MEMORY_BYTES": args.memory and str(args.memory),
         "FAIRSHARD_MEMORY_BYTES_PER_S": args.bandwidth and str(args.bandwidth),
         "REMAP_SIGTERM": "SIGQUIT",  # Celery's soft shutdown: what runs may finish
     }
-    env = child_env({name: value for name, value in changed.items() if value})
-    argv = worker_argv(Settings.from_env(env))
-    say(args, f"node {Settings.from_env(env).node_id} starts; Ctrl-C ends it")
-    os.execve(argv[0], argv, env)  # noqa: S606  (no shell is wanted)
+    whole = child_env({name: value for name, value in changed.items() if value})
+    settings = Settings.from_env(whole)
+    argv = worker_argv(settings)
+    say(args, f"node {settings.node_id} starts; Ctrl-C ends it")
+    os.execve(argv[0], argv, whole)  # noqa: S606  (no shell is wanted)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -181,6 +219,6 @@ def completion(args: argparse.Namespace) -> int:
     """Fairshard completion."""
     from argcomplete.shell_integration import shellcode
 
-    code = shellcode(["fairshard"], shell=args.shell)
+    code = shellcode(["fairshard"], True, args.shell)
     emit(args, {"shell": args.shell, "code": code}, [code])
     return 0

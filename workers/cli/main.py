@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planner.errors import FairshardError, Infeasible, InvalidCheckpoint, InvalidInput, InvalidMetadata, NodeFailure
-from workers.cli import demo, machine, models, plan, service, shards
+from workers.cli import demo, join, machine, models, plan, service, shards
 from workers.cli.arguments import Parser, WrongUsage
 from workers.cli.console import Bars, harmless
 from workers.settings import check_environment, completing
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (models, plan, shards, service, machine, demo):
+    for module in (models, plan, shards, service, machine, join, demo):
         module.add_commands(commands, common)
     return whole
 

@@ -127,7 +127,6 @@ class SharedStore:
         check_path(path)
         found = self._find(path, revision)
         if not found and self._folder is not None:
-            self.keep()
             self._give([path])
             found = self._find(path, revision)
         elif found is None:
@@ -157,7 +156,6 @@ class SharedStore:
         """See `MetadataStore.list`."""
         folder = f"{check_path(prefix.rstrip('/'))}/" if prefix.rstrip("/") else ""
         if self._folder is not None:
-            self.keep()
             self._give(self._folder.list(prefix))
         with reachable():
             return sorted(p for p in self._redis.zrange(f"{self._at}order", 0, -1) if p.startswith(folder))

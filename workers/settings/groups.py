@@ -74,7 +74,7 @@ class Settings(Group):
         metadata_repo,
         None,
         "Hub repository for metadata and plans: `owner/name` or `datasets/owner/name`",
-        shown="the folder <data>/store",
+        shown="in Redis, and in <data>/store of API and planner",
     )
     node_id: str = computed("NODE_ID", node_id, _host_name, "this node's id", shown="the host's name", roles="node")
     hub_token: str | None = setting(
@@ -89,7 +89,7 @@ class Settings(Group):
         "FAIRSHARD_SECRET",
         fernet_key,
         None,
-        "Fernet key for users' Hub tokens; the same in all processes",
+        "Fernet key for users' Hub tokens, the same for every role; needed where Redis is not on loopback",
         shown="<data>/secret",
         secret=True,
         file=True,

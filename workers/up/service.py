@@ -1,5 +1,7 @@
 """`fairshard up`: the whole service on this machine. A private Redis, planner, compute nodes, API and Flower.
 
+As a coordinator it has no nodes and no Flower, and other machines may reach its Redis and its API.
+
 The nodes are processes of unequal *stated* size: what they state is what the planner believes, as on real machines
 whose figures are overridden by setting. Everything lies below one data folder:
 
@@ -18,7 +20,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from workers.nodes.joining import make_authority, read_authority
 from workers.nodes.registry import Registry
 from workers.settings import ClientSettings, QueueSettings
 from workers.up import redis_server
+from workers.up.coordinator import Access, Coordinator, folder_of, invite, prepare
 from workers.up.data_lock import DataLock
 from workers.up.roles import HOST, Roles
 from workers.up.stated_nodes import stated_nodes
@@ -55,16 +58,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_port(port: int) -> int:
+def _check_port(port: int, *, host: str = HOST, option: str = "--port") -> int:
     if port == 0:
         return free_port()
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise Conflict(
-                f"port {port} of {HOST} can't be used ({error}): --port N takes another, --port 0 any free one",
+                f"port {port} of {host} can't be used ({error}): {option} N takes another, {option} 0 any free one",
                 details={"port": port},
             ) from None
     return port
@@ -75,7 +78,8 @@ class Addresses:
     """Where a running service is reached."""
 
     api: str
-    flower: str
+    #: None: there is none.
+    flower: str | None
 
     @property
     def docs(self) -> str:
@@ -107,7 +111,13 @@ class Service:
 
 @contextlib.contextmanager
 def running(
-    *, port: int = 8080, data: Path, nodes: str | None = None, say: Say = say_on_stderr, offline: bool = False
+    *,
+    port: int = 8080,
+    data: Path,
+    nodes: str | None = None,
+    coordinator: Coordinator | None = None,
+    say: Say = say_on_stderr,
+    offline: bool = False,
 ) -> Iterator[Service]:
     """The service, ready within the `with` block and gone after it. Only in the main thread: it takes the signals.
 
@@ -115,28 +125,46 @@ def running(
         port: Of the API; 0: any free one.
         data: The data folder.
         nodes: As `stated_nodes`.
+        coordinator: Run no nodes here, and let those of other machines in.
         say: Takes the lines of progress.
         offline: Tell the nodes not to try the Hub.
 
     Raises:
         Conflict: If the port or the folder is in use.
+        InvalidInput: If other machines would reach a Redis without TLS (`Coordinator.insecure_redis`).
         Unavailable: If there is no Redis, or a role does not come up; with the end of its log.
         KeyboardInterrupt: If it was asked to stop before it was ready.
     """
     data = data.absolute()
-    stated = stated_nodes(nodes)
+    stated = () if coordinator else stated_nodes(nodes)
     queue = QueueSettings.from_env()
-    server, which = redis_server.find_server()
+    if coordinator:  # the stand-in in Python lets in whoever connects
+        binary, which = redis_server.find_binary()
+        server = [str(binary)]
+    else:
+        server, which = redis_server.find_server()
     stop, hurry = threading.Event(), threading.Event()
     with DataLock(data) as lock, _signals(stop, hurry):
-        port = _check_port(port)
-        at = Addresses(api=f"http://{HOST}:{port}", flower=f"http://{HOST}:{free_port()}")
+        if coordinator:
+            port = _check_port(port, host=coordinator.host)
+            redis_port = _check_port(coordinator.redis_port, host=coordinator.host, option="--redis-port")
+            coordinator = replace(coordinator, redis_port=redis_port)
+            at = Addresses(api=f"http://{coordinator.name}:{port}", flower=None)
+        else:
+            port = _check_port(port)
+            at = Addresses(api=f"http://{HOST}:{port}", flower=f"http://{HOST}:{free_port()}")
         lock.describe(url=at.api)
         supervisor = Supervisor(say=say)
         service = Service(data=data, nodes=stated, at=at, supervisor=supervisor, stop_asked=stop, hurry_asked=hurry)
         say(f"fairshard up: data in {data}, logs in {data / 'logs'}")
         try:
-            _start(service, server=server, which=which, lock=lock, queue=queue, say=say, offline=offline)
+            if coordinator:
+                access = prepare(data, coordinator, binary=Path(server[0]), api_url=at.api, prefix=queue.prefix)
+            else:
+                access = _private(data)
+            bind = f"{coordinator.host if coordinator else HOST}:{port}"
+            common = {**access.env, "FAIRSHARD_BIND": bind} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+            _start(service, replace(access, env=common), server=server, which=which, lock=lock, queue=queue, say=say)
             yield service
         finally:
             say("stopping ...")
@@ -147,34 +175,35 @@ def running(
             say("stopped; nothing is left running.")
 
 
+def _private(data: Path) -> Access:
+    """A Redis for this machine alone, with a password of this run."""
+    password, port = secrets.token_urlsafe(24), free_port()
+    config = redis_server.write_config(data / "redis", port=port, password=password)
+    return Access(redis_config=config, redis_url=f"redis://:{password}@{HOST}:{port}/0", env={})
+
+
 def _start(
     service: Service,
+    access: Access,
     *,
     server: Sequence[str],
     which: str,
     lock: DataLock,
     queue: QueueSettings,
     say: Say,
-    offline: bool,
 ) -> None:
     """Start all roles and wait until each is ready."""
-    password = secrets.token_urlsafe(24)
-    redis_port = free_port()
-    redis_url = f"redis://:{password}@{HOST}:{redis_port}/0"
-    config = redis_server.write_config(service.data / "redis", port=redis_port, password=password)
-    # Unlike the password it stays: what nodes reported before a restart must still be believed after it.
+    # Unlike a private Redis' password it stays: what nodes reported before a restart must be believed after it.
     key_file = service.data / "authority"
     authority = read_authority(key_file) if key_file.exists() else make_authority(key_file)
     common = {
-        "REDIS_URL": redis_url,
+        "REDIS_URL": access.redis_url,
         "FAIRSHARD_JOIN_KEY": authority.join_key,
         "FAIRSHARD_DATA": str(service.data),
-        "FAIRSHARD_BIND": service.at.api.removeprefix("http://"),
-        "FAIRSHARD_FLOWER_URL": service.at.flower,
+        "FAIRSHARD_FLOWER_URL": service.at.flower or "",
         "PYTHONUNBUFFERED": "1",
+        **access.env,
     }
-    if offline:
-        common["HF_HUB_OFFLINE"] = "1"
     roles = Roles(service.data / "logs", common, authority)
     began = time.monotonic()
 
@@ -183,20 +212,23 @@ def _start(
         say(f"  {name:<10} ready after {time.monotonic() - began:4.1f} s   {what}")
 
     start = service.supervisor.start
-    start(roles.redis(server, config, inherit=(lock.fd,)))
-    wait("redis", lambda: redis_server.answers(redis_url), which)
-    registry = Registry(connect(redis_url), prefix=queue.prefix, ttl_s=queue.node_ttl_s)
+    start(roles.redis(server, access.redis_config, inherit=(lock.fd,)))
+    wait("redis", lambda: redis_server.answers(access.redis_url), which)
+    registry = Registry(connect(access.redis_url), prefix=queue.prefix, ttl_s=queue.node_ttl_s)
     # Together: each spends its first second on imports.
     start(roles.api(common["FAIRSHARD_BIND"]))
     for node in service.nodes:
         start(roles.node(node))
     start(roles.planner())
-    start(roles.flower(int(service.at.flower.rpartition(":")[2])))
+    flower = service.at.flower
+    if flower:
+        start(roles.flower(int(flower.rpartition(":")[2])))
     wait("api", lambda: _answers(service.at.api + "/api/health/live"), service.at.api)
     for node in service.nodes:
         wait(node.node_id, partial(_node_ready, service, registry, node.node_id), _size(node))
     wait("planner", lambda: _planner_answers(service), "plans, and finds lost work")
-    wait("flower", lambda: _answers(service.at.flower), service.at.flower)
+    if flower:
+        wait("flower", lambda: _answers(flower), flower)
 
 
 def _size(node: Node) -> str:
@@ -255,7 +287,14 @@ def _signals(stop: threading.Event, hurry: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(*, port: int = 8080, data: Path, nodes: str | None = None, say: Say = say_on_stderr) -> int:
+def run(
+    *,
+    port: int = 8080,
+    data: Path,
+    nodes: str | None = None,
+    coordinator: Coordinator | None = None,
+    say: Say = say_on_stderr,
+) -> int:
     """Run the service until Ctrl-C or SIGTERM.
 
     Returns:
@@ -266,11 +305,18 @@ def run(*, port: int = 8080, data: Path, nodes: str | None = None, say: Say = sa
     """
     began = time.monotonic()
     try:
-        with running(port=port, data=data, nodes=nodes, say=say) as service:
+        with running(port=port, data=data, nodes=nodes, coordinator=coordinator, say=say) as service:
             say(f"fairshard is up after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")
             say(f"  page and API  {service.at.api}\n  API's docs    {service.at.docs}")
-            say(f"  Flower        {service.at.flower}")
-            if port != 8080:
+            if service.at.flower:
+                say(f"  Flower        {service.at.flower}")
+            if coordinator:
+                say(f"  API token     in {folder_of(service.data) / 'api-token'}")
+                if service.at.api.startswith(f"http://{HOST}:"):
+                    say("  no other machine reaches this one: --host ADDRESS names where they shall")
+                say("This line makes a machine a node, within a day (fairshard join --new prints another):")
+                print(invite(service.data), flush=True)
+            elif port != 8080:
                 say(f"  for the command line: export FAIRSHARD_URL={service.at.api}")
             while service.poll():
                 pass

@@ -27,8 +27,6 @@ from workers.jobs.jobs import Jobs
 from workers.ledger.ledger import ENDED
 from workers.settings import QueueSettings, Settings
 
-ROOT = Path(__file__).parents[3]
-
 
 class TlsProxy:
     """Speaks TLS to whoever connects, and plainly to `target`."""
@@ -78,7 +76,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 def guarded(tmp_path: Path) -> Iterator[tuple[Service, TlsProxy]]:
     """A service whose processes reach Redis by TLS alone."""
     certs = tmp_path / "certs"
-    subprocess.run([sys.executable, str(ROOT / "deploy/certs.py"), str(certs), "localhost"], check=True)
+    subprocess.run([sys.executable, "-m", "workers.up.certificates", str(certs), "localhost"], check=True)
     service = Service(tmp_path, nodes={"one": (1e11, 2 << 30)}, env={"HF_HOME": str(tmp_path / "hf")})
     proxy = TlsProxy(certs, service.redis.port)
     service.redis_url = f"rediss://localhost:{proxy.port}/0?ssl_ca_certs={certs}/ca.crt"
@@ -108,7 +106,9 @@ def test_a_job_passes_over_tls_and_a_strangers_certificate_is_refused(
     assert counted(service, limits="9/minute") == 1
     assert waiting(service) == [{"name": "planner", "messages": 0}]
     # Another authority's certificate, a name that it does not carry, no TLS at all.
-    subprocess.run([sys.executable, str(ROOT / "deploy/certs.py"), str(tmp_path / "other"), "localhost"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "workers.up.certificates", str(tmp_path / "other"), "localhost"], check=True
+    )
     url = service.env["REDIS_URL"]
     reached(url)
     for wrong in (

@@ -1,4 +1,4 @@
-"""Publishing: both files in one commit, found again in our form and the seed's, no commit for what is there."""
+"""Publishing: both files in one commit, found again in our form and the williw form, no commit for what is there."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_two_models_that_share_a_root_file_do_not_mix(store: MetadataStore) -> N
     assert latest_profile(store, "a_b/c").model_name == "a_b/c"
 
 
-def test_a_seed_clients_own_upload_is_found(hub: TestHub) -> None:
+def test_a_williw_clients_own_upload_is_found(hub: TestHub) -> None:
     api = HfApi(endpoint=hub.url, token=hub.token)
     api.create_repo("own/meta")
-    seed = {
+    uploaded = {
         "model_name": "own/model",
         "layers": [{"name": "a.weight", "shape": [2, 3], "dtype": "torch.float32", "compute_required": 12}],
     }
-    content = json.dumps(seed).encode()
+    content = json.dumps(uploaded).encode()
     api.upload_file(path_or_fileobj=content, path_in_repo="own_model_metadata.json", repo_id="own/meta")
     found = latest_profile(open_store("own/meta", token=hub.token, policy=QUICK), "own/model")
     assert [layer.weight_bytes for layer in found.layers] == [24]

@@ -1,4 +1,6 @@
-"""Make a private authority and Redis' certificate, unless they exist: `python deploy/certs.py DIR HOST...`.
+"""A private authority and Redis' certificate, made once.
+
+    python -m workers.up.certificates DIR HOST...     writes ca.crt, redis.crt and redis.key, unless they exist
 
 The authority's key is thrown away: nobody can sign a second certificate with it. To renew, empty the folder.
 """
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
+from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
@@ -14,13 +18,21 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from planner.errors import Conflict
+from workers.disk.durable import write_whole
+
 _VALID = dt.timedelta(days=3650)
 
 
-def make(directory: Path, hosts: list[str]) -> bool:
-    """Write `ca.crt`, `redis.crt` and `redis.key` into `directory`; False if they are there already."""
+def make(directory: Path, hosts: Sequence[str]) -> bool:
+    """Write `ca.crt`, `redis.crt` (for `hosts`: names and addresses) and `redis.key`; False if they are there.
+
+    Raises:
+        Conflict: If those that are there are for other hosts.
+    """
     wanted = [directory / name for name in ("redis.key", "redis.crt", "ca.crt")]
     if all(path.is_file() for path in wanted):
+        _check_hosts(directory / "redis.crt", hosts)
         return False
     now = dt.datetime.now(dt.UTC)
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -53,28 +65,51 @@ def make(directory: Path, hosts: list[str]) -> bool:
     certificate = (
         builder(name, key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    directory.mkdir(parents=True, exist_ok=True)
     contents = (secret, certificate.public_bytes(pem), authority.public_bytes(pem))
     for path, content in zip(wanted, contents, strict=True):  # ca.crt last: who finds it finds all
-        temporary = path.with_suffix(".new")
-        temporary.touch(mode=0o600 if path.suffix == ".key" else 0o644)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_whole(path, content, mode=0o600 if path.suffix == ".key" else 0o644)
     return True
+
+
+def _check_hosts(path: Path, hosts: Sequence[str]) -> None:
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    missing = [host for host in hosts if _host(host) not in names]
+    if missing:
+        raise Conflict(
+            f"{path} is no certificate for {missing[0]}, but for {', '.join(str(name.value) for name in names)}: "
+            f"empty {path.parent} to have a new one made (machines that joined then have to join again)",
+            details={"path": str(path), "host": missing[0]},
+        )
+
+
+def _host(text: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(text))
+    except ValueError:
+        return x509.DNSName(text)
 
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make them in the folder that the command line names."""
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    print("made" if make(Path(sys.argv[1]), sys.argv[2:]) else "already there")
+    try:
+        print("made" if make(Path(sys.argv[1]), sys.argv[2:]) else "already there")
+    except Conflict as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
