@@ -70,12 +70,13 @@ docs: install-dev ## Write docs/modules.md, docs/api.md and the table of setting
 	$(BIN)/python scripts/api_doc.py
 	$(BIN)/python scripts/settings_doc.py
 
-bench: install-dev ## Measure: planner, profile, split, queue
+bench: install-dev ## Measure: planner, profile, split, queue, scale
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.profile
 	$(BIN)/python -m benchmarks.split local
 	$(BIN)/python -m benchmarks.split ranged
 	$(BIN)/python -m benchmarks.queue
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.stages
 
 clean: ## Remove the virtual environment and the data folder
