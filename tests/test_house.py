@@ -148,6 +148,7 @@ def calls_that_run_data(text: str) -> list[str]:
                 k.arg == "shell" and not (isinstance(k.value, ast.Constant) and not k.value.value)
                 for k in node.keywords
             )
+            shell &= name != "shellcode"  # argcomplete's, whose `shell` is the name of one
             if name in RUNS_DATA or shell or any(k.arg == "allow_pickle" for k in node.keywords):
                 found.append(name)
     return found

@@ -306,12 +306,11 @@ def test_a_full_disk_refuses_jobs_and_keeps_those_that_were_accepted(web: Web) -
 
 
 def test_a_journal_that_cannot_be_opened_is_said(server: RedisProcess, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    for data in (tmp_path / "file", tmp_path / "broken"):
+    (tmp_path / "folder" / "journal.sqlite").mkdir(parents=True)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "journal.sqlite").write_bytes(b"not a database " * 1000)
+    for data in (tmp_path / "folder", tmp_path / "broken"):
         web = Web(server, data)
-        if data.name == "broken":
-            data.mkdir()
-            (data / "journal.sqlite").write_bytes(b"not a database " * 1000)
         with pytest.raises(Unavailable, match="journal cannot be used"):
             web.jobs.submit_request("tester/any")
         assert web.client.zcard("fairshard:unfinished") == 0
