@@ -1,11 +1,12 @@
-"""Runs README.md's console blocks in a copy of the tree with an empty home folder.
+"""Runs the console blocks of README.md and docs/tour.md in a copy of the tree with an empty home folder.
 
-    python scripts/readme.py             writes what the commands really print into README.md
-    tests/integration/test_demo.py       runs them too, and compares
+    python scripts/readme.py            writes what the commands print into docs/tour.md, and takes the page's picture
+    tests/integration/test_demo.py      runs them too, and compares
 
-A block is fenced as ```console; its lines `$ command` are run, and the rest is their output. `fairshard up` is run
-in the background until it is ready, on a free port, and ended with the document. The Hub is out of reach, so that the
-model is the one of the PyPI package, everywhere.
+A block is fenced as ```console. Its lines `$ command` are run in order in one fresh shell; the rest is their output
+(in README.md a part of it). `fairshard up` keeps its terminal: it runs in the background on a free port, and what
+follows is a new shell. A command that stands in both documents runs once. The Hub is out of reach, so that the model
+is the one of the PyPI package, everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TOUR = ROOT / "docs" / "tour.md"
+DOCUMENTS = (ROOT / "README.md", TOUR)
+PICTURE = ROOT / "docs" / "images" / "page.png"
 HUB = "https://huggingface.co"
+#: Where `fairshard up` answers, as the documents say.
+URL = "http://127.0.0.1:8080"
 #: Nobody listens there.
 NO_HUB = "http://127.0.0.1:9"
 _FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -75,8 +81,11 @@ class Session:
 
     clone: Path
     home: Path
-    url: str = "http://127.0.0.1:8080"
+    url: str = URL
     _up: subprocess.Popen[str] | None = None
+    #: What this terminal's shell was told: `source`, `export`.
+    _shell: list[str] = field(default_factory=list)
+    _ran: dict[str, Command] = field(default_factory=dict)
 
     def env(self) -> dict[str, str]:
         """An empty home and no setting but the endpoint."""
@@ -84,7 +93,8 @@ class Session:
             k: v for k, v in os.environ.items() if not k.startswith(("FAIRSHARD_", "HF_", "PYTEST", "VIRTUAL_ENV"))
         }
         # A python3 that lives in a home folder's manager would lose its way with another home.
-        path = [str(self.clone / ".venv" / "bin"), f"{sys.base_prefix}/bin", os.environ["PATH"]]
+        path = [f"{sys.base_prefix}/bin", *os.environ["PATH"].split(os.pathsep)]
+        path = [place for place in path if ".venv" not in Path(place).parts]
         return kept | {
             "HOME": str(self.home),
             "PATH": os.pathsep.join(path),
@@ -95,12 +105,25 @@ class Session:
         }
 
     def run(self, command: Command, *, timeout_s: float = 600.0) -> None:
-        """Run one command and note what it printed."""
-        if command.text.split("#")[0].strip() == "fairshard up":
-            self._start(command)
+        """Run one command, unless it has run already, and note what it printed."""
+        if command.text in self._ran:
+            before = self._ran[command.text]
+            command.status, command.printed = before.status, before.printed
             return
+        if command.text == "fairshard up":
+            self._start(command)
+            self._shell.clear()
+        elif command.text.startswith(("source ", "export ")):
+            self._shell.append(command.text)
+            command.status = 0
+            return
+        else:
+            self._finish(command, timeout_s)
+        self._ran[command.text] = command
+
+    def _finish(self, command: Command, timeout_s: float) -> None:
         done = subprocess.run(
-            ["/bin/bash", "-c", command.text],
+            ["/bin/bash", "-c", "\n".join(["set -e", *self._shell, command.text.replace(URL, self.url)])],
             cwd=self.clone,
             env=self.env(),
             stdin=subprocess.DEVNULL,
@@ -115,7 +138,7 @@ class Session:
 
     def _start(self, command: Command) -> None:
         lines: list[str] = []
-        argv = ["fairshard", "up", "--port", "0"]
+        argv = ["/bin/bash", "-c", "\n".join(["set -e", *self._shell, "exec fairshard up --port 0"])]
         self._up = subprocess.Popen(argv, cwd=self.clone, env=self.env(), stderr=subprocess.PIPE, text=True)
 
         def read(up: subprocess.Popen[str]) -> None:
@@ -133,9 +156,7 @@ class Session:
         command.status, command.printed = 0, self._readable("".join(lines))
 
     def _readable(self, text: str) -> list[str]:
-        text = (
-            text.replace(NO_HUB, HUB).replace(self.url, "http://127.0.0.1:8080").replace(str(self.clone), "fairshard")
-        )
+        text = text.replace(NO_HUB, HUB).replace(self.url, URL).replace(str(self.clone), "fairshard")
         lines = [line.rstrip().split("\r")[-1] for line in text.splitlines()]
         kept = [line for line in lines if not _FLEETING.search(line)]
         return "\n".join(kept).strip("\n").splitlines()
@@ -170,29 +191,52 @@ def session(directory: Path) -> Iterator[Session]:
         made.stop()
 
 
+def picture(url: str) -> None:
+    """The page with its newest plan, as README.md shows it."""
+    from playwright.sync_api import sync_playwright
+
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(url)
+        page.locator("#jobs button").first.click()
+        page.get_by_role("button", name="Show its plan").click()
+        page.wait_for_load_state("networkidle")
+        PICTURE.parent.mkdir(exist_ok=True)
+        page.screenshot(path=PICTURE, full_page=True)
+        browser.close()
+
+
 def main() -> int:
-    """Write README.md's outputs anew."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """Write docs/tour.md's outputs anew."""
+    text = TOUR.read_text(encoding="utf-8")
     failed = False
     with tempfile.TemporaryDirectory() as directory, session(Path(directory)) as live:
 
-        def rewritten(match: re.Match[str]) -> str:
+        def ran(command: Command) -> Command:
             nonlocal failed
-            lines = []
-            for command in parse(match.group(1)):
-                print("$", command.text, file=sys.stderr, flush=True)
-                live.run(command)
-                failed |= command.status != 0
-                print(*command.printed, sep="\n", file=sys.stderr, flush=True)
-                lines += [f"$ {command.text}", *command.printed]
+            print("$", command.text, file=sys.stderr, flush=True)
+            live.run(command)
+            failed |= command.status != 0
+            print(*command.printed, sep="\n", file=sys.stderr, flush=True)
+            if command.text.startswith("fairshard submit") and not failed:
+                picture(live.url)
+            return command
+
+        def rewritten(match: re.Match[str]) -> str:
+            lines = [
+                line
+                for command in map(ran, parse(match.group(1)))
+                for line in (f"$ {command.text}", *command.printed)
+            ]
             return "\n".join(["```console", *lines, "```"])
 
         text = _FENCE.sub(rewritten, text)
     if failed:
-        print("a command failed: README.md stays as it is", file=sys.stderr)
+        print("a command failed: docs/tour.md stays as it is", file=sys.stderr)
         return 1
-    readme.write_text(text, encoding="utf-8")
+    TOUR.write_text(text, encoding="utf-8")
     return 0
 
 
