@@ -202,7 +202,7 @@ def picture(url: str) -> None:
         page.goto(url)
         page.locator("#jobs button").first.click()
         page.get_by_role("button", name="Show its plan").click()
-        page.wait_for_load_state("networkidle")
+        page.get_by_text("Comparing strategies").wait_for(state="detached")
         PICTURE.parent.mkdir(exist_ok=True)
         page.screenshot(path=PICTURE, full_page=True)
         browser.close()
