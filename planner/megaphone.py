@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from planner.cluster import Cluster
@@ -113,6 +114,16 @@ def megaphone(
         start_node=start,
         chain=tuple(chain),
         announcement=_announcement(profile, chain, [stage.node_id for stage in stages], plan_id=plan_id, phase=phase),
+    )
+
+
+def named(chain: Megaphone, plan_id: str) -> Megaphone:
+    """The same chain, of the plan `plan_id`."""
+    body = {name: value for name, value in chain.announcement.items() if name != "digest"} | {"plan_id": plan_id}
+    return replace(
+        chain,
+        chain=tuple(replace(hop, check={**hop.check, "plan_id": plan_id}) for hop in chain.chain),
+        announcement={**body, "digest": digest(body)},
     )
 
 

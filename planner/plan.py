@@ -7,9 +7,7 @@ plan's time budget.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -131,7 +129,7 @@ class Megaphone:
 class Plan:
     """An accepted allocation with its prediction and reasons."""
 
-    #: Hash of what decides the shards: model, revision, unit and allocation; equal plans have equal ids.
+    #: Digest of this document (`planner.wire.identity`): it stands for this one and no other, for ever.
     plan_id: str
     model_name: str
     revision: str | None
@@ -159,11 +157,6 @@ class Plan:
     #: options. None in plans of earlier releases.
     cluster: Cluster | None = None
     options: PlanOptions | None = None
+    #: "sha256:<hex>" of the metadata that it was made from; None in plans of earlier releases.
+    metadata_digest: str | None = None
     generated_at: str | None = None
-
-
-def plan_id(*, model_name: str, revision: str | None, unit: Unit, allocation: Mapping[str, Sequence[str]]) -> str:
-    """The id of a plan: 16 hex digits of the SHA-256 of what decides the shards; equal shards, equal ids."""
-    parts = {node_id: list(names) for node_id, names in sorted(allocation.items()) if names}
-    text = json.dumps([model_name, revision, unit, parts], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput, InvalidMetadata
-from planner.plan import Plan, PlanOptions, plan_id
+from planner.plan import Plan, PlanOptions
 from planner.profile import Layer, ModelProfile
+from planner.wire.identity import plan_id
 from planner.wire.read import plan_from_json
 
 
@@ -110,7 +113,7 @@ def _untouched(obj: object, profile: ModelProfile | None) -> Plan:
     if profile is not None:
         _check_pinned(plan.model_name, plan.revision, profile)
         _indices({node: {"layer_names": list(names)} for node, names in plan.allocation.items()}, profile)
-    expected = plan_id(model_name=plan.model_name, revision=plan.revision, unit=plan.unit, allocation=plan.allocation)
+    expected = plan_id(plan) if plan.metadata_digest else _earlier_id(plan)
     if plan.plan_id != expected:
         raise InvalidMetadata(
             f"plan {plan.plan_id} was edited: what it says now has the id {expected}; give the nodes file as well "
@@ -118,6 +121,13 @@ def _untouched(obj: object, profile: ModelProfile | None) -> Plan:
             details={"plan_id": plan.plan_id, "expected": expected},
         )
     return plan
+
+
+def _earlier_id(plan: Plan) -> str:
+    """The id that plans had which hold no digest of their inputs: of the model, its revision and the allocation."""
+    parts = {node_id: list(names) for node_id, names in sorted(plan.allocation.items()) if names}
+    text = json.dumps([plan.model_name, plan.revision, plan.unit, parts], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _head(obj: object) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from planner.explain.remedies import MOST_TOKENS, longest_context
 from planner.explain.reports import node_reports, seconds_text
 from planner.greedy.hops import by_links
 from planner.megaphone import megaphone, runs
-from planner.plan import Plan, PlanOptions, Prediction, plan_id
+from planner.plan import Plan, PlanOptions, Prediction
 from planner.problem.arrays import SLACK, Ints, Problem, build
 from planner.problem.items import Answer
 from planner.profile import ModelProfile
 from planner.strategies.baselines import by_memory, equal_parts
 from planner.strategies.solve import attempt, baseline, best_answer, greedy_once, pipeline_once, shortest_chain
+from planner.wire.identity import identified, metadata_digest
 
 Strategy = Callable[[Problem], Answer]
 
@@ -212,22 +213,21 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
     names = {
         node_id: tuple(profile.layers[index].name for index in part) for node_id, part in sorted(indices.items())
     }
-    identity = plan_id(model_name=profile.model_name, revision=profile.revision, unit=profile.unit, allocation=names)
     stages = runs(profile, indices)
     layer_s = problem.seconds[nodes, problem.kind]
     chain = megaphone(
         profile,
         problem.cluster,
         stages,
-        plan_id=identity,
+        plan_id="",
         phase=options.phase,
         compute_s=[float(layer_s[stage.start : stage.end].sum()) for stage in stages],
     )
     latency = float(layer_s.sum()) + sum(hop.transfer_s for hop in chain.chain)
     objective = bottleneck if options.objective == "throughput" else latency
     bound = float(min(answer.lower_bound_s, objective))
-    return Plan(
-        plan_id=identity,
+    plan = Plan(
+        plan_id="",
         model_name=profile.model_name,
         revision=profile.revision,
         model_type=profile.model_type,
@@ -254,5 +254,7 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
         approximate=profile.approximate,
         cluster=_as_used(problem.cluster),
         options=options,
+        metadata_digest=metadata_digest(profile),
         generated_at=generated_at,
     )
+    return identified(plan)

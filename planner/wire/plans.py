@@ -160,6 +160,7 @@ class PlanSchema(EditedPlanSchema):
         load_default=None,
         allow_none=True,
     )
+    metadata_digest = Text(longest=128, load_default=None, allow_none=True)
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> Plan:

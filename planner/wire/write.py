@@ -52,6 +52,7 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
         "model_url": model_url or f"https://huggingface.co/{plan.model_name}",
         "plan_id": plan.plan_id,
         "generated_at": plan.generated_at,
+        "metadata_digest": plan.metadata_digest,
         "revision": plan.revision,
         "unit": plan.unit,
         "strategy": plan.strategy,
@@ -143,5 +144,6 @@ def _number(value: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's kinds of objects: tuples become lists, mappings dicts."""
-    return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))
+    """JSON's kinds of objects: tuples become lists, mappings dicts, numbers what they are read back as."""
+    text = json.dumps(dict(value) if isinstance(value, Mapping) else value)
+    return json.loads(text, parse_float=lambda figure: _number(float(figure)))

@@ -139,6 +139,7 @@ PlanOut = answer(
                                  "(seconds, bound, gap, utilization) is no better. Empty: all was counted.")),
     cluster=may(null(mapping(about="The nodes as they were used, and their links, as a nodes file."))),
     options=may(null(mapping(about="What was asked of the planner."))),
+    metadata_digest=may(null(text("Of the metadata that it was made from."))),
     job_id=maybe("The job whose next steps cut the shards."),
     source=may(text("`store` where Redis could not be asked.")),
 )
@@ -191,7 +192,9 @@ JobErrorOut = answer(
 StepOut = answer(
     "StepOut", "A step of a job.",
     name=text(), state=text(), attempts=may(whole()), progress=may(null(ProgressOut)), error=may(null(JobErrorOut)),
-    node_id=maybe(), started_at=maybe(), ended_at=maybe(),
+    node_id=maybe(),
+    task_id=maybe("The Celery task that runs it, or ran it last: its result lies in the result backend for a day."),
+    started_at=maybe(), ended_at=maybe(),
 )
 JobOut = answer(
     "JobOut", "A job.",
@@ -208,7 +211,9 @@ BatchEntryOut = answer(
 )
 BatchOut = answer(
     "BatchOut", "The state of a batch and of each of its models.",
-    batch_id=text(), state=text(), counts=mapping(fields.Integer()), created_at=maybe(), jobs=many(BatchEntryOut),
+    batch_id=text(), state=text(), counts=mapping(fields.Integer(), "Of all entries."), created_at=maybe(),
+    total=whole("Its entries."), jobs=many(BatchEntryOut, "A page of them."),
+    next_cursor=null(whole("Where the next page begins; null on the last.")),
 )
 
 # -- the service
