@@ -33,6 +33,7 @@ from workers.shards.folder import ShardRequest, is_shard_folder
 from workers.shards.layout import Layout, lay_out
 from workers.shards.manifest import Manifest
 from workers.shards.origins import Origins, Peer
+from workers.shards.sharing import share
 from workers.shards.space import check_room
 from workers.transfer.checking import Checks
 from workers.transfer.copy import copy_outputs
@@ -99,7 +100,8 @@ def split(
         sha256: A sha256 of each weight file as well.
         paranoid: Read every byte from the server twice, over two connections, and compare; what another node or shard
             has once, and compare. A shard that is there is read again, and made anew unless it was made so.
-        link: Share a checkpoint file's bytes where the filesystem can, instead of copying.
+        link: Share the bytes of a checkpoint file, or of another plan's shard here that has the same tensors, where
+            the filesystem can, instead of copying.
         known_digests: Tensor -> digest that another node found for this revision.
         peers: Other nodes that hold shards of this revision, asked before the Hub.
         quota_bytes: What all shards beside `output` may take together with this one.
@@ -140,7 +142,21 @@ def split(
     layout = lay_out(checkpoint, profile, plan, node_id=node_id, max_shard_bytes=max_shard_bytes, file_per_run=clone)
     journal = open_journal(output, key=_key(request, layout))
     try:
+        found: dict[str, Digests | None] = {}
         linked = _link(layout, checkpoint, journal.folder) if link else {}
+        if link and len(linked) < len(layout.outputs):
+            shared, how = share(
+                layout,
+                journal.folder,
+                output=output,
+                model_name=checkpoint.model_name,
+                revision=checkpoint.revision,
+                known=known_digests or {},
+                sha256=sha256,
+                paranoid=paranoid,
+            )
+            found.update(shared)
+            linked |= how
         rest = [item for item in layout.outputs if item.name not in linked]
         check_room(journal.folder, layout, rest, clone=clone, nodes=plan.allocation, quota_bytes=quota_bytes)
         checks = Checks(
@@ -155,7 +171,6 @@ def split(
             },
         )
         local = {run.source: checkpoint.local_path(run.source) for item in rest for run in item.runs}
-        found: dict[str, Digests | None] = {}
         here = {name: path for name, path in local.items() if path is not None}
         if not rest:
             progress(layout.total_bytes, layout.total_bytes, what="shard")

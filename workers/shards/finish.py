@@ -7,6 +7,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from planner.errors import NodeFailure
@@ -16,6 +17,7 @@ from workers.disk.durable import explained, sync, sync_together
 from workers.shards.folder import ShardRequest, is_shard_folder
 from workers.shards.layout import Layout
 from workers.shards.manifest import MANIFEST, Manifest, ShardFile, ShardTensor, SourceFile
+from workers.shards.sharing import placed_tensors
 from workers.transfer.digests import Digests, digest_of
 from workers.transfer.journal import Journal, discard_partials, install_lock, state_file
 from workers.transfer.outputs import Output
@@ -139,18 +141,4 @@ def _file(folder: Path, item: Output, layout: Layout, found: Digests | None, how
 
 
 def _tensors(item: Output, found: Digests | None) -> list[ShardTensor]:
-    return [
-        ShardTensor(
-            name=placed.tensor.name,
-            file=item.name,
-            dtype=placed.tensor.dtype,
-            shape=placed.tensor.shape,
-            begin=placed.begin,
-            end=placed.end,
-            layer=placed.layer,
-            source_file=placed.tensor.file,
-            source_begin=placed.tensor.begin,
-            digest=found.tensors[placed.tensor.name] if found else None,
-        )
-        for placed in item.placed
-    ]
+    return [replace(each, digest=found.tensors[each.name] if found else None) for each in placed_tensors(item)]

@@ -60,13 +60,13 @@ class Service:
         """Have a node cut its shard, as the plan step would; its folder."""
         services = self.nodes[node]
         asked = process_params(params or {})
-        steps = _split_steps(plan, self.where, plan.revision, paranoid=bool(asked["paranoid"]))
+        steps = _split_steps(plan, self.where, paranoid=bool(asked["paranoid"]))
         (spec,) = [replace(step, after=()) for step in steps if step.name == f"split:{node}"]
         job_id = services.ledger.submit("process", model_name=MODEL, params=asked, steps=[spec]).job_id
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("workers.queue.step_task.current", lambda: services)
             split.run(job_id, spec.name)
-        (step,) = services.ledger.job(job_id)["steps"]
+        (step,) = services.ledger.views.job(job_id)["steps"]
         assert step["state"] == "done", step["error"]["message"]
         return services.settings.shards_dir / plan.plan_id
 
