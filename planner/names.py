@@ -25,6 +25,17 @@ def check_model_name(name: object) -> str:
     raise _refused("model_name", name, "'owner/name' (letters, digits, '-', '_', '.'; 96 characters a part)")
 
 
+def check_asked_name(name: object) -> str:
+    """Return `name` if it is "owner/name", or a name that the Hub may know without its owner ("gpt2").
+
+    Raises:
+        InvalidInput: If it is anything else.
+    """
+    if isinstance(name, str) and "/" not in name and _PART.fullmatch(name) and "--" not in name and ".." not in name:
+        return name
+    return check_model_name(name)
+
+
 def check_revision(revision: object) -> str:
     """Return `revision` if it can name a branch, tag or commit.
 

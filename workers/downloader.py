@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from planner.errors import Conflict, InvalidInput
-from planner.names import check_model_name, check_revision
+from planner.names import check_asked_name, check_revision
 from workers.checkpoint.base import Checkpoint
 from workers.checkpoint.folder import open_folder
 from workers.progress import Progress, silent
@@ -32,7 +32,7 @@ def resolve(
     Any other text is a folder's path; shells that take names from the network check them first.
 
     Args:
-        source: `owner/name`, or a folder.
+        source: `owner/name`, a name that the Hub resolves without its owner (`gpt2`), or a folder.
         revision: Branch, tag or commit; default the Hub's main branch, or the folder as it is.
         token: A user's Hub token; default this process's own.
         models_dir: Where `owner/name` folders are looked for before the Hub.
@@ -50,11 +50,16 @@ def resolve(
     name = _model_name(source)
     if name is None:
         return _folder(Path(source).expanduser(), None, revision)
+    hub = hub or HubSettings.from_env()
+    if "/" not in name:
+        from workers.checkpoint.hub import canonical_name
+
+        name = canonical_name(name, token=token or hub.token, hub=hub)
     if models_dir is not None and (models_dir / name).is_dir():
         return _folder(models_dir / name, name, revision)
     from workers.checkpoint.hub import open_hub
 
-    return open_hub(name, revision=revision, token=token, hub=hub or HubSettings.from_env())
+    return open_hub(name, revision=revision, token=token, hub=hub)
 
 
 def download(
@@ -90,8 +95,10 @@ def download(
 def _model_name(source: str | Path) -> str | None:
     if isinstance(source, Path):
         return None
+    if source and "/" not in source and os.path.isdir(source):  # noqa: PTH112 - bears any text
+        return None
     try:
-        return check_model_name(source)
+        return check_asked_name(source)
     except InvalidInput:
         if source and (source[0] in "/.~" or os.path.isdir(source)):  # noqa: PTH112 - bears any text
             return None

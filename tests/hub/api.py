@@ -86,6 +86,7 @@ class Api:
                 ("POST", r"/api/repos/create", self.create_repo),
                 ("DELETE", r"/api/repos/delete", self.delete_repo),
                 ("GET", _API, self.info),
+                ("GET", r"/api/models/(?P<name>[^/]+)", self.moved),
                 ("GET", rf"{_API}/revision/{_REV}", self.info),
                 ("GET", rf"{_API}/tree/{_REV}(?:/(?P<under>.+))?", self.tree),
                 ("POST", rf"{_API}/paths-info/{_REV}", self.paths_info),
@@ -172,6 +173,12 @@ class Api:
         self.repo(ask, name, kind, write=True)
         del self.hub.repos[kind, name]
         return Reply(status=200)
+
+    def moved(self, _ask: Ask, name: str) -> Reply:
+        """A model that is named without its owner: where it is, if it is anywhere."""
+        if name not in self.hub.moved:
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
+        return json_reply({}, status=307, Location=f"/api/models/{self.hub.moved[name]}")
 
     def info(self, ask: Ask, repo: str, kind: str, rev: str = "main") -> Reply:
         found = self.repo(ask, repo, kind)

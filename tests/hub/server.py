@@ -80,6 +80,8 @@ class TestHub:
         self.orgs: dict[str, frozenset[str]] = {}
         self.uploads: dict[str, Blob] = {}
         self.faults: list[Fault] = []
+        #: Names without an owner, or of another time -> where the model is now.
+        self.moved: dict[str, str] = {}
         #: Serve LFS files by redirect to the CDN.
         self.cdn = True
         #: Answer for other files with a relative redirect, as huggingface.co does today.

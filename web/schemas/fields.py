@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from marshmallow import Schema, ValidationError, fields
 
 from planner.errors import InvalidInput
-from planner.names import check_model_name, check_revision
-from planner.wire.fields import Integer, shown
+from planner.names import check_asked_name, check_model_name, check_revision
+from planner.wire.fields import Integer, explain, shown
 
 _PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 
@@ -37,6 +37,13 @@ class RepoId(Checked):
         "maxLength": 193,
         "not": {"pattern": r"--|\.\.|\.git$"},
     }
+
+
+class ModelName(RepoId):
+    """`owner/name`, or a name that the Hub resolves without its owner (`gpt2`)."""
+
+    check = staticmethod(check_asked_name)
+    rule: ClassVar[dict[str, Any]] = RepoId.rule | {"pattern": f"^{_PART}(/{_PART})?$"}
 
 
 class Revision(Checked):
@@ -88,15 +95,19 @@ class Either(fields.Field[Any]):
 
 
 class Model(fields.Field[Any]):
-    """A model's name, or an object of a request's fields."""
+    """A model's name, or an object of a request's fields; a wrong one is `{model_name, refused: why}`.
+
+    So one that is refused does not stop those beside it.
+    """
 
     def __init__(self, schema: type[Schema], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.schema = schema
 
     def _deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
-        if isinstance(value, dict):
-            return self.schema().load(value)
-        if isinstance(value, str):
-            return self.schema().load({"model_name": value})
-        raise ValidationError(f"must be 'owner/name' or an object, got {shown(value)}")
+        entry = value if isinstance(value, dict) else {"model_name": value}
+        try:
+            return self.schema().load(entry)
+        except ValidationError as error:
+            name, why = str(entry.get("model_name"))[:200], explain(error.messages, what="entry")[0]
+            return {"model_name": name, "refused": why}

@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planner.errors import AccessDenied, FairshardError, IntegrityError, InvalidCheckpoint, NotFound, Unavailable
+from planner.errors import (
+    AccessDenied,
+    FairshardError,
+    IntegrityError,
+    InvalidCheckpoint,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+)
+from planner.names import check_model_name
 from workers.checkpoint.base import Checkpoint, CheckpointFile, file_of
 from workers.checkpoint.folder import check_range, open_folder, read_local
 from workers.disk.paths import is_inner
@@ -134,10 +143,11 @@ def open_hub(
                 details={"model_name": name, "revision": revision},
             )
         return open_folder(cache / "snapshots" / cached, model_name=name, revision=cached)
+    remedy = _remedy(name, hub, token)
     token = token or hub.token
     try:
         commit, files = retrying(
-            lambda: _listing(name, revision, token, hub.endpoint, policy),
+            lambda: _listing(name, revision, token, hub.endpoint, policy, remedy=remedy),
             what=f"{hub.endpoint}/{name}",
             policy=policy,
         )
@@ -155,9 +165,46 @@ def open_hub(
         server=Server(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             policy=policy,
-            remedy=_remedy(name, hub.endpoint, token),
+            remedy=remedy,
         ),
     )
+
+
+def canonical_name(name: str, *, token: str | None, hub: HubSettings) -> str:
+    """The "owner/name" of a model that is named without its owner ("gpt2"), as the Hub resolves it.
+
+    Raises:
+        InvalidInput: If the Hub knows none by this name, or may not be asked (HF_HUB_OFFLINE).
+        Unavailable: If it cannot be reached within the retries.
+    """
+    wanted = InvalidInput(
+        f"model_name must be 'owner/name': {hub.endpoint} knows no model {name!r} without its owner",
+        details={"field": "model_name"},
+    )
+    if hub.offline:
+        raise wanted
+    policy = RetryPolicy(attempts=2, first_s=0.2, longest_s=0.5, stall_s=5.0)
+
+    def ask() -> str:
+        from huggingface_hub import HfApi
+        from huggingface_hub import errors as hub_errors
+
+        try:
+            return str(HfApi(endpoint=hub.endpoint, token=token or False).model_info(name, timeout=policy.stall_s).id)
+        except hub_errors.HfHubHTTPError as error:
+            if getattr(getattr(error, "response", None), "status_code", 0) in {401, 403, 404}:
+                raise wanted from None
+            raise Transient(str(error)) from error
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError)) and not type(error).__module__.startswith("httpx"):
+                raise
+            raise Transient(f"{type(error).__name__}: {error}") from error
+
+    found = retrying(ask, what=f"{hub.endpoint}/{name}", policy=policy)
+    try:
+        return check_model_name(found)
+    except InvalidInput:
+        raise wanted from None
 
 
 def _cached_commit(cache: Path, revision: str | None) -> str | None:
@@ -169,7 +216,7 @@ def _cached_commit(cache: Path, revision: str | None) -> str | None:
 
 
 def _listing(
-    name: str, revision: str | None, token: str | None, endpoint: str, policy: RetryPolicy
+    name: str, revision: str | None, token: str | None, endpoint: str, policy: RetryPolicy, *, remedy: str
 ) -> tuple[str, Mapping[str, CheckpointFile]]:
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
@@ -178,7 +225,7 @@ def _listing(
     try:
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=policy.stall_s)
     except hub_errors.HfHubHTTPError as error:
-        raise _explained(error, name, revision, endpoint, token) from error
+        raise _explained(error, name, revision, endpoint, remedy) from error
     except Exception as error:
         # Its HTTP client is httpx or httpx2 by version, and neither's errors are OSErrors.
         if not isinstance(error, (OSError, ValueError)) and not type(error).__module__.startswith("httpx"):
@@ -202,7 +249,7 @@ def _listing(
     return info.sha, files
 
 
-def _explained(error: Exception, name: str, revision: str | None, endpoint: str, token: str | None) -> Exception:
+def _explained(error: Exception, name: str, revision: str | None, endpoint: str, remedy: str) -> Exception:
     """Our error for one of huggingface_hub's."""
     from huggingface_hub import errors as hub_errors
 
@@ -210,7 +257,6 @@ def _explained(error: Exception, name: str, revision: str | None, endpoint: str,
     status = getattr(response, "status_code", 0)
     headers: Mapping[str, str] = getattr(response, "headers", {})
     details = {"model_name": name, "revision": revision, "status": status, "hub_code": headers.get("X-Error-Code")}
-    remedy = _remedy(name, endpoint, token)
     answer: type[FairshardError]
     if isinstance(error, hub_errors.GatedRepoError):
         answer, text = AccessDenied, f"{name} is gated. {remedy}"
@@ -227,12 +273,12 @@ def _explained(error: Exception, name: str, revision: str | None, endpoint: str,
     return answer(text, details=details)
 
 
-def _remedy(name: str, endpoint: str, token: str | None) -> str:
+def _remedy(name: str, hub: HubSettings, token: str | None) -> str:
+    """What opens a repository that did not open; `token` is the caller's own."""
+    terms = f"accept its terms at {hub.endpoint}/{name}"
     if token:
-        return (
-            f"The token in use does not open it: accept its terms at {endpoint}/{name} as that user, or give another"
-        )
-    return (
-        f"Accept its terms at {endpoint}/{name} if it has any, and give a token with access: HF_TOKEN, "
-        f"or the header X-HF-Token of the API"
-    )
+        return f"Your token does not open it: {terms} as that user, or give another"
+    give = f"{terms} if it has any, and give a token with access: the header X-HF-Token of the API, or HF_TOKEN"
+    if hub.token:
+        return f"The token of this process (HF_TOKEN) does not open it, and you gave none of your own: {give}"
+    return give[0].upper() + give[1:]

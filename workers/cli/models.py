@@ -185,7 +185,9 @@ def publish(args: argparse.Namespace) -> int:
         spec = Path(args.store).expanduser()
     store = open_store(spec, token=HubSettings.from_env().token)
     if isinstance(obj, dict) and "split_plan" in obj:
-        published = uploader.publish_plan(plan_from_json(obj), store)
+        plan = plan_from_json(obj)
+        url = HubSettings.from_env().url(plan.model_name)
+        published = uploader.publish_plan(plan, store, model_url=url)
     else:
         made = profile_from_json(obj)
         published = uploader.publish(made, store)

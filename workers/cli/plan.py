@@ -204,8 +204,9 @@ def _show(
     more: Sequence[str | Table] = (),
 ) -> int:
     from planner.wire.read import plan_to_json
+    from workers.settings import HubSettings
 
-    obj = plan_to_json(plan)
+    obj = plan_to_json(plan, model_url=HubSettings.from_env().url(plan.model_name))
     if args.output is not None:
         write_document(args.output, obj)
         say(args, f"wrote {args.output}")

@@ -89,7 +89,7 @@ def _hub_token() -> dict[str, str]:
 
 def submit(args: argparse.Namespace) -> int:
     """Fairshard submit."""
-    from planner.names import check_model_name
+    from planner.names import check_asked_name
 
     body: dict[str, Any] = {"timestamp": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")}
     for name in ("revision", "batch_size", "sequence_length"):
@@ -103,7 +103,7 @@ def submit(args: argparse.Namespace) -> int:
     if args.process:
         body["process"] = options or True
     client = _client()
-    entries = [{"model_name": check_model_name(name), **body} for name in args.models]
+    entries = [{"model_name": check_asked_name(name), **body} for name in args.models]
     if len(entries) == 1:
         answer = client.call("POST", "/api/request", entries[0], headers=_hub_token())
         if not args.wait:

@@ -234,6 +234,10 @@ class HubSettings(Group):
                 token = token_file.read_text(encoding="utf-8")
             found["token"] = (token or "").strip() or None
 
+    def url(self, model_name: str) -> str:
+        """Where a person finds the model."""
+        return f"{self.endpoint}/{model_name}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebSettings(Group):
