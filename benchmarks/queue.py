@@ -1,6 +1,7 @@
-"""What the ledger costs: steps against raw Celery no-ops, growth with workers, POSTs by HTTP, and a large backlog.
+"""What the ledger costs: steps against raw Celery no-ops, growth with workers, POSTs, a large backlog, and a batch.
 
-    python -m benchmarks.queue [--parts steps,post,backlog] [--steps 2000] [--processes 1,2,4,8] [--backlog 100000]
+    python -m benchmarks.queue [--parts steps,post,backlog,batch] [--steps 2000] [--processes 1,2,4,8]
+                               [--backlog 100000]
 
 Run it as a module: by its path it would hide the standard library's `queue`. Prints one JSON object, and on stderr
 each target with its figure. Everything runs on this machine, those who ask too: the figures grow with its cores.
@@ -25,7 +26,8 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _ROOT
 
 from support.running import RedisProcess, Web, until  # noqa: E402
 
-from workers.ledger.ledger import Ledger, StepSpec  # noqa: E402
+from workers.ledger.ledger import Ledger  # noqa: E402
+from workers.ledger.steps import StepSpec  # noqa: E402
 
 CHAIN = 4
 #: Connections that post at the same time, and for how long, in seconds.
@@ -172,6 +174,32 @@ def backlog(redis: RedisProcess, steps: int) -> dict[str, float]:
     }
 
 
+def batch(redis: RedisProcess, directory: Path, entries: int = 10_000) -> dict[str, float]:
+    """A batch of many models by HTTP: until it is accepted, and a page of it."""
+    client: Any = redis.client()
+    client.flushall()
+    limits = {"FAIRSHARD_MAX_BATCH": "10000", "FAIRSHARD_MAX_JOBS_PER_TOKEN": "20000", "FAIRSHARD_MAX_QUEUE": "20000"}
+    (directory / "batch").mkdir()
+    env = environment(redis, directory / "batch") | limits
+    with Web(env=env, directory=directory / "batch") as web:
+        begun = time.monotonic()
+        models = [f"owner/model-{n}" for n in range(entries)]
+        status, answer = web.ask("POST", "/api/batches", {"models": models}, timeout_s=300)
+        accepted_s = time.monotonic() - begun
+        assert (status, answer["counts"]) == (202, {"queued": entries}), answer
+        pages = []
+        for cursor in range(0, entries, entries // 10):
+            begun = time.monotonic()
+            status, page = web.ask("GET", f"/api/batches/{answer['batch_id']}?cursor={cursor}")
+            pages.append(time.monotonic() - begun)
+            assert (status, len(page["jobs"])) == (200, 200)
+    return {
+        "entries": entries,
+        "accepted_s": round(accepted_s, 2),
+        "page_p50_s": round(sorted(pages)[len(pages) // 2], 3),
+    }
+
+
 def targets(report: dict[str, Any]) -> list[tuple[str, bool]]:
     """What was to be reached, and whether it was."""
     found: list[tuple[str, bool]] = []
@@ -208,12 +236,17 @@ def targets(report: dict[str, Any]) -> list[tuple[str, bool]]:
                 back["reconciler_pass_s_500_due"] <= 1,
             ),
         ]
+    if many := report.get("batch"):
+        found.append(
+            (f"a batch of {many['entries']} accepted in {many['accepted_s']} s <= 60", many["accepted_s"] <= 60)
+        )
+        found.append((f"a page of it in {many['page_p50_s']} s <= 0.5", many["page_p50_s"] <= 0.5))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="steps,post,backlog")
+    parser.add_argument("--parts", default="steps,post,backlog,batch")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", default="1,2,4,8")
     parser.add_argument("--backlog", type=int, default=100_000)
@@ -231,6 +264,8 @@ def main() -> None:
             report["post"] = posts(redis, directory)
         if "backlog" in parts:
             report["backlog"] = backlog(redis, arguments.backlog)
+        if "batch" in parts:
+            report["batch"] = batch(redis, directory)
     print(json.dumps(report, indent=1))
     for what, reached in targets(report):
         print(f"{'reached' if reached else 'MISSED '}  {what}", file=sys.stderr)

@@ -7,20 +7,24 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from celery import shared_task
+
 from planner.cluster import Cluster
-from planner.errors import Conflict, IntegrityError, Unavailable
+from planner.errors import Conflict, FairshardError, IntegrityError, InvalidInput, Unavailable
 from planner.names import check_model_name
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.strategies.make import make_plan
 from planner.wire.read import cluster_from_json, links_from_json, options_from_json, plan_from_json, plan_to_json
-from workers.ledger.ledger import StepSpec
+from workers.ledger.steps import StepSpec
 from workers.nodes.registry import to_node
 from workers.progress import stoppable
 from workers.queue.claims import Claim, HandedBack
 from workers.queue.messages import PLANNER, node_queue
+from workers.queue.process import current
 from workers.queue.step_task import step_task
 from workers.service.services import Services
+from workers.settings import HubSettings
 
 #: Seconds until a re-plan that found no node looks again.
 _NODES_AWAY_S = 5.0
@@ -51,15 +55,15 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
         made = _plan(services, profile, cluster, asked, before if lost else {})
     chosen = sorted(made.allocation)
     do_split = _wants_split(asked, chosen, alive)
-    revision = made.revision
-    if do_split and revision is None:
+    if do_split and made.revision is None:
         # Metadata that names no commit (the williw form): all nodes must cut from the same one.
-        revision = _resolve(services, made.model_name, token)
-        made = replace(made, revision=revision)
-    published = publish_plan(made, services.store())
-    view = plan_to_json(made) | {"job_id": job_id}
-    services.plans.save(view)
-    steps = _split_steps(made, where, revision, paranoid=bool(asked.get("paranoid"))) if do_split else []
+        profile = replace(profile, revision=_resolve(services, made.model_name, token))
+        made = _plan(services, profile, cluster, asked, before if lost else {})
+    url = HubSettings.from_env().url(made.model_name)
+    published = publish_plan(made, services.store(), model_url=url)
+    view = plan_to_json(made, model_url=url) | {"job_id": job_id}
+    services.plans.save(view, again=published.again)
+    steps = _split_steps(made, where, paranoid=bool(asked.get("paranoid"))) if do_split else []
     dropped = [f"split:{node_id}" for node_id in before.get("node_ids", []) if node_id not in chosen]
     outcome = {
         "plan_id": made.plan_id,
@@ -87,7 +91,8 @@ def _plan(
 
 def _profile_source(claim: Claim, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Where the metadata lies, for this step and for the nodes: the job's own profile, or what was asked for."""
-    own = claim.result("publish")
+    awaited = asked.get("waits_for") if asked.get("revision") is None else None
+    own = claim.result("publish") or (claim.result("publish", of=awaited) if awaited else asked.get("profile"))
     sizes = {"batch_size": asked.get("batch_size"), "sequence_length": asked.get("sequence_length")}
     if own:
         return {"model_name": claim.claimed.model_name, "path": own["path"], "commit": own["commit"], **sizes}
@@ -140,8 +145,8 @@ def _wants_split(asked: Mapping[str, Any], chosen: list[str], alive: Mapping[str
     return not absent if wanted is None else bool(wanted)
 
 
-def _split_steps(made: Plan, where: Mapping[str, Any], revision: str | None, *, paranoid: bool) -> list[StepSpec]:
-    arguments = {"plan_id": made.plan_id, "profile": dict(where), "revision": revision, "paranoid": paranoid}
+def _split_steps(made: Plan, where: Mapping[str, Any], *, paranoid: bool) -> list[StepSpec]:
+    arguments = {"plan_id": made.plan_id, "profile": dict(where), "revision": made.revision, "paranoid": paranoid}
     splits = [
         StepSpec(
             name=f"split:{node_id}",
@@ -161,6 +166,32 @@ def _resolve(services: Services, model_name: str, token: str | None) -> str:
     from workers.downloader import resolve
 
     return resolve(check_model_name(model_name), token=token, models_dir=services.settings.models_dir).revision
+
+
+@shared_task(name="planner.submit", throws=(FairshardError,))
+def submit(model_name: str, kind: str = "request", **fields: Any) -> dict[str, Any]:
+    """Submit a job, for Celery clients: what POST /api/request does, or POST /api/process (`kind="process"`).
+
+    Returns:
+        The job as JSON, in the result backend.
+
+    Raises:
+        InvalidInput: If a field is wrong; `hub_token` is, for a message may be read by whoever reaches Redis.
+        Conflict, LimitExceeded, Unavailable.
+    """
+    from workers.jobs.jobs import Jobs
+
+    jobs = Jobs(current())
+    kinds = {"request": jobs.submit_request, "process": jobs.submit_process}
+    if kind not in kinds:
+        raise InvalidInput(f"kind must be one of {', '.join(kinds)}, got {kind!r:.40}")
+    unknown = sorted(fields.keys() & {"hub_token", "submitter", "batch_id", "job_id"})
+    if unknown:
+        raise InvalidInput(f"{', '.join(unknown)} cannot be sent in a message")
+    try:
+        return kinds[kind](model_name, **fields)
+    except TypeError as error:
+        raise InvalidInput(str(error).partition(" ")[2]) from None
 
 
 @step_task("planner.finish")

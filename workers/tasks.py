@@ -65,7 +65,7 @@ def publish_metadata(services: Services, claim: Claim) -> dict[str, Any]:
     job_id = claim.claimed.job_id
     profile = profile_from_json(services.get_payload(job_id, "profile"))
     claim.check()
-    published = publish(profile, services.store(), progress=claim.progress)
+    published = publish(profile, services.store(), kv_dtype=claim.params.get("kv_dtype"), progress=claim.progress)
     record = {
         "store": published.store,
         "path": published.path,
@@ -184,6 +184,7 @@ def _checkpoint(services: Services, claim: Claim, revision: str | None) -> Any:
         # Again: `resolve` takes folders too, and the ledger is written by whoever has Redis' password.
         check_model_name(claim.claimed.model_name),
         revision=revision,
-        token=services.user_token(claim.claimed.job_id, claim.params) or services.settings.hub_token,
+        # Without one the process uses its own; what is refused then says that the caller needs one.
+        token=services.user_token(claim.claimed.job_id, claim.params),
         models_dir=services.settings.models_dir,
     )

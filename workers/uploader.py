@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from planner.dtypes import canonical
 from planner.errors import FairshardError, InvalidInput, InvalidMetadata, NotFound
 from planner.plan import Plan
 from planner.profile import ModelProfile
@@ -13,8 +14,8 @@ from planner.wire.read import dumps, plan_from_json, plan_to_json, profile_from_
 from workers.metadata_store.base import MetadataStore, plan_path, profile_path, williw_path
 from workers.progress import Progress, silent
 
-#: Differences that do not make metadata new: the same model profiled again, elsewhere or later.
-_WHO_AND_WHEN = ("generated_at", "node_id")
+#: Differences that do not make metadata new: the same model profiled, or plan made, again, elsewhere or later.
+_WHO_AND_WHEN = ("generated_at", "node_id", "model_url")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +27,16 @@ class Published:
     path: str
     #: Commit of the store at which `path` has the published content.
     commit: str
+    #: Whether it was there already, and stays as it was.
+    again: bool = False
 
 
-def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress = silent) -> Published:
+def publish(
+    profile: ModelProfile, store: MetadataStore, *, kv_dtype: str | None = None, progress: Progress = silent
+) -> Published:
     """Publish a profile under its own path and, for williw clients, under the root file's, in one commit.
 
+    With another KV cache than the model's own (`kv_dtype`, what the profile was made with) the path says so.
     Metadata that differs only in when and where it was made stays as it is, so that a repeat makes no new commit.
 
     Raises:
@@ -39,7 +45,8 @@ def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress =
         NodeFailure: If the store's folder cannot be written.
         Unavailable: If the Hub cannot be reached within the retries.
     """
-    path = profile_path(profile.model_name, profile.revision, profile.batch_size, profile.sequence_length)
+    other = canonical(kv_dtype) if kv_dtype and canonical(kv_dtype) != canonical(profile.dtype or "") else None
+    path = profile_path(profile.model_name, profile.revision, profile.batch_size, profile.sequence_length, other)
     metadata = profile_to_json(profile)
     content = dumps(metadata)
     progress(0, 2 * len(content), what=f"publishing {profile.model_name}")
@@ -49,7 +56,7 @@ def publish(profile: ModelProfile, store: MetadataStore, *, progress: Progress =
     return Published(store=store.spec, path=path, commit=commit)
 
 
-def publish_plan(plan: Plan, store: MetadataStore) -> Published:
+def publish_plan(plan: Plan, store: MetadataStore, *, model_url: str | None = None) -> Published:
     """Publish a plan; one that differs only in when it was made stays as it is.
 
     Raises:
@@ -57,10 +64,10 @@ def publish_plan(plan: Plan, store: MetadataStore) -> Published:
         NodeFailure: If the store's folder cannot be written.
         Unavailable: If the Hub cannot be reached within the retries.
     """
-    path, content = plan_path(plan.plan_id), plan_to_json(plan)
-    files = {path: _kept(store, path, content) or dumps(content)}
-    commit = store.write(files, message=f"Plan {plan.plan_id} for {plan.model_name}")
-    return Published(store=store.spec, path=path, commit=commit)
+    path, content = plan_path(plan.plan_id), plan_to_json(plan, model_url=model_url)
+    kept = _kept(store, path, content)
+    commit = store.write({path: kept or dumps(content)}, message=f"Plan {plan.plan_id} for {plan.model_name}")
+    return Published(store=store.spec, path=path, commit=commit, again=kept is not None)
 
 
 def load_profile(store: MetadataStore, path: str, revision: str | None = None) -> ModelProfile:

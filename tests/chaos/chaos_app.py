@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery
 
 from workers import celery_app
-from workers.ledger.ledger import Wakeup
+from workers.ledger.steps import Wakeup
 from workers.queue import messages, process
 
 _DICE = random.Random(os.urandom(8))

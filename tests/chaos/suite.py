@@ -36,7 +36,7 @@ if str(_TESTS) not in sys.path:
 from support.checkpoints import checkpoint  # noqa: E402
 from support.running import BlackHole, Service, Web, Worker, until  # noqa: E402
 
-from workers.ledger.ledger import ENDED  # noqa: E402
+from workers.ledger.steps import ENDED  # noqa: E402
 
 MODELS = ("llama", "llama_tied", "qwen2", "gemma2", "gpt2", "bert")
 METADATA = "tester/metadata"

@@ -18,7 +18,7 @@ from planner.errors import Conflict, NotFound
 from planner.wire.read import dumps, profile_to_json
 from workers.downloader import resolve
 from workers.generator import generate
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 from workers.splitter import verify
 
 #: One process runs them all: they share their services.
@@ -133,11 +133,11 @@ def test_the_same_submission_runs_once(hub: TestHub, service: Service) -> None:
     assert shard.stat().st_mtime_ns == made
 
 
-def test_a_seed_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Service) -> None:
+def test_a_williw_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Service) -> None:
     from huggingface_hub import HfApi
 
     source = checkpoint("llama")
-    hub.add_repo("tester/seeded", source)
+    hub.add_repo("tester/williw", source)
     own = resolve(source)
     from workers.checkpoint.headers import read_headers
 
@@ -153,7 +153,7 @@ def test_a_seed_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Serv
         for tensor in read_headers(own).tensors
     ]
     metadata = {
-        "model_name": "tester/seeded",
+        "model_name": "tester/williw",
         "model_type": "llama",
         "layers": layers,
         "total_compute": sum(layer["compute_required"] for layer in layers),
@@ -165,11 +165,11 @@ def test_a_seed_client_s_own_metadata_is_planned(hub: TestHub, hub_service: Serv
     api.create_repo("tester/own-metadata", exist_ok=True)
     api.upload_file(
         path_or_fileobj=json.dumps(metadata).encode(),
-        path_in_repo="tester_seeded_metadata.json",
+        path_in_repo="tester_williw_metadata.json",
         repo_id="tester/own-metadata",
     )
     jobs = hub_service.jobs()
-    job = jobs.submit_process("tester/seeded", metadata_repo="tester/own-metadata")
+    job = jobs.submit_process("tester/williw", metadata_repo="tester/own-metadata")
     view = jobs.wait(job["job_id"], step="plan", timeout_s=60)
     plan = jobs.plan(view["result"]["plan_id"])
     assert plan["unit"] == "tensor"
@@ -408,16 +408,17 @@ def test_a_batch_shows_the_whole_and_each(hub: TestHub, service: Service) -> Non
     hub.add_repo("tester/good", checkpoint("llama"))
     jobs = service.jobs()
     entries = [{"model_name": "tester/good"}, {"model_name": "tester/none"}, {"model_name": "../../etc/passwd"}]
-    batch = jobs.submit_batch(entries)
+    batch = jobs.batches.submit(entries)
     assert [job["state"] for job in batch["jobs"]][2] == "failed"
     assert "owner/name" in batch["jobs"][2]["error"]["message"]
     ended = until(
-        lambda: (view := jobs.batch(batch["batch_id"]))["state"] not in {"queued", "running"} and view, what="batch"
+        lambda: (view := jobs.batches.get(batch["batch_id"]))["state"] not in {"queued", "running"} and view,
+        what="batch",
     )
     assert ended["state"] == "failed"
     assert ended["counts"] == {"done": 1, "failed": 2}
     with pytest.raises(NotFound):
-        jobs.batch("0" * 32)
+        jobs.batches.get("0" * 32)
 
 
 def planned_and_split(service: Service, model_name: str) -> tuple[str, list[Path]]:

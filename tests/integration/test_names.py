@@ -9,9 +9,10 @@ from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.running import Service, until
 
-from planner.errors import InvalidInput
+from planner.errors import AccessDenied, InvalidInput, NotFound
 from workers.downloader import resolve
 from workers.ledger.steps import ENDED
+from workers.settings import HubSettings
 
 pytestmark = pytest.mark.xdist_group("main-job")
 
@@ -36,16 +37,18 @@ def test_a_name_without_an_owner_is_kept_as_the_hub_resolves_it(hub: TestHub, se
         jobs.submit_process("none2")
 
 
-def test_a_caller_without_a_token_of_its_own_reads_that_it_needs_one(hub: TestHub, hub_service: Service) -> None:
-    hub.tokens["hf_other"] = "other"
-    hub.add_repo("other/private", checkpoint("llama"), private=True)
-    jobs = hub_service.jobs()
-    for token, said in (
-        (None, "you gave none of your own: accept its terms"),
-        ("hf_tester", "Your token does not open"),
-    ):
-        job_id = jobs.submit_request("other/private", hub_token=token)["job_id"]
-        job = until(lambda: (v := jobs.job(job_id))["state"] in ENDED and v, what="the job")  # noqa: B023
-        assert job["state"] == "failed"
-        assert said in job["error"]["message"]
-        assert "token in use" not in job["error"]["message"]
+@pytest.mark.parametrize(
+    ("ours", "own", "said"),
+    [
+        ("hf_unknown", None, r"\(HF_TOKEN\) does not open it, and you gave none of your own: accept its terms at"),
+        ("hf_unknown", "hf_other", "Your token does not open it"),
+        ("", None, "Accept its terms at .* if it has any, and give a token with access: the header X-HF-Token"),
+    ],
+)
+def test_a_caller_without_a_token_of_its_own_reads_that_it_needs_one(
+    hub: TestHub, ours: str, own: str | None, said: str
+) -> None:
+    hub.add_repo("tester/private", checkpoint("llama"), private=True)
+    settings = HubSettings.from_env(os.environ | {"HF_TOKEN": ours})
+    with pytest.raises((AccessDenied, NotFound), match=said):
+        resolve("tester/private", token=own, hub=settings)

@@ -23,7 +23,7 @@ from support.web_cases import Server
 
 from planner.errors import Conflict, InvalidInput
 from workers.jobs.jobs import Jobs
-from workers.ledger.ledger import ENDED, StepSpec
+from workers.ledger.steps import ENDED, StepSpec
 from workers.nodes.joining import Authority, Joining
 from workers.nodes.registry import Registry
 from workers.queue.bootsteps import _check_may

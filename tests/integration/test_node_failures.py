@@ -15,7 +15,7 @@ from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.running import Service, until
 
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 
 _CHAOS = Path(__file__).resolve().parents[1] / "chaos"
 

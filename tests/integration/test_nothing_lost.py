@@ -21,7 +21,7 @@ from support.running import BlackHole, RedisProcess, Service, Worker, until
 from planner.errors import NotFound, Unavailable
 from workers.celery_app import create_app
 from workers.downloader import resolve
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 from workers.queue.bootsteps import install
 from workers.settings import QueueSettings, Settings
 from workers.splitter import verify

@@ -15,7 +15,7 @@ from support.checkpoints import checkpoint
 from support.running import Service, free_port, until
 from support.shard_cases import raw_tensors
 
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 from workers.shards.manifest import Manifest, read_manifest
 from workers.splitter import verify
 

@@ -9,7 +9,8 @@ from typing import Any
 import redis
 
 import workers.ledger.ledger
-from workers.ledger.ledger import Ledger, StepSpec, Wakeup
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import StepSpec, Wakeup
 
 _SOURCE = Path(workers.ledger.ledger.__file__).with_name("ledger.lua").read_text("utf-8")
 _LOOK = "redis.call('TIME')"

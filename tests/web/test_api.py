@@ -26,7 +26,7 @@ from workers.service.plans import Plans
 from workers.settings import Settings
 
 BAD_NAMES = [
-    "../../etc/passwd", "a/b/c", "", "gpt2", "/", "a/", "/b", "a//b", "a/..", "./b", "a/b ", "a/b\n", "a\\b",
+    "../../etc/passwd", "a/b/c", "", "no-such-model", "/", "a/", "/b", "a//b", "a/..", "./b", "a/b ", "a/b\n", "a\\b",
     "a/b.git", "a--b/c", "a/-b", "a/b?x", "http://evil/x", "a/b%2fc", "é/b", "x" * 10_240, "a/" + "b" * 97,
 ]  # fmt: skip
 
@@ -449,3 +449,16 @@ def test_a_preview_that_cannot_be_says_why(client: FlaskClient, body: dict[str, 
     answer = client.post("/api/plans/preview", json=body)
     assert answer.status_code == status, answer.get_data(as_text=True)
     assert says in json.dumps(error_of(answer), ensure_ascii=False)
+
+
+def test_a_wrong_entry_of_a_batch_is_one_failed_entry(client: FlaskClient) -> None:
+    models = ["a/b", "../../x", {"model_name": "a/c", "sequence_length": -1}, 5, {"model_name": "a/d", "unknown": 1}]
+    answer = client.post("/api/batches", json={"models": models})
+    assert answer.status_code == 202, answer.get_json()
+    batch = answer.get_json()
+    assert [line["state"] for line in batch["jobs"]] == ["queued", "failed", "failed", "failed", "failed"]
+    said = [line["error"]["message"] for line in batch["jobs"][1:]]
+    for expected, message in zip(("owner/name", "sequence_length", "owner/name", "unknown"), said, strict=True):
+        assert expected in message
+    page = client.get(f"/api/batches/{batch['batch_id']}?limit=2&cursor=1").get_json()
+    assert (len(page["jobs"]), page["total"], page["next_cursor"]) == (2, 5, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_the_whole_way_from_a_name_to_shards(live: FlaskClient, service: Service
     assert answer.headers["Preference-Applied"] == "wait=120"
     plan = answer.get_json()
     assert plan["success"] is True
-    assert plan["model_url"] == "https://huggingface.co/tiny/llama"
+    assert plan["model_url"] == f"{os.environ['HF_ENDPOINT']}/tiny/llama"
     assert plan["metadata"]["total_layers"] == sum(len(part["layer_names"]) for part in plan["split_plan"].values())
     assert {node["node_id"] for node in plan["selected_nodes"]} == set(plan["split_plan"]) <= {"big", "small"}
     assert plan["megaphone_plan"]["chain"][0]["node_id"] == plan["megaphone_plan"]["start_node"]

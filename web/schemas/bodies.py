@@ -9,7 +9,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 from planner.limits import MAX_BATCH_SIZE, MAX_SEQUENCE_LENGTH
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from planner.wire.fields import Flag, Integer, NodeId, Number, Text, seconds, unknown_field
-from web.schemas.fields import Either, Model, Replicas, RepoId, Revision, Timestamp
+from web.schemas.fields import Either, Model, ModelName, Replicas, RepoId, Revision, Timestamp
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
 KINDS = ("request", "process", "delete")
@@ -174,7 +174,7 @@ class ProcessOptions(PlanFields):
 class ProcessIn(ProcessOptions):
     """POST /api/process."""
 
-    model_name = RepoId(required=True)
+    model_name = ModelName(required=True)
     node_id = NodeId(allow_none=True)
     metadata_repo = RepoId(
         metadata={"description": "Hub repository to read the metadata from; default: the service's own profile."}
@@ -192,7 +192,7 @@ def process(about: str) -> Either:
 class RequestIn(Strict):
     """POST /api/request."""
 
-    model_name = RepoId(required=True)
+    model_name = ModelName(required=True)
     node_id = NodeId(allow_none=True)
     timestamp = Timestamp(allow_none=True)
     revision = Revision(metadata={"description": "Branch, tag or commit; default: the repository's main."})
@@ -217,7 +217,7 @@ class BatchIn(Strict):
 class GetPlanIn(Strict):
     """POST /api/get-plan."""
 
-    model_name = RepoId(required=True)
+    model_name = ModelName(required=True)
     node_id = NodeId(required=True)
     timestamp = Timestamp(allow_none=True)
 
@@ -225,7 +225,7 @@ class GetPlanIn(Strict):
 class PreviewIn(PlanFields):
     """POST /api/plans/preview: a plan for machines that need not exist; nothing is stored."""
 
-    model_name = RepoId(metadata={"description": "A model whose metadata is published here; or give `metadata`."})
+    model_name = ModelName(metadata={"description": "A model whose metadata is published here; or give `metadata`."})
     revision = Revision()
     metadata = fields.Dict(
         keys=fields.String(), metadata={"description": "Published metadata, in our form or the williw form."}
@@ -253,6 +253,19 @@ class Page(Schema):
 
     limit = fields.Integer(load_default=50, validate=validate.Range(1, 500))
     offset = fields.Integer(load_default=0, validate=validate.Range(0, 10_000_000))
+
+
+class DeleteQuery(Schema):
+    """DELETE /api/plans/<id>?..."""
+
+    force = fields.Boolean(load_default=False, metadata={"description": "End the jobs that use it first."})
+
+
+class BatchQuery(Schema):
+    """GET /api/batches/<id>?..."""
+
+    limit = fields.Integer(load_default=200, validate=validate.Range(1, 1000))
+    cursor = fields.Integer(load_default=0, validate=validate.Range(0, 10_000_000))
 
 
 class PlansQuery(Page):

@@ -36,18 +36,22 @@ def submit_batch(given: dict[str, Any]) -> Response:
             details={"largest": most, "got": len(entries), "setting": "FAIRSHARD_MAX_BATCH"},
         )
     shared = given.get("process")
-    submissions = []
+    submissions: list[dict[str, Any] | tuple[str, InvalidInput]] = []
     for entry in entries:
-        whole = {**entry, "process": entry.get("process", shared)}
-        submissions.append({"model_name": entry["model_name"], **request_arguments(whole)})
-    batch = made.jobs.submit_batch(submissions, hub_token=hub_token(), submitter=caller_name())
+        if "refused" in entry:
+            submissions.append((entry["model_name"], InvalidInput(entry["refused"])))
+        else:
+            whole = {**entry, "process": entry.get("process", shared)}
+            submissions.append({"model_name": entry["model_name"], **request_arguments(whole)})
+    batch = made.jobs.batches.submit(submissions, hub_token=hub_token(), submitter=caller_name())
     changed("batch", batch_id=batch["batch_id"], models=len(entries))
     return make_response(jsonify(batch), 202, {"Location": url_for("batches.show_batch", batch_id=batch["batch_id"])})
 
 
 @blp.get(f"/<{BATCH_ID}:batch_id>")
+@blp.arguments(schemas.BatchQuery, location="query")
 @blp.response(200, answers.BatchOut)
 @blp.alt_response(404, schema=answers.ErrorOut)
-def show_batch(batch_id: str) -> Response:
-    """The state of a batch and of each of its models, failures with their reasons."""
-    return jsonify(services().jobs.batch(batch_id))
+def show_batch(query: dict[str, Any], batch_id: str) -> Response:
+    """The state of a batch and of each of its models, a page at a time, failures with their reasons."""
+    return jsonify(services().jobs.batches.get(batch_id, **query))

@@ -18,7 +18,7 @@ from planner.errors import FairshardError, Unavailable
 from web.errors import Refused
 from web.services import services, stopping
 from workers.jobs.jobs import Jobs
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 
 #: Between two looks for events, in seconds.
 _POLL_S = 0.25

@@ -48,12 +48,14 @@ def show_plan(plan_id: str) -> Response:
 
 
 @blp.delete(f"/<{PLAN_ID}:plan_id>")
+@blp.arguments(schemas.DeleteQuery, location="query")
 @blp.response(202, answers.AcceptedOut, headers=LOCATION)
 @blp.alt_response(404, schema=answers.ErrorOut)
+@blp.alt_response(409, schema=answers.ErrorOut, description="An unfinished job uses it; the error names the job.")
 @needs("admin")
-def delete_plan(plan_id: str) -> Response:
+def delete_plan(query: dict[str, Any], plan_id: str) -> Response:
     """Have a plan forgotten, in the metadata store as well, and its shard deleted by each node."""
-    job = services().jobs.submit_delete(plan_id, submitter=caller_name())
+    job = services().jobs.submit_delete(plan_id, **query, submitter=caller_name())
     changed("delete", plan_id=plan_id, job_id=job["job_id"])
     return accepted(job, "The plan is forgotten, then its nodes delete their shards.")
 

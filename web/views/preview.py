@@ -14,6 +14,7 @@ from planner.replicas.to_json import replicas_to_json
 from planner.wire.read import cluster_from_json, options_from_json, plan_to_json, profile_from_json
 from web.schemas.bodies import plan_options
 from web.services import services
+from workers.settings import HubSettings
 
 #: Layers × nodes that one preview may plan; it runs in the server, not in a worker.
 _LARGEST = 10_000_000
@@ -50,7 +51,8 @@ def preview(given: dict[str, Any]) -> dict[str, Any]:
     if replicas is not None:
         check_replicas(options, replicas)
     plan = make_plan(profile, cluster, options, generated_at=_now())
-    answer = {"success": True, **plan_to_json(plan), "job_id": None, "explanation": explain(plan)}
+    url = HubSettings.from_env().url(plan.model_name)
+    answer = {"success": True, **plan_to_json(plan, model_url=url), "job_id": None, "explanation": explain(plan)}
     if given.get("compare"):
         answer["comparison"] = {
             name: _outcome(outcome) for name, outcome in compare(profile, cluster, options).items()

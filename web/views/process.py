@@ -17,7 +17,7 @@ from web.schemas.openapi import LOCATION, Blueprint, header
 from web.services import services, stopping
 from web.views.jobs import accepted
 from web.views.prefer import Waiting, waiting
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 
 blp = Blueprint("process", __name__, url_prefix="/api", description="Plan and split profiled models.")
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Self
 
-from planner.errors import FairshardError, NodeFailure, NotFound, Unavailable
-from planner.names import check_model_name
+from planner.errors import Conflict, FairshardError, NodeFailure, NotFound, Unavailable
+from workers.jobs import kinds
+from workers.jobs.batches import Batches
+from workers.jobs.intake import Intake
+from workers.jobs.journal import Accepted
+from workers.jobs.kinds import NewJob
 from workers.jobs.replay import replay
-from workers.jobs.submissions import JobView, Submissions
 from workers.ledger.connection import eviction, reachable
-from workers.ledger.ledger import ENDED
-from workers.ledger.views import accepted_view, batch_view, failed_view
+from workers.ledger.steps import ENDED
+from workers.ledger.views import accepted_view
+from workers.service.services import Services
+from workers.settings import QueueSettings, Settings
+
+#: A job as JSON; the fields are those of `workers.ledger.views.Views.job`.
+JobView = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -24,87 +32,145 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 
 
-class Jobs(Submissions):
+class Jobs:
     """Submits jobs and answers about them; the web floor and the command line talk to this alone."""
 
-    def submit_batch(
-        self, entries: Sequence[Mapping[str, Any]], *, hub_token: str | None = None, submitter: str | None = None
-    ) -> dict[str, Any]:
-        """Submit many requests at once; each entry has the fields of `submit_request`.
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        *,
+        journal: bool = False,
+        queue: QueueSettings | None = None,
+        max_queued: int | None = None,
+        max_per_submitter: int | None = None,
+    ) -> Self:
+        """The jobs of the Redis and the store that the settings name; connects at the first call, not here.
 
-        Returns:
-            As `batch`. An entry that is refused is in it as a failed one with its error; the others go on. So are
-            those that were left when Redis went away, once any was accepted.
+        Args:
+            settings: As `Settings.from_env()` gives them.
+            journal: Whether accepted jobs are written to `<data>/journal.sqlite` first, and metadata and plans kept
+                in `<data>/store` (the web process does).
+            queue: Default: from the environment.
+            max_queued: Refuse jobs when so many are unfinished.
+            max_per_submitter: Refuse a submitter's when so many of his are.
+        """
+        from workers.celery_app import create_app
+        from workers.queue.messages import sender
+
+        queue = queue or QueueSettings.from_env()
+        # No result backend: nobody here waits for Celery.
+        app = create_app(settings, queue, results=False)
+        # A caller is told within five seconds that Redis is away, whatever way it is.
+        services = Services(settings=settings, queue=queue, wake=sender(app), redis_timeout_s=2.0, keeper=journal)
+        return cls(services, journal=journal, max_queued=max_queued, max_per_submitter=max_per_submitter)
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        journal: bool = False,
+        max_queued: int | None = None,
+        max_per_submitter: int | None = None,
+    ) -> None:
+        """See `from_settings`."""
+        self._services = services
+        self._journals = journal
+        self._limits: dict[str, Any] = {"max_queued": max_queued, "max_per_submitter": max_per_submitter}
+
+    @cached_property
+    def _journal(self) -> Accepted | None:
+        return Accepted(self._services.settings.data_dir / "journal.sqlite") if self._journals else None
+
+    @cached_property
+    def _intake(self) -> Intake:
+        return Intake(self._services, self._journal, **self._limits)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Many requests in one call."""
+        return Batches(self._services, self._journal, intake=self._intake)
+
+    def submit_request(
+        self,
+        model_name: str,
+        *,
+        hub_token: str | None = None,
+        submitter: str | None = None,
+        **fields: Any,
+    ) -> JobView:
+        """Have a model profiled, and with `process` planned and split.
+
+        Args:
+            model_name: "owner/name", or a name that the Hub resolves without its owner.
+            hub_token: The user's own token; kept encrypted until the job ends.
+            submitter: Whom it counts against.
+            fields: As `workers.jobs.kinds.request` takes them.
 
         Raises:
-            Unavailable: If nothing was accepted.
+            InvalidInput, LimitExceeded, Unavailable.
         """
-        batch_id = secrets.token_hex(16)
-        # Ids are drawn, and written, before anything is accepted: whatever ends this, its jobs have their batch.
-        jobs: list[dict[str, Any]] = [
-            {"model_name": str(entry.get("model_name"))[:200], "job_id": secrets.token_hex(16)} for entry in entries
-        ]
-        record = {"created_at": time.time(), "jobs": jobs}
-        views: list[JobView] = []
-        away: Unavailable | None = None
-        try:
-            self._keep_batch(batch_id, record)
-            for entry, job in zip(entries, jobs, strict=True):
-                try:
-                    if away is not None:
-                        raise away
-                    more = {"submitter": submitter, "batch_id": batch_id, "job_id": job["job_id"]}
-                    view = self.submit_request(**entry, hub_token=hub_token, **more)
-                except FairshardError as error:
-                    if isinstance(error, Unavailable):
-                        if not any(view["job_id"] for view in views):
-                            raise
-                        away = error
-                    cause = {"code": error.code, "message": str(error), "details": error.details}
-                    job.update(job_id=None, error=cause)
-                    view = {**failed_view(cause), "job_id": None}
-                else:
-                    job["job_id"] = view["job_id"]
-                views.append(view)
-        except Unavailable:
-            if self._journal is not None:
-                self._journal.forget_batch(batch_id)
-            raise
-        with contextlib.suppress(Unavailable):  # then the first record stands
-            self._keep_batch(batch_id, record, away=away is not None)
-        return batch_view(batch_id, record, views)
+        name = self._services.canonical(model_name, token=hub_token)
+        return self._submit(kinds.request(name, **fields), hub_token=hub_token, submitter=submitter)
 
-    def _keep_batch(self, batch_id: str, record: Mapping[str, Any], *, away: bool = False) -> None:
-        services, keep_s = self._services, self._services.queue.job_ttl_s
-        if self._journal is not None:
-            self._journal.record_batch(batch_id, record, keep_s=keep_s)
-        if not away:
-            key, keep_ms = f"{services.queue.prefix}batch:{batch_id}", round(1000 * keep_s)
-            with reachable():
-                services.redis.set(key, json.dumps(record), px=keep_ms)
+    def submit_process(
+        self, model_name: str, *, hub_token: str | None = None, submitter: str | None = None, **options: Any
+    ) -> JobView:
+        """Have a profiled model planned and, with `split`, its shards cut.
 
-    def batch(self, batch_id: str) -> dict[str, Any]:
-        """`{batch_id, state, counts: {<state>: n}, created_at, jobs: [{model_name, job_id, state, step, error}]}`.
+        Args:
+            model_name: "owner/name", or a name that the Hub resolves without its owner.
+            hub_token: As for a request.
+            submitter: Whom it counts against.
+            options: As `workers.jobs.params.process_params` takes them.
 
         Raises:
-            NotFound: If there is no such batch.
+            Conflict: If there is neither metadata nor a running request for the model.
+            InvalidInput, LimitExceeded, Unavailable.
         """
-        record = self._journal.batch(batch_id) if self._journal is not None else None
-        if record is None:
-            with reachable():
-                text: Any = self._services.redis.get(f"{self._services.queue.prefix}batch:{batch_id}")
-            if text is None:
-                raise NotFound(f"there is no batch {batch_id[:64]!r}")
-            record = json.loads(text)
-        return batch_view(batch_id, record, [self._batch_entry(entry) for entry in record["jobs"]])
+        model_name = self._services.canonical(model_name, token=hub_token)
+        new = kinds.process(model_name, **options)
+        if not new.params["metadata_repo"]:
+            running = self._services.ledger.running_request(model_name)
+            if not running and not self._services.profiled(model_name):
+                raise Conflict(
+                    f"there is no metadata of {model_name} and no request that makes it: POST /api/request first "
+                    f"('fairshard submit {model_name}' does both), or name a metadata_repo that has it",
+                    details={"model_name": model_name},
+                )
+            new = kinds.from_profile(new, waits_for=running, newest=self._services.newest_record(model_name))
+        return self._submit(new, hub_token=hub_token, submitter=submitter)
 
-    def _batch_entry(self, entry: Mapping[str, Any]) -> JobView:
-        if entry["job_id"] is None:
-            return failed_view(entry.get("error"))
-        try:
-            return self.job(entry["job_id"])
-        except NotFound as error:
-            return failed_view({"code": error.code, "message": str(error), "details": {}})
+    def submit_delete(self, plan_id: str, *, force: bool = False, submitter: str | None = None) -> JobView:
+        """Have a plan forgotten, and its shards deleted by the nodes that hold them.
+
+        Args:
+            plan_id: The plan's id.
+            force: Cancel the jobs that use it first.
+            submitter: Whom it counts against.
+
+        Raises:
+            NotFound: If there is no such plan.
+            Conflict: If unfinished jobs use it, and it is not forced.
+            LimitExceeded, Unavailable.
+        """
+        plan = self._services.plans.get(plan_id)
+        using = self._services.ledger.using_plan(plan_id)
+        if using and not force:
+            raise Conflict(
+                f"job {using[0]} is using plan {plan_id} ({len(using)} in all): wait for its end, cancel it, or "
+                "delete the plan with ?force=true, which ends it first",
+                details={"plan_id": plan_id, "job_ids": using[:100]},
+            )
+        for job_id in using:
+            self.cancel(job_id)
+        return self._submit(kinds.delete(plan, alive=self._services.registry.alive_ids()), submitter=submitter)
+
+    def _submit(self, new: NewJob, **more: Any) -> JobView:
+        (view,) = self._intake.accept({secrets.token_hex(16): new}, **more)
+        if isinstance(view, FairshardError):
+            raise view
+        return view
 
     def job(self, job_id: str) -> JobView:
         """The job; one that was accepted but that Redis has yet to hear of is `queued`.
@@ -113,7 +179,7 @@ class Jobs(Submissions):
             NotFound: If there is no such job.
         """
         try:
-            return self._services.ledger.job(job_id)
+            return self._services.ledger.views.job(job_id)
         except NotFound:
             entry = self._journal.get(job_id) if self._journal is not None else None
             if entry is None:
@@ -130,7 +196,9 @@ class Jobs(Submissions):
         offset: int = 0,
     ) -> list[JobView]:
         """Jobs, newest first, without `steps`."""
-        return self._services.ledger.jobs(state=state, model_name=model_name, kind=kind, limit=limit, offset=offset)
+        return self._services.ledger.views.jobs(
+            state=state, model_name=model_name, kind=kind, limit=limit, offset=offset
+        )
 
     def cancel(self, job_id: str) -> JobView:
         """Cancel a job (one that ended stays as it is), and return it.
@@ -141,7 +209,7 @@ class Jobs(Submissions):
         ledger, journal = self._services.ledger, self._journal
         try:
             ledger.cancel(job_id)
-            view = ledger.job(job_id)
+            view = ledger.views.job(job_id)
         except NotFound:
             # Accepted, and lost by Redis: it is not submitted again.
             if journal is None or not journal.cancel(job_id):
@@ -163,8 +231,8 @@ class Jobs(Submissions):
             time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
 
     def events(self, job_id: str, *, after: str = "0", limit: int = 100) -> list[tuple[str, dict[str, Any]]]:
-        """As `Ledger.events`."""
-        return self._services.ledger.events(job_id, after=after, limit=limit)
+        """As `Views.events`."""
+        return self._services.ledger.views.events(job_id, after=after, limit=limit)
 
     def plan(self, plan_id: str) -> dict[str, Any]:
         """A plan's JSON (`planner.wire.read.plan_to_json`, with `job_id` beside).
@@ -180,7 +248,7 @@ class Jobs(Submissions):
         Raises:
             NotFound: If there is none.
         """
-        return self._services.plans.latest(check_model_name(model_name))
+        return self._services.plans.latest(self._services.canonical(model_name))
 
     def plans(self, *, model_name: str | None = None, limit: int = 50, offset: int = 0) -> list[dict[str, Any]]:
         """`[{plan_id, model_name, revision, strategy, node_ids, generated_at, job_id}]`, newest first."""
@@ -194,7 +262,7 @@ class Jobs(Submissions):
         """
         from planner.wire.read import profile_to_json
 
-        return profile_to_json(self._services.newest_profile(check_model_name(model_name), revision=revision))
+        return profile_to_json(self._services.newest_profile(self._services.canonical(model_name), revision=revision))
 
     def nodes(self, *, limit: int | None = None, offset: int = 0) -> list[dict[str, Any]]:
         """Nodes alive, by id; with `limit` that many, after the first `offset`.

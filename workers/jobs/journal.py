@@ -23,11 +23,11 @@ _BUSY_S = 2.0
 _FRESH_S = 2.0
 
 
-class _Entry:
-    """A row on its way to the disk."""
+class _Entries:
+    """Rows of one call on their way to the disk."""
 
-    def __init__(self, row: tuple[str, str, int]) -> None:
-        self.row = row
+    def __init__(self, rows: list[tuple[str, str, int]]) -> None:
+        self.rows = rows
         self.written = False
         self.error: Unavailable | None = None
 
@@ -43,7 +43,7 @@ class Accepted:
         self._path = path
         self._lock = threading.Lock()
         #: Entries that threads wait to see on disk: whoever has the lock next writes them all at once.
-        self._waiting: list[_Entry] = []
+        self._waiting: list[_Entries] = []
         self._queueing = threading.Lock()
         #: What was to be forgotten and could not yet.
         self._owed: set[str] = set()
@@ -98,10 +98,12 @@ class Accepted:
             row = self._db.execute(query, values).fetchone()
         return row and row[0]
 
-    def record(self, job_id: str, entry: Mapping[str, Any]) -> None:
-        """Write an accepted job; on disk when this returns."""
+    def record(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write accepted jobs by their ids, all or none; on disk when this returns."""
         now = time.time_ns() // 1_000_000
-        mine = _Entry((job_id, json.dumps({**entry, "created_at": now}), now))
+        mine = _Entries(
+            [(job_id, json.dumps({**entry, "created_at": now}), now) for job_id, entry in entries.items()]
+        )
         with self._queueing:
             self._waiting.append(mine)
         with self._lock:
@@ -113,15 +115,16 @@ class Accepted:
     def _write_waiting(self) -> None:
         """Write all that wait: a sync takes milliseconds, for one entry as for thirty."""
         with self._queueing:
-            batch, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, []
         error: Unavailable | None = None
         try:
             with self._transaction() as db:
-                db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", [entry.row for entry in batch])
+                rows = (row for entries in waiting for row in entries.rows)
+                db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", rows)
         except Unavailable as failure:
             error = failure
-        for entry in batch:
-            entry.written, entry.error = True, error
+        for entries in waiting:
+            entries.written, entries.error = True, error
 
     def forget(self, job_ids: Sequence[str]) -> None:
         """Drop jobs that ended, or that were not accepted after all; what can't be dropped now goes with the next."""

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from workers.jobs.journal import Accepted
-from workers.ledger.ledger import ENDED, Ledger, StepSpec
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import ENDED, StepSpec
 
 #: An entry of the journal that is younger may still be on its way to Redis, in milliseconds.
 YOUNG_MS = 5000

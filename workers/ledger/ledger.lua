@@ -24,7 +24,7 @@ local function count(name) redis.call('HINCRBY', P .. 'counters', name, 1) end
 local function event(job, ...)
   redis.call('XADD', P .. 'events:' .. job, 'MAXLEN', '~', EVENTS_KEPT, '*', 'at', string.format('%d', now), ...)
 end
--- How long the step that is done ran: a count by the least bound that it kept, and the sum. Bounds as in reads.py.
+-- How long the step that is done ran: a count by the least bound that it kept, and the sum. Bounds as in ledger.py.
 local STEP_BOUNDS_S = {'0.1', '0.5', '2', '10', '60', '300', '1800', '7200'}
 local function took(step, begun)
   local ms, kind, within = math.max(0, now - begun), string.match(step, '^[^:]+'), '+Inf'
@@ -34,6 +34,9 @@ local function took(step, begun)
   redis.call('HINCRBY', P .. 'counters:step_seconds', kind .. ' ' .. within, 1)
   redis.call('HINCRBY', P .. 'counters:step_seconds', kind .. ' ms', ms)
 end
+local EVICTED = cjson.encode({code = 'unavailable', details = {evicted = true},
+  message = 'Redis dropped a part of this job to free memory: its maxmemory-policy evicts; set it to noeviction ' ..
+    '(redis-cli CONFIG SET maxmemory-policy noeviction), and submit the job again'})
 local OPEN = {waiting = true, queued = true, running = true}
 local ENDED = {done = true, failed = true, cancelled = true}
 
@@ -86,7 +89,7 @@ end_job = function(job, state, err)
   if present(err) then redis.call('HSET', key, 'error', err) end
   if present(found[2]) and get(P .. 'flight', found[2]) == job then redis.call('HDEL', P .. 'flight', found[2]) end
   redis.call('ZREM', P .. 'unfinished', job)
-  redis.call('ZREM', P .. 'requests:' .. found[3], job)
+  redis.call('ZREM', P .. 'requests:' .. (found[3] or ''), job)
   if present(found[4]) and redis.call('HINCRBY', P .. 'submitters', found[4], -1) <= 0 then
     redis.call('HDEL', P .. 'submitters', found[4])
   end
@@ -94,7 +97,7 @@ end_job = function(job, state, err)
   redis.call('DEL', P .. 'token:' .. job, P .. 'payload:' .. job .. ':profile')
   count('jobs_' .. state .. '_total')
   event(job, 'event', 'ended', 'state', state, 'error', err or '')
-  local ttl = tonumber(found[5])
+  local ttl = tonumber(found[5] or OVER_MS)
   redis.call('ZADD', P .. 'ended', now + ttl, job)
   redis.call('SET', P .. 'over:' .. job, state, 'PX', string.format('%d', math.max(ttl, OVER_MS)))
   redis.call('PEXPIRE', key, ttl)
@@ -125,7 +128,7 @@ local function put_step(job, spec)
   if not OPEN[was] then redis.call('HINCRBY', job_key(job), 'open', 1) end
   redis.call('HSET', key, 'state', 'waiting', 'task', spec.task, 'queue', spec.queue, 'node_id', spec.node_id or '',
     'args', spec.args or '', 'next', '', 'pending', #spec.after, 'attempts', 0, 'max', spec.max_attempts)
-  redis.call('HDEL', key, 'error', 'progress', 'result', 'started_at', 'ended_at')
+  redis.call('HDEL', key, 'error', 'progress', 'result', 'started_at', 'ended_at', 'task_id')
   redis.call('HINCRBY', key, 'fence', was and 1 or 0)
   redis.call('ZREM', P .. 'due', job .. '|' .. spec.name)
   redis.call('HDEL', P .. 'running', job .. '|' .. spec.name)
@@ -163,6 +166,15 @@ local function put_steps(job, specs)
       make_due(job, spec.name, 0)
     end
   end
+end
+
+-- Whether Redis has all of an unfinished job; one that it dropped a part of ends here, as failed.
+local function whole(job)
+  local found, all = redis.call('HMGET', job_key(job), 'kind', 'params', 'steps', 'ttl'), true
+  for _, value in ipairs(found) do all = all and value end
+  for _, step in ipairs(words(found[3])) do all = all and get(step_key(job, step), 'task') end
+  if not all then end_job(job, 'failed', EVICTED) end
+  return all
 end
 
 -- Whether (job, step, fence) may still write: 'ok', or why not.
@@ -225,7 +237,7 @@ end
 local operations = {}
 
 operations.submit = function(job, text)
-  if redis.call('EXISTS', job_key(job), P .. 'over:' .. job) > 0 then return answer('existing', job) end
+  if get(job_key(job), 'state') or redis.call('EXISTS', P .. 'over:' .. job) > 0 then return answer('existing', job) end
   local given = cjson.decode(text)
   if present(given.flight) then
     local running = get(P .. 'flight', given.flight)
@@ -260,15 +272,18 @@ operations.submit = function(job, text)
   redis.call('ZADD', P .. 'jobs', now, job)
   redis.call('ZADD', P .. 'unfinished', now, job)
   if given.kind == 'request' then redis.call('ZADD', P .. 'requests:' .. given.model_name, now, job) end
+  -- Steps that outlived their job (Redis dropped it alone, and it comes back) are not counted as open.
+  for _, spec in ipairs(given.steps) do redis.call('DEL', step_key(job, spec.name)) end
   count('jobs_submitted_total')
   event(job, 'event', 'submitted', 'state', 'queued')
   put_steps(job, given.steps)
   return answer('created', job)
 end
 
-operations.claim = function(job, step, owner, lease_ms)
+operations.claim = function(job, step, owner, lease_ms, task_id)
   local state = get(job_key(job), 'state')
   if not state then return answer('unknown') end
+  if not ENDED[state] and not whole(job) then return answer('closed') end
   local key = step_key(job, step)
   local found = redis.call('HMGET', key, 'state', 'owner', 'lease', 'attempts', 'max', 'not_before', 'fence')
   if not found[1] then return answer('unknown') end
@@ -290,7 +305,7 @@ operations.claim = function(job, step, owner, lease_ms)
     redis.call('HSET', key, 'fence', math.max(number(key, 'fence') + 1, now))
   end
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'attempts', attempts, 'started_at', now,
-    'lease', now + tonumber(lease_ms))
+    'lease', now + tonumber(lease_ms), 'task_id', task_id)
   redis.call('HDEL', key, 'progress')
   redis.call('ZADD', P .. 'due', now + tonumber(lease_ms), job .. '|' .. step)
   redis.call('HSET', P .. 'running', job .. '|' .. step, owner)
@@ -321,6 +336,7 @@ operations.commit = function(job, step, fence, text)
   local how = standing(job, step, fence)
   if how == 'done' then return answer('ok') end -- the client's retry of the same commit
   if how ~= 'ok' then return answer(how) end
+  if not whole(job) then return answer('fenced') end
   local given, key = cjson.decode(text), step_key(job, step)
   redis.call('HSET', key, 'result', given.result)
   redis.call('HDEL', key, 'error')
@@ -403,6 +419,41 @@ local function mend_clock(limit, lease_ms)
       redis.call('ZADD', P .. 'due', now, member)
     end
   end
+end
+
+-- After Redis dropped keys: what remains of each of these jobs is enough, or the job ends.
+operations.mend = function(...)
+  local ended = 0
+  for _, job in ipairs({...}) do
+    local key = job_key(job)
+    local found = redis.call('HMGET', key, 'state', 'created_at', 'held')
+    local awaited = present(found[3]) and (get(job_key(found[3]), 'state') or redis.call('GET', P .. 'over:' .. found[3]))
+    if not found[1] or ENDED[found[1]] then
+      -- Gone: the journal has it. Ended: nothing is owed.
+    elseif not whole(job) then
+      ended = ended + 1
+    elseif present(found[3]) and (not awaited or ENDED[awaited] and awaited ~= 'done') then
+      end_job(job, 'failed', EVICTED)
+      ended = ended + 1
+    else
+      redis.call('ZADD', P .. 'unfinished', 'NX', found[2], job)
+      redis.call('ZADD', P .. 'jobs', 'NX', found[2], job)
+      if awaited == 'done' then release(job) elseif awaited then redis.call('SADD', P .. 'waiters:' .. found[3], job) end
+      for _, step in ipairs(words(get(key, 'steps'))) do
+        local was, member = redis.call('HMGET', step_key(job, step), 'state', 'node_id', 'lease', 'owner'), job .. '|' .. step
+        if OPEN[was[1]] and present(was[2]) then
+          redis.call('SADD', P .. 'at:' .. was[2], member)
+          redis.call('SADD', P .. 'nodes_in_use', was[2])
+        end
+        if was[1] == 'queued' then redis.call('ZADD', P .. 'due', 'NX', now, member) end
+        if was[1] == 'running' then
+          redis.call('ZADD', P .. 'due', 'NX', was[3], member)
+          redis.call('HSET', P .. 'running', member, was[4])
+        end
+      end
+    end
+  end
+  return answer(tostring(ended))
 end
 
 operations.overdue = function(limit, lease_ms)

@@ -24,6 +24,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,16 +32,14 @@ from redis import Redis
 
 from planner.errors import FairshardError, LimitExceeded
 from workers.ledger.connection import reachable
-from workers.ledger.reads import LedgerReads, no_job
-from workers.ledger.steps import ENDED, Claimed, JobState, Refusal, Standing, StepSpec, StepState, Submission, Wakeup
+from workers.ledger.steps import Claimed, Refusal, Standing, StepSpec, Submission, Wakeup
+from workers.ledger.views import Views, no_job
 
-__all__ = [
-    "ENDED", "Claimed", "JobState", "Ledger", "Refusal", "Standing", "StepSpec", "StepState", "Submission", "Wakeup",
-    "no_job", "reachable",
-]  # fmt: skip
+#: Bounds of the histogram of steps' durations, in seconds; the same as in ledger.lua.
+STEP_BOUNDS_S = ("0.1", "0.5", "2", "10", "60", "300", "1800", "7200", "+Inf")
 
 
-class Ledger(LedgerReads):
+class Ledger:
     """Jobs and steps; torch-free, Flask-free, Celery-free.
 
     Redis that cannot be reached raises `planner.errors.Unavailable` from every method.
@@ -57,7 +56,11 @@ class Ledger(LedgerReads):
         job_ttl_s: float = 7 * 86400.0,
     ) -> None:
         """Use `redis`; `wake` sends the messages (the reconciler sends again what it loses)."""
-        super().__init__(redis, prefix=prefix)
+        #: Any: redis-py types each answer as bytes or str; this client decodes, so it is str.
+        self.redis: Any = redis
+        self.prefix = prefix
+        #: Jobs as users see them.
+        self.views = Views(redis, prefix=prefix)
         self.lease_ms = round(lease_s * 1000)
         self._wake = wake
         self._max_attempts = max_attempts
@@ -167,9 +170,12 @@ class Ledger(LedgerReads):
         return outcome == "cancelled"
 
     # -- what workers do -----------------------------------------------------------------------------------------
-    def claim(self, job_id: str, step: str, *, owner: str) -> Claimed | Refusal:
-        """Take a step for `lease_s`; `owner` is unique to this call, so that a retried call is one claim."""
-        how, *values = self._run("claim", job_id, step, owner, self.lease_ms)
+    def claim(self, job_id: str, step: str, *, owner: str, task_id: str = "") -> Claimed | Refusal:
+        """Take a step for `lease_s`, for the Celery task `task_id`.
+
+        `owner` is unique to this call, so that a retried call is one claim.
+        """
+        how, *values = self._run("claim", job_id, step, owner, self.lease_ms, task_id)
         if how != "claimed":
             return how  # type: ignore[return-value]
         fence, attempt, params, model_name, lost, kind, args = values
@@ -238,6 +244,19 @@ class Ledger(LedgerReads):
         """
         return int(self._run("overdue", limit, self.lease_ms)[0])
 
+    def mend(self) -> int:
+        """After Redis evicted keys: have each unfinished job go on with what is left, or end if that is not enough.
+
+        Jobs that are gone altogether come back from the web's journal.
+
+        Returns:
+            How many ended.
+        """
+        begin = f"{self.prefix}job:"
+        with reachable():
+            found = [key.removeprefix(begin) for key in self.redis.scan_iter(f"{begin}*", count=1000)]
+        return sum(int(self._run("mend", *found[at : at + 100])[0]) for at in range(0, len(found), 100))
+
     def lose_node(self, node_id: str) -> int:
         """Close the dead node's steps and have their jobs planned again, or wait, by each job's policy.
 
@@ -250,6 +269,96 @@ class Ledger(LedgerReads):
             "details": {"node_id": node_id},
         }
         return int(self._run("lose", node_id, json.dumps(error))[0])
+
+    # -- what others need to know --------------------------------------------------------------------------------
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges by name: jobs_<state>_total, steps_<state>_total, jobs_unfinished, steps_due, ..."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.hgetall(f"{self.prefix}counters")
+            pipeline.zcard(f"{self.prefix}unfinished")
+            pipeline.zcard(f"{self.prefix}due")
+            counters, unfinished, due = pipeline.execute()
+        return {name: float(value) for name, value in counters.items()} | {
+            "jobs_unfinished": float(unfinished),
+            "steps_due": float(due),
+        }
+
+    def step_seconds(self) -> dict[str, tuple[list[tuple[str, int]], float]]:
+        """How long steps that were done took: kind of step -> (`(at most seconds, how many)` up to "+Inf", sum)."""
+        with reachable():
+            found = self.redis.hgetall(f"{self.prefix}counters:step_seconds")
+        counted: dict[str, dict[str, int]] = {}
+        for field, value in found.items():
+            kind, _, bound = field.partition(" ")
+            counted.setdefault(kind, {})[bound] = int(value)
+        result = {}
+        for kind, buckets in counted.items():
+            total_ms = buckets.pop("ms")
+            sums = accumulate(buckets.get(bound, 0) for bound in STEP_BOUNDS_S)
+            result[kind] = (list(zip(STEP_BOUNDS_S, sums, strict=True)), total_ms / 1000)
+        return result
+
+    def running_request(self, model_name: str) -> str | None:
+        """The newest unfinished request for the model, or None."""
+        with reachable():
+            found = self.redis.zrevrange(f"{self.prefix}requests:{model_name}", 0, 0)
+        return str(found[0]) if found else None
+
+    def using_plan(self, plan_id: str) -> list[str]:
+        """Unfinished jobs that made this plan, and have its shards cut."""
+        with reachable():
+            ids = self.redis.zrange(f"{self.prefix}unfinished", 0, -1)
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "result")
+            results = pipeline.execute()
+        return [
+            job for job, text in zip(ids, results, strict=True) if text and json.loads(text).get("plan_id") == plan_id
+        ]
+
+    def states(self, job_ids: Sequence[str]) -> list[str | None]:
+        """The jobs' states in one round trip, of ended ones for 30 days; None where Redis knows no such job."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "state")
+                pipeline.get(f"{self.prefix}over:{job_id}")
+            found = pipeline.execute()
+        return [state or over for state, over in zip(found[::2], found[1::2], strict=True)]
+
+    def result(self, job_id: str, step: str) -> dict[str, Any] | None:
+        """What a step of the job was committed with; None if it was not."""
+        with reachable():
+            text = self.redis.hget(f"{self.prefix}step:{job_id}:{step}", "result")
+        return json.loads(text) if text else None
+
+    def job_result(self, job_id: str) -> dict[str, Any]:
+        """The job's result so far; {} if there is none."""
+        with reachable():
+            text = self.redis.hget(f"{self.prefix}job:{job_id}", "result")
+        return json.loads(text) if text else {}
+
+    def running(self) -> list[tuple[str, str, str]]:
+        """(job, step, worker) of the steps that run now."""
+        with reachable():
+            found = self.redis.hgetall(f"{self.prefix}running")
+        return [(*member.split("|", 1), owner.partition("#")[0]) for member, owner in found.items()]
+
+    def nodes_in_use(self) -> frozenset[str]:
+        """Nodes that alone can run some unfinished step."""
+        with reachable():
+            return frozenset(self.redis.smembers(f"{self.prefix}nodes_in_use"))
+
+    def plans_wanted(self, node_id: str) -> frozenset[str]:
+        """Plans of which the node has a shard to cut."""
+        with reachable():
+            members = self.redis.smembers(f"{self.prefix}at:{node_id}")
+            pipeline = self.redis.pipeline(transaction=False)
+            for member in members:
+                pipeline.hget(f"{self.prefix}step:{member.replace('|', ':', 1)}", "args")
+            found = [json.loads(text) for text in pipeline.execute() if text]
+        return frozenset(args["plan_id"] for args in found if "plan_id" in args)
 
 
 def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ledger's hashes as the JSON that users see."""
+"""Jobs as users see them: the ledger's hashes and streams as JSON, and batches of jobs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from redis import Redis
+
+from planner.errors import NotFound
+from workers.ledger.connection import reachable
 
 
 def instant(milliseconds: str | None) -> str | None:
@@ -30,6 +35,7 @@ def step_view(name: str, fields: Mapping[str, str]) -> dict[str, Any]:
         "progress": parsed(fields.get("progress")),
         "error": parsed(fields.get("error")),
         "node_id": fields.get("node_id") or None,
+        "task_id": fields.get("task_id") or None,
         "started_at": instant(fields.get("started_at")),
         "ended_at": instant(fields.get("ended_at")),
     }
@@ -134,3 +140,112 @@ def _batch_state(counts: Mapping[str, int]) -> str:
         if state in counts:
             return state
     return "done"
+
+
+#: Of 1,000 jobs of a list, newest first, from `begin` on: the ids of those with the wanted state, model and kind
+#: ("": any); before them where to go on, -1: nowhere. On the server: fetching what isn't wanted is slower. In parts:
+#: nobody else is served meanwhile.
+_FIND = """
+local begin, found = tonumber(ARGV[1]), {-1}
+local ids = redis.call('ZREVRANGE', KEYS[1], begin, begin + 999)
+if #ids == 1000 then found[1] = begin + 1000 end
+for _, id in ipairs(ids) do
+  local has = redis.call('HMGET', KEYS[2] .. id, 'state', 'model_name', 'kind')
+  local fits = has[1]
+  for place = 1, 3 do
+    if ARGV[place + 1] ~= '' and has[place] ~= ARGV[place + 1] then fits = false end
+  end
+  if fits then found[#found + 1] = id end
+end
+return found
+"""
+
+
+class Views:
+    """Jobs and what happened in them, as JSON: what users ask of the ledger."""
+
+    def __init__(self, redis: Redis, *, prefix: str) -> None:
+        """Read what lies below `prefix` in `redis`."""
+        #: Any: redis-py types each answer as bytes or str; this client decodes, so it is str.
+        self.redis: Any = redis
+        self.prefix = prefix
+        self._find: Any = redis.register_script(_FIND)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """The job as JSON.
+
+        `{job_id, kind, state, step, steps: [{name, state, attempts, progress: {done, total, what, rate_per_s, eta_s,
+        waits_until} | null, error: {code, message, details} | null, node_id, task_id, started_at, ended_at}],
+        model_name, params, error, result, submitter, batch_id, waits_for, created_at, started_at, ended_at}`; times
+        are RFC 3339 in UTC or null.
+
+        Raises:
+            NotFound: If there is no such job.
+        """
+        with reachable():
+            fields = self.redis.hgetall(f"{self.prefix}job:{job_id}")
+            if not fields:
+                raise no_job(job_id)
+            names = fields.get("steps", "").split()
+            pipeline = self.redis.pipeline(transaction=False)
+            for name in names:
+                pipeline.hgetall(f"{self.prefix}step:{job_id}:{name}")
+            steps = pipeline.execute()
+        return {
+            **job_view(job_id, fields),
+            "steps": [step_view(name, found) for name, found in zip(names, steps, strict=True)],
+        }
+
+    def brief(self, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """`{state, step, error}` of those of the jobs that Redis knows, by id, in one round trip."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hmget(f"{self.prefix}job:{job_id}", "state", "step", "error")
+            found = pipeline.execute()
+        return {
+            job_id: {"state": state, "step": step or None, "error": parsed(error)}
+            for job_id, (state, step, error) in zip(job_ids, found, strict=True)
+            if state
+        }
+
+    def jobs(
+        self,
+        *,
+        state: str | None = None,
+        model_name: str | None = None,
+        kind: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Jobs as JSON, newest first, without their `steps` (see `job`)."""
+        listed = "unfinished" if state in {"queued", "running"} else "jobs"
+        wanted = [state or "", model_name or "", kind or ""]
+        ids: list[str] = []
+        begin = 0
+        with reachable():
+            while len(ids) < offset + limit and begin >= 0:
+                begin, *found = self._find(
+                    keys=[f"{self.prefix}{listed}", f"{self.prefix}job:"], args=[begin, *wanted]
+                )
+                ids += found
+            ids = ids[offset : offset + limit]
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hgetall(f"{self.prefix}job:{job_id}")
+            hashes = pipeline.execute()
+        return [job_view(job_id, fields) for job_id, fields in zip(ids, hashes, strict=True) if fields]
+
+    def events(self, job_id: str, *, after: str = "0", limit: int = 100) -> list[tuple[str, dict[str, Any]]]:
+        """What happened in a job after the event of id `after`: `(event id, {event, at, step, ...})`, oldest first.
+
+        Events are "submitted", "claimed", "progress", "step", "retry", "lost" and, last, "ended". Never blocks: poll.
+        """
+        with reachable():
+            entries = self.redis.xrange(f"{self.prefix}events:{job_id}", min=f"({after}", count=limit)
+        return [(str(event_id), event_view(fields)) for event_id, fields in entries]
+
+
+def no_job(job_id: str) -> NotFound:
+    """The error for a job that nobody knows."""
+    return NotFound(f"there is no job {job_id[:64]!r}: it never was, or it ended longer ago than jobs are kept")

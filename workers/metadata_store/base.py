@@ -46,14 +46,18 @@ class MetadataStore(Protocol):
         """Paths of the published files below the folder `prefix`, sorted; none if there is no such folder."""
 
 
-def profile_path(model_name: str, revision: str | None, batch_size: int, sequence_length: int) -> str:
-    """Where the metadata of a model's revision lies in a store.
+def profile_path(
+    model_name: str, revision: str | None, batch_size: int, sequence_length: int, kv_dtype: str | None = None
+) -> str:
+    """Where the metadata of a model's revision lies in a store; `kv_dtype` only where it is not the model's own.
 
     Raises:
         InvalidInput: If the name, the revision or a size is none.
     """
     commit = check_revision(revision or "unknown").replace("/", "-")
     sizes = f"b{check_batch_size(batch_size)}-s{check_sequence_length(sequence_length)}"
+    if kv_dtype is not None:
+        sizes += f"-kv{check_plan_id(kv_dtype)}"
     return f"profiles/{check_model_name(model_name)}/{commit}/{sizes}.json"
 
 
@@ -69,6 +73,11 @@ def plan_path(plan_id: str) -> str:
         InvalidInput: If `plan_id` is none.
     """
     return f"plans/{check_plan_id(plan_id)}.json"
+
+
+def remade_path(plan_id: str) -> str:
+    """Where a store says when a plan was made again, in which case it is its model's newest although it is older."""
+    return f"plans/{check_plan_id(plan_id)}.again.json"
 
 
 def check_plan_id(plan_id: object) -> str:

@@ -249,10 +249,18 @@ def _check_may(services: Services, queues: set[str]) -> None:
 
 
 def sweep_up(services: Services) -> None:
-    """Remove what interrupted splits left, if nobody wants it."""
-    from workers.queue.sweep import sweep
+    """Remove unfinished shards of plans that no unfinished job wants from this node.
 
-    sweep(services)
+    One that is wanted stays: the split that is repeated goes on from it. One that a live process holds stays too.
+    """
+    settings = services.settings
+    left = {path.name[1:].partition(".partial-")[0] for path in settings.shards_dir.glob(".*.partial-*")}
+    if not left:
+        return
+    from workers.transfer.journal import discard_partials
+
+    for plan_id in left - services.ledger.plans_wanted(settings.node_id):
+        discard_partials(settings.shards_dir / plan_id)
 
 
 def _once(beat: Callable[[], None]) -> None:

@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from planner.errors import AccessDenied, Cancelled, FairshardError, NodeFailure, Unavailable
-from workers.ledger.ledger import Claimed, Ledger, StepSpec
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import Claimed, StepSpec
 from workers.nodes.joining import Joining
 from workers.progress import Pace, watched
 
@@ -94,27 +95,25 @@ class Claim:
         """The step's own."""
         return self.claimed.args
 
-    def result(self, step: str) -> dict[str, Any]:
-        """What another step of the job was committed with; {} if it was not.
+    def result(self, step: str, *, of: str | None = None) -> dict[str, Any]:
+        """What another step of the job (or of the job `of`) was committed with; {} if it was not.
 
         Raises:
             AccessDenied: If it is a node's to run, and it was not that node who committed it.
         """
-        found = self._ledger.result(self.claimed.job_id, step) or {}
+        job_id = of or self.claimed.job_id
+        found = self._ledger.result(job_id, step) or {}
         proof = found.pop(_PROOF, None)
         kind, _, node_id = step.partition(":")
         if found and (node_id or kind in _OF_ANY_NODE):
             by = node_id or str((proof or {}).get("node_id"))
-            if not self.joining.holds(by, self._at(step), found, proof):
+            if not self.joining.holds(by, f"{job_id} {step}", found, proof):
                 raise AccessDenied(
                     f"step {step} was committed by someone who is not {f'node {by}' if node_id else 'a node'} here: "
                     "nothing in the job can be believed; look into who has the password of Redis",
                     details={"step": step},
                 )
         return found
-
-    def _at(self, step: str) -> str:
-        return f"{self.claimed.job_id} {step}"
 
     def job_result(self) -> dict[str, Any]:
         """The job's result so far."""
@@ -200,7 +199,7 @@ class Claim:
 
     def commit(self, result: Mapping[str, Any]) -> str:
         """Store the outcome; waits for a Redis that is away."""
-        proof = self.joining.prove(self.node_id, self._at(self.claimed.step), result)
+        proof = self.joining.prove(self.node_id, f"{self.claimed.job_id} {self.claimed.step}", result)
         signed = {**result, _PROOF: proof} if proof else result
         return _patiently(
             lambda: self._ledger.commit(
@@ -308,6 +307,7 @@ def run_step(
     *,
     owner: str,
     node_id: str = "",
+    task_id: str = "",
     joining: Joining | None = None,
     on_progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
@@ -320,7 +320,7 @@ def run_step(
         FairshardError: What the step failed with for good, after it was recorded (for Celery's own records).
     """
     # A random part makes each claim its own: the client may repeat the call after a timeout.
-    claimed = ledger.claim(job_id, step, owner=f"{owner}#{secrets.token_hex(4)}")
+    claimed = ledger.claim(job_id, step, owner=f"{owner}#{secrets.token_hex(4)}", task_id=task_id)
     if isinstance(claimed, str):
         logger.info("job %s, step %s: nothing to do (%s)", job_id, step, claimed)
         return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import InconsistencyError, KombuError
 
 from workers.ledger.steps import Wakeup
 
@@ -33,23 +34,31 @@ def node_queue(node_id: str) -> str:
 def sender(app: Celery) -> Callable[[Sequence[Wakeup]], None]:
     """What sends the ledger's messages through `app`; a message that can't be sent is the reconciler's to repeat."""
 
+    def send_one(wakeup: Wakeup, producer: Any) -> None:
+        app.send_task(
+            wakeup.task,
+            args=[wakeup.job_id, wakeup.step],
+            kwargs={"version": MESSAGE_VERSION},
+            queue=wakeup.queue,
+            task_id=f"{wakeup.job_id}-{wakeup.step.replace(':', '-')}-{secrets.token_hex(4)}",
+            producer=producer,
+            retry=False,
+            # What Flower and the logs show in place of two bare ids.
+            argsrepr=f"({wakeup.step!r} of {wakeup.model_name!r}, job {wakeup.job_id})",
+            kwargsrepr="{}",
+        )
+
     def send(wakeups: Sequence[Wakeup]) -> None:
         try:
             with app.producer_or_acquire() as producer:
                 for wakeup in wakeups:
-                    app.send_task(
-                        wakeup.task,
-                        args=[wakeup.job_id, wakeup.step],
-                        kwargs={"version": MESSAGE_VERSION},
-                        queue=wakeup.queue,
-                        task_id=f"{wakeup.job_id}-{wakeup.step.replace(':', '-')}-{secrets.token_hex(4)}",
-                        producer=producer,
-                        retry=False,
-                        # What Flower and the logs show in place of two bare ids.
-                        argsrepr=f"({wakeup.step!r} of {wakeup.model_name!r}, job {wakeup.job_id})",
-                        kwargsrepr="{}",
-                    )
-        except (OperationalError, OSError) as error:
+                    try:
+                        send_one(wakeup, producer)
+                    except InconsistencyError:
+                        # Redis lost the queues' bindings (it evicts, or was wiped): they are declared anew.
+                        producer.connection.declared_entities.clear()
+                        send_one(wakeup, producer)
+        except (KombuError, OSError) as error:
             logger.warning("a message was not sent, the reconciler will: %s", error)
 
     return send

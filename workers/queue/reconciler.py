@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from planner.errors import Unavailable
 from workers.ledger.connection import reachable
 from workers.ledger.ledger import Ledger
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 PASS_S = 1.0
 #: Seconds after which the lock of a reconciler that died is free.
 LOCK_S = 5.0
+#: Seconds between two looks at whether Redis evicted keys.
+LOOK_S = 5.0
 #: Seconds that a node is missed before its steps are given up, beyond its own expiry.
 GRACE_S = 2.0
 
@@ -49,6 +53,9 @@ class Reconciler:
         self._last_pass: float | None = None
         #: Until then nobody is given up: after a restart of Redis all nodes have expired, and all come back.
         self._quiet_until = 0.0
+        self._looked = -LOOK_S
+        #: How many keys Redis had evicted when all jobs were last seen to be whole.
+        self._evicted = 0
         self._hold: Any = ledger.redis.register_script(_HOLD)
 
     def holds_lock(self) -> bool:
@@ -81,7 +88,21 @@ class Reconciler:
             if count < 500:
                 break
         self._lose_dead_nodes()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            self._mend()
         return late
+
+    def _mend(self) -> None:
+        try:
+            with reachable():
+                evicted = int(self._ledger.redis.info("stats").get("evicted_keys", 0))
+        except ResponseError:
+            return  # a stand-in that knows no INFO; it evicts nothing
+        if evicted != self._evicted:
+            ended = self._ledger.mend()
+            logger.warning("Redis evicted %d keys; %d jobs ended of it", evicted - self._evicted, ended)
+            self._evicted = evicted
 
     def _lose_dead_nodes(self) -> None:
         in_use = self._ledger.nodes_in_use()

@@ -48,7 +48,8 @@ def step_task(name: str) -> Callable[[Work], Any]:
                     f"({name}, job {job_id}): update this worker"
                 )
             services = current()
-            hostname = str(self.request.hostname)
+            # Of this thread; what tells Flower runs in another, which has no request.
+            hostname, task_id = str(self.request.hostname), str(self.request.id or "")
             own = step.partition(":")[2]
             if own and own != services.settings.node_id:
                 # Left as well: it was not this node's queue, and the ledger sends it again.
@@ -77,9 +78,9 @@ def step_task(name: str) -> Callable[[Work], Any]:
                     ) from error
 
             def tell_flower(progress: Mapping[str, Any]) -> None:
-                # Events are a courtesy: nobody but Flower reads them.
-                with contextlib.suppress(Exception):
-                    self.send_event("task-progress", job_id=job_id, step=step, **progress)
+                # Events are a courtesy: nobody but Flower reads them, and of an event's fields it shows `result`.
+                with contextlib.suppress(Exception), self.app.events.default_dispatcher(hostname) as dispatcher:
+                    dispatcher.send("task-progress", uuid=task_id, result=_in_words(progress), **progress)
 
             return run_step(
                 services.ledger,
@@ -88,6 +89,7 @@ def step_task(name: str) -> Callable[[Work], Any]:
                 limited,
                 owner=hostname,
                 node_id=services.settings.node_id,
+                task_id=task_id,
                 joining=services.joining,
                 on_progress=tell_flower,
             )
@@ -99,6 +101,13 @@ def step_task(name: str) -> Callable[[Work], Any]:
         return shared_task(name=name, bind=True, throws=(FairshardError,))(body)
 
     return decorate
+
+
+def _in_words(progress: Mapping[str, Any]) -> str:
+    done, total, left_s = progress["done"], progress["total"], progress.get("eta_s")
+    share = f"{100 * done / total:.0f} %" if total else f"{done:,}"
+    left = f", {left_s:.0f} s left" if left_s is not None else ""
+    return f"{share}{left}: {progress['what']}" if progress["what"] else f"{share}{left}"
 
 
 def _count(services: Services, name: str) -> None:

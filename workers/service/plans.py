@@ -20,7 +20,7 @@ from planner.errors import FairshardError, InvalidInput, NotFound, Unavailable
 from planner.names import check_model_name
 from planner.wire.documents import dumps, loads_json
 from workers.ledger.connection import reachable
-from workers.metadata_store.base import MetadataStore, check_plan_id, plan_path
+from workers.metadata_store.base import MetadataStore, check_plan_id, plan_path, remade_path
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,19 @@ class Plans:
         self._prefix = prefix
         self._ttl_ms = round(ttl_s * 1000)
 
-    def save(self, plan: Mapping[str, Any]) -> None:
-        """Remember a published plan as its model's newest; equal plans have equal ids."""
-        plan_id, model_name = plan["plan_id"], plan["model_name"]
-        if self._ids(model_name, limit=1) not in ([], [plan_id]):
-            # A plan that is made again was published with the time of the first, before that of the newest until now.
-            published = {name: value for name, value in plan.items() if name != "job_id"}
-            self._store().write({plan_path(plan_id): dumps(published)}, message=f"Plan {plan_id} for {model_name}")
+    def save(self, plan: Mapping[str, Any], *, again: bool = False) -> None:
+        """Remember a published plan as its model's newest; one published before (`again`) stays as it was."""
+        plan_id, model_name, now = plan["plan_id"], plan["model_name"], datetime.now(UTC)
+        if again:
+            newest = self._ids(model_name, limit=1)
+            plan = {"job_id": plan.get("job_id")} | self.get(plan_id)
+            if newest not in ([], [plan_id]):
+                # Else whoever reads the store after Redis was wiped would take the one before it for the newest.
+                note = dumps({"plan_id": plan_id, "generated_at": now.isoformat(timespec="seconds")})
+                self._store().write({remade_path(plan_id): note}, message=f"Plan {plan_id} for {model_name}, again")
         with reachable():
             pipeline = self._redis.pipeline(transaction=True)
-            self._remember(pipeline, plan, time.time())
+            self._remember(pipeline, plan, now.timestamp())
             pipeline.execute()
 
     def get(self, plan_id: str) -> dict[str, Any]:
@@ -115,7 +118,8 @@ class Plans:
             NodeFailure: If the store's folder cannot be written.
             Unavailable: If Redis or the Hub cannot be reached.
         """
-        self._store().write({plan_path(plan_id): None}, message=f"Forget plan {plan_id} for {model_name}")
+        gone = dict.fromkeys((plan_path(plan_id), remade_path(plan_id)))
+        self._store().write(gone, message=f"Forget plan {plan_id} for {model_name}")
         self._forget([(plan_id, model_name)])
 
     def _ids(self, model_name: str | None, *, limit: int, offset: int = 0) -> list[str]:
@@ -190,18 +194,21 @@ class Plans:
         """Remember the store's plans that Redis does not know; whether there was any."""
         store, found = self._store(), {}
         try:
-            paths = store.list("plans")
+            listed = set(store.list("plans"))
         except NotFound:
             # A Hub repository is made when the first thing is published.
             return False
+        paths = [path for path in sorted(listed) if not path.endswith(remade_path("x").removeprefix("plans/x"))]
         with ThreadPoolExecutor(_READERS) as pool:
             for path, plan in zip(paths, pool.map(lambda path: _read(store, path), paths), strict=True):
                 if plan is None:
                     continue
                 found[path] = (plan["plan_id"], plan["model_name"])
+                again = remade_path(plan["plan_id"])
+                made_s = _made_s(loads_json(store.read(again)) if again in listed else plan)
                 with reachable():
                     pipeline = self._redis.pipeline(transaction=True)
-                    self._remember(pipeline, plan, _made_s(plan), unless_known=True)
+                    self._remember(pipeline, plan, made_s, unless_known=True)
                     pipeline.pexpire(key, _READING_MS)
                     pipeline.execute()
         if found:
@@ -226,7 +233,7 @@ def _read(store: MetadataStore, path: str) -> dict[str, Any] | None:
     return None
 
 
-def _made_s(plan: Mapping[str, Any]) -> float:
+def _made_s(plan: Any) -> float:
     """When the plan was made, in seconds since 1970; 0 if it does not say."""
     try:
         when = datetime.fromisoformat(plan["generated_at"])

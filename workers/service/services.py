@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import AccessDenied, NotFound
-from planner.names import check_model_name
+from planner.names import check_asked_name, check_model_name
 from workers.ledger.connection import connect, reachable
-from workers.ledger.ledger import Ledger, Wakeup
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import Wakeup
 from workers.nodes.joining import Joining
 from workers.nodes.registry import Registry
-from workers.settings import QueueSettings, Settings
+from workers.settings import HubSettings, QueueSettings, Settings
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -132,6 +133,20 @@ class Services:
         if self.keeper and self.settings.metadata_repo is None:
             self._own_store.keep()
 
+    def canonical(self, model_name: str, *, token: str | None = None) -> str:
+        """The model's "owner/name"; a name without owner is what the Hub resolves it to.
+
+        Raises:
+            InvalidInput: If it is no name, or the Hub knows no model by it.
+            Unavailable: If the Hub must be asked, and cannot be reached.
+        """
+        if "/" in check_asked_name(model_name):
+            return model_name
+        from workers.checkpoint.hub import canonical_name
+
+        hub = HubSettings.from_env()
+        return canonical_name(model_name, token=token or hub.token, hub=hub)
+
     # -- payloads: too large for messages, gone when they were published ------------------------------------------
     def put_payload(self, job_id: str, name: str, value: Any) -> None:
         """Keep JSON between two steps of a job, for at most a day."""
@@ -163,14 +178,19 @@ class Services:
 
     def profiled(self, model_name: str) -> bool:
         """Whether this service has metadata of the model."""
-        with reachable():
-            if self.redis.hexists(f"{self.queue.prefix}profiles", model_name):
-                return True
+        if self.newest_record(model_name) is not None:
+            return True
         try:
             self.newest_profile(model_name)
         except NotFound:
             return False
         return True
+
+    def newest_record(self, model_name: str) -> dict[str, Any] | None:
+        """Where the model's newest profile lies, as `profile_published` was told; None if Redis knows of none."""
+        with reachable():
+            known: Any = self.redis.hget(f"{self.queue.prefix}profiles", model_name)
+        return json.loads(known) if known else None
 
     def newest_profile(
         self, model_name: str, *, repo: str | None = None, revision: str | None = None, token: str | None = None
@@ -189,10 +209,8 @@ class Services:
         from workers.uploader import latest_profile, load_profile
 
         if repo is None and revision is None:
-            with reachable():
-                known: Any = self.redis.hget(f"{self.queue.prefix}profiles", model_name)
-            if known:
-                record = json.loads(known)
+            record = self.newest_record(model_name)
+            if record is not None:
                 return load_profile(self.store(), record["path"], revision=record["commit"])
         return latest_profile(self.store(repo, token=token), model_name, revision=revision)
 
@@ -210,7 +228,11 @@ class Services:
         from workers.uploader import load_profile
 
         if where.get("path"):
-            profile = load_profile(self.store(), where["path"], revision=where.get("commit"))
+            try:
+                profile = load_profile(self.store(), where["path"], revision=where.get("commit"))
+            except NotFound:
+                # A Redis that was wiped has what the keepers gave back, under other commits.
+                profile = load_profile(self.store(), where["path"])
         else:
             profile = self.newest_profile(
                 where["model_name"], repo=where.get("repo"), revision=where.get("revision"), token=token

@@ -72,7 +72,7 @@ class Roles:
     def flower(self, port: int) -> Role:
         """Flower, where tasks can be watched."""
         # By default its list leaves out the arguments: job and step.
-        columns = "--tasks_columns=name,args,state,received,runtime,worker,uuid"
+        columns = "--tasks_columns=name,args,state,result,received,runtime,worker,uuid"
         argv = (*_CELERY, "flower", f"--address={HOST}", f"--port={port}", columns)
         return self._role("flower", argv, env=self.common, grace_s=10, without=_HUB_TOKENS)
 

@@ -30,7 +30,7 @@ from planner.wire.read import cluster_from_json, plan_from_json, plan_to_json
 from workers.disk.paths import is_inner, within
 from workers.downloader import download, resolve
 from workers.generator import generate
-from workers.ledger.ledger import StepSpec
+from workers.ledger.steps import StepSpec
 from workers.metadata_store.base import check_plan_id, plan_path
 from workers.metadata_store.folder import FolderStore
 from workers.metadata_store.open import open_store

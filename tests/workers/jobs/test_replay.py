@@ -16,7 +16,7 @@ from support.running import RedisProcess, until
 from planner.errors import LimitExceeded, NotFound, Unavailable
 from workers.jobs.jobs import Jobs
 from workers.jobs.journal import Accepted
-from workers.ledger.ledger import Claimed
+from workers.ledger.steps import Claimed
 from workers.settings import QueueSettings, Settings
 
 
@@ -58,7 +58,7 @@ class Web:
         self.move(-10)
 
     def states(self, job_id: str) -> dict[str, str]:
-        view = self.jobs._services.ledger.job(job_id)
+        view = self.jobs._services.ledger.views.job(job_id)
         return {"job": view["state"]} | {step["name"]: step["state"] for step in view["steps"]}
 
 
@@ -176,16 +176,16 @@ def away_after(web: Web, accepted: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_batch_outlives_redis(web: Web) -> None:
-    batch = web.jobs.submit_batch([*models(3), {"model_name": "no name"}, {"model_name": "tester/b0"}])
+    batch = web.jobs.batches.submit([*models(3), {"model_name": "no name"}, {"model_name": "tester/b0"}])
     assert batch["counts"] == {"queued": 4, "failed": 1}
-    assert web.jobs.batch(batch["batch_id"]) == batch
+    assert web.jobs.batches.get(batch["batch_id"]) == batch
     web.wipe()
-    assert web.jobs.batch(batch["batch_id"]) == batch
+    assert web.jobs.batches.get(batch["batch_id"]) == batch
     web.jobs.replay()
-    assert web.jobs.batch(batch["batch_id"]) == batch
+    assert web.jobs.batches.get(batch["batch_id"]) == batch
     assert len({job["job_id"] for job in batch["jobs"]}) == 4
     web.jobs.cancel(batch["jobs"][0]["job_id"])
-    assert web.jobs.batch(batch["batch_id"])["counts"] == {"queued": 2, "failed": 1, "cancelled": 2}
+    assert web.jobs.batches.get(batch["batch_id"])["counts"] == {"queued": 2, "failed": 1, "cancelled": 2}
 
 
 def test_a_batch_is_forgotten_with_its_jobs(web: Web) -> None:
@@ -203,13 +203,13 @@ def test_a_redis_that_goes_away_in_the_middle_of_a_batch_leaves_what_was_accepte
     with RedisProcess(tmp_path / "redis") as server:
         web = Web(server, tmp_path / "data")
         away_after(web, 3, monkeypatch)
-        batch = web.jobs.submit_batch(models(200))
+        batch = web.jobs.batches.submit(models(200))
         assert batch["counts"] == {"queued": 3, "failed": 197}
         assert {job["error"]["code"] for job in batch["jobs"][3:]} == {"unavailable"}
         assert all("Redis" in job["error"]["message"] for job in batch["jobs"][3:])
         assert len(web.journal) == 3
         server.start()
-        assert web.jobs.batch(batch["batch_id"]) == batch
+        assert web.jobs.batches.get(batch["batch_id"]) == batch
 
 
 def test_a_batch_of_which_nothing_was_accepted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +217,9 @@ def test_a_batch_of_which_nothing_was_accepted_is_refused(tmp_path: Path, monkey
         web = Web(server, tmp_path / "data")
         away_after(web, 0, monkeypatch)
         with pytest.raises(Unavailable, match="Redis"):
-            web.jobs.submit_batch([{"model_name": "no name"}, *models(5)])
+            web.jobs.batches.submit([{"model_name": "no name"}, *models(5)])
         with pytest.raises(Unavailable, match="Redis"):
-            web.jobs.submit_batch(models(5))
+            web.jobs.batches.submit(models(5))
         assert len(web.journal) == 0
         assert web.journal._db.execute("SELECT count(*) FROM batches").fetchone() == (0,)
 
@@ -294,7 +294,7 @@ def test_a_full_disk_refuses_jobs_and_keeps_those_that_were_accepted(web: Web) -
     web.journal._db.execute(f"PRAGMA max_page_count = {pages}")
     full = pytest.raises(Unavailable, match="journal cannot be used: database or disk is full")
     with full:
-        web.jobs.submit_batch(models(200))
+        web.jobs.batches.submit(models(200))
     accepted = 1
     with full:
         for n in range(50):
@@ -302,7 +302,7 @@ def test_a_full_disk_refuses_jobs_and_keeps_those_that_were_accepted(web: Web) -
             accepted += 1
     assert web.client.zcard("fairshard:unfinished") == len(web.journal) == accepted
     web.journal._db.execute("PRAGMA max_page_count = 1000")
-    assert web.jobs.submit_batch(models(2))["counts"] == {"queued": 2}
+    assert web.jobs.batches.submit(models(2))["counts"] == {"queued": 2}
 
 
 def test_a_journal_that_cannot_be_opened_is_said(server: RedisProcess, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from support.ledger_clock import Clocked, chain, splits
 from support.running import RedisProcess
 
 from planner.errors import AccessDenied, LimitExceeded, NodeFailure, NotFound, Unavailable
-from workers.ledger.ledger import Claimed, Ledger
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import Claimed
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def refusal(clocked: Clocked, job_id: str, step: str) -> str:
 
 
 def states(clocked: Clocked, job_id: str) -> dict[str, str]:
-    view = clocked.ledger.job(job_id)
+    view = clocked.ledger.views.job(job_id)
     return {"job": view["state"]} | {step["name"]: step["state"] for step in view["steps"]}
 
 
@@ -67,7 +68,7 @@ def test_steps_follow_each_other_and_the_job_ends_with_the_last(clocked: Clocked
     assert clocked.ledger.result(job_id, "download") == {"revision": "abc"}
 
     assert clocked.ledger.commit(claim(clocked, job_id, "profile"), {}, job_result={"layers": 3}) == "ok"
-    view = clocked.ledger.job(job_id)
+    view = clocked.ledger.views.job(job_id)
     assert (view["state"], view["result"], view["step"]) == ("done", {"layers": 3}, "profile")
     assert left_over(clocked) == set()
 
@@ -166,7 +167,7 @@ def test_a_renewed_lease_lasts(clocked: Clocked) -> None:
         clocked.advance(14)
         assert clocked.ledger.renew(held, progress={"done": done, "total": 4, "what": "bytes"}) == "ok"
         assert clocked.ledger.wake_overdue() == 0
-    assert clocked.ledger.job(job_id)["steps"][0]["progress"] == {"done": 3, "total": 4, "what": "bytes"}
+    assert clocked.ledger.views.job(job_id)["steps"][0]["progress"] == {"done": 3, "total": 4, "what": "bytes"}
 
 
 def test_a_poisonous_step_stops_after_its_attempts(clocked: Clocked) -> None:
@@ -175,7 +176,7 @@ def test_a_poisonous_step_stops_after_its_attempts(clocked: Clocked) -> None:
         claim(clocked, job_id, "plan", owner="victim@h")
         clocked.advance(16)
         clocked.ledger.wake_overdue()
-    view = clocked.ledger.job(job_id)
+    view = clocked.ledger.views.job(job_id)
     assert view["state"] == "failed"
     assert view["error"]["code"] == "worker_lost"
     assert "3 attempts" in view["error"]["message"]
@@ -209,7 +210,7 @@ def test_a_retry_waits_for_its_delay_whatever_messages_come(clocked: Clocked) ->
     clocked.advance(1)
     assert clocked.ledger.wake_overdue() == 1
     assert clocked.taken() == ["plan"]
-    assert clocked.ledger.job(job_id)["steps"][0]["error"]["code"] == "unavailable"
+    assert clocked.ledger.views.job(job_id)["steps"][0]["error"]["code"] == "unavailable"
     claim(clocked, job_id, "plan")
 
 
@@ -221,7 +222,7 @@ def test_attempts_are_spent_or_an_error_is_final(clocked: Clocked) -> None:
     final = submit(clocked, "plan", "finish")
     error = AccessDenied("gated", details={"model": "a/b"})
     assert clocked.ledger.fail(claim(clocked, final, "plan"), error, final=True) == "failed"
-    view = clocked.ledger.job(final)
+    view = clocked.ledger.views.job(final)
     assert view["error"] == {"code": "access_denied", "message": "gated", "details": {"model": "a/b"}}
     assert states(clocked, final) == {"job": "failed", "plan": "failed", "finish": "cancelled"}
     assert left_over(clocked) == set()
@@ -317,7 +318,7 @@ def test_a_process_waits_for_the_request_and_shares_its_fate(clocked: Clocked) -
     request = submit(clocked, "download", kind="request")
     waiting = submit(clocked, "plan", waits_for=request)
     clocked.ledger.fail(claim(clocked, request, "download"), NotFound("no such model"), final=True)
-    view = clocked.ledger.job(waiting)
+    view = clocked.ledger.views.job(waiting)
     assert view["state"] == "failed"
     assert view["error"]["code"] == "not_found"
     assert "no such model" in view["error"]["message"]
@@ -350,8 +351,8 @@ def test_ended_jobs_expire(clocked: Clocked, server: RedisProcess) -> None:
         short.advance(1)
         short.ledger.wake_overdue()
         with pytest.raises(NotFound, match="ended longer ago"):
-            short.ledger.job(job_id)
-        assert short.ledger.jobs() == []
+            short.ledger.views.job(job_id)
+        assert short.ledger.views.jobs() == []
         # All but that it ended, for who was told of it and did not look meanwhile.
         assert [key for key in client.scan_iter("fairshard:*") if job_id in key] == [f"fairshard:over:{job_id}"]
         assert client.ttl(f"fairshard:over:{job_id}") > 29 * 86400
@@ -362,10 +363,10 @@ def test_events_tell_the_story_from_any_point(clocked: Clocked) -> None:
     held = claim(clocked, job_id, "plan")
     clocked.ledger.renew(held, progress={"done": 1, "total": 2, "what": "x"})
     clocked.ledger.commit(held, {})
-    story = clocked.ledger.events(job_id)
+    story = clocked.ledger.views.events(job_id)
     assert [event["event"] for _, event in story] == ["submitted", "claimed", "progress", "step", "ended"]
     assert story[2][1]["progress"] == {"done": 1, "total": 2, "what": "x"}
-    assert clocked.ledger.events(job_id, after=story[2][0]) == story[3:]
+    assert clocked.ledger.views.events(job_id, after=story[2][0]) == story[3:]
 
 
 def test_jobs_are_listed_newest_first_by_state_and_model(clocked: Clocked) -> None:
@@ -374,22 +375,22 @@ def test_jobs_are_listed_newest_first_by_state_and_model(clocked: Clocked) -> No
         clocked.advance(1)
         ids.append(submit(clocked, "plan", model_name=f"a/{n % 2}"))
     clocked.ledger.cancel(ids[2])
-    assert [view["job_id"] for view in clocked.ledger.jobs()] == ids[::-1]
-    assert [view["job_id"] for view in clocked.ledger.jobs(state="cancelled")] == [ids[2]]
-    assert [view["job_id"] for view in clocked.ledger.jobs(model_name="a/0", limit=2)] == [ids[4], ids[2]]
-    assert [view["job_id"] for view in clocked.ledger.jobs(limit=2, offset=3)] == [ids[1], ids[0]]
+    assert [view["job_id"] for view in clocked.ledger.views.jobs()] == ids[::-1]
+    assert [view["job_id"] for view in clocked.ledger.views.jobs(state="cancelled")] == [ids[2]]
+    assert [view["job_id"] for view in clocked.ledger.views.jobs(model_name="a/0", limit=2)] == [ids[4], ids[2]]
+    assert [view["job_id"] for view in clocked.ledger.views.jobs(limit=2, offset=3)] == [ids[1], ids[0]]
 
 
 def test_redis_away_is_unavailable(tmp_path: Path) -> None:
     with RedisProcess(tmp_path) as process:
         ledger = Ledger(process.client())
     with pytest.raises(Unavailable, match="Redis cannot be reached"):
-        ledger.job("0" * 32)
+        ledger.views.job("0" * 32)
 
 
 def test_errors_with_odd_details_are_recorded(clocked: Clocked) -> None:
     job_id = submit(clocked, "plan")
     error = NodeFailure("disk full: 'ü' 99 %", details={"path": Path("/x"), "free": 0})
     clocked.ledger.fail(claim(clocked, job_id, "plan"), error, final=True)
-    assert json.dumps(clocked.ledger.job(job_id)["error"])
-    assert clocked.ledger.job(job_id)["error"]["message"] == "disk full: 'ü' 99 %"
+    assert json.dumps(clocked.ledger.views.job(job_id)["error"])
+    assert clocked.ledger.views.job(job_id)["error"]["message"] == "disk full: 'ü' 99 %"

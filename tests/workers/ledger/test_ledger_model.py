@@ -30,7 +30,7 @@ from support.ledger_clock import Clocked, chain, splits
 from support.running import RedisProcess
 
 from planner.errors import InvalidInput, LimitExceeded, Unavailable
-from workers.ledger.ledger import ENDED, Claimed, StepSpec, Wakeup
+from workers.ledger.steps import ENDED, Claimed, StepSpec, Wakeup
 
 NODES = ("a", "b", "c")
 OPEN = {"waiting", "queued", "running"}
@@ -103,7 +103,7 @@ class LedgerMachine(RuleBasedStateMachine):
             policy = "skip"
         else:
             steps = chain(*names[kind])
-        unfinished = {job_id for job_id in self.jobs if self.ledger.job(job_id)["state"] not in ENDED}
+        unfinished = {job_id for job_id in self.jobs if self.ledger.views.job(job_id)["state"] not in ENDED}
         self.submissions += 1
         try:
             given = self.ledger.submit(
@@ -203,7 +203,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(claimed=claims)
     def renew(self, claimed: Claimed) -> None:
         standing = self.ledger.renew(claimed, progress={"done": 1, "total": 2, "what": ""})
-        view = self.ledger.job(claimed.job_id)
+        view = self.ledger.views.job(claimed.job_id)
         if standing == "cancelled":
             assert view["state"] == "cancelled"
         key = (claimed.job_id, claimed.step)
@@ -230,7 +230,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.collect()
         if standing == "ok" and before != (self.ledger.result(claimed.job_id, "plan") or {}):
             self.start_over(claimed.job_id, *(step.name for step in add), *drop)
-            states = {step["name"]: step["state"] for step in self.ledger.job(claimed.job_id)["steps"]}
+            states = {step["name"]: step["state"] for step in self.ledger.views.job(claimed.job_id)["steps"]}
             assert not {states[name] for name in drop} & OPEN, (drop, states)
         if standing == "ok":
             self.let_go(claimed.job_id, claimed.step)
@@ -273,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def poison(self, fates: list[str]) -> None:
         """A step that fails, or takes its worker with it, again and again."""
         for wakeup in self.messages:
-            if self.ledger.job(wakeup.job_id)["state"] not in ENDED and self.claim(wakeup) is not None:
+            if self.ledger.views.job(wakeup.job_id)["state"] not in ENDED and self.claim(wakeup) is not None:
                 break
         else:
             return
@@ -387,11 +387,11 @@ class LedgerMachine(RuleBasedStateMachine):
         for job_id, step in list(self.leases):
             if self.lease(job_id, step) is None:
                 # Its own step, and no other: or the step of a job that has nothing left to do.
-                assert step.endswith(f":{node}") or self.ledger.job(job_id)["state"] in ENDED
+                assert step.endswith(f":{node}") or self.ledger.views.job(job_id)["state"] in ENDED
                 self.let_go(job_id, step)
         for job_id in self.jobs:
             if job_id not in self.patient:
-                steps = self.ledger.job(job_id)["steps"]
+                steps = self.ledger.views.job(job_id)["steps"]
                 assert not [s for s in steps if s["name"].endswith(f":{node}") and s["state"] in OPEN], steps
             if (job_id, "plan") in self.attempts and self.reopened(job_id):
                 self.attempts[job_id, "plan"] = 0
@@ -414,7 +414,7 @@ class LedgerMachine(RuleBasedStateMachine):
         due = set(client.zrange("fairshard:due", 0, -1))
         expected: set[str] = set()
         for job_id in self.jobs:
-            view = self.ledger.job(job_id)
+            view = self.ledger.views.job(job_id)
             states = {step["name"]: step["state"] for step in view["steps"]}
             spent = [
                 step["name"] for step in view["steps"] if step["state"] == "queued" and step["attempts"] >= ATTEMPTS
@@ -430,12 +430,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 # Something is due, or the job waits for another that is not over.
                 held = client.hget(f"fairshard:job:{job_id}", "held")
                 assert {"queued", "running"} & set(states.values()) or (
-                    held and self.ledger.job(held)["state"] not in ENDED
+                    held and self.ledger.views.job(held)["state"] not in ENDED
                 ), (job_id, states)
             if view["state"] == "failed":
                 assert view["error"]["message"]
         assert due == expected
-        unfinished = {job_id for job_id in self.jobs if self.ledger.job(job_id)["state"] not in ENDED}
+        unfinished = {job_id for job_id in self.jobs if self.ledger.views.job(job_id)["state"] not in ENDED}
         assert set(client.zrange("fairshard:unfinished", 0, -1)) == unfinished
         assert int(client.hget("fairshard:submitters", "ann") or 0) == len(unfinished)
         assert set(client.hvals("fairshard:flight")) <= unfinished
@@ -448,11 +448,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 claimed = self.claim(self.messages.pop())
                 if claimed is not None:
                     self.commit_it(claimed)
-            if all(self.ledger.job(job_id)["state"] in ENDED for job_id in self.jobs):
+            if all(self.ledger.views.job(job_id)["state"] in ENDED for job_id in self.jobs):
                 break
             self.reconcile(seconds=700, limit=500)
         for job_id in self.jobs:
-            view = self.ledger.job(job_id)
+            view = self.ledger.views.job(job_id)
             note(f"{job_id}: {view['state']}")
             assert view["state"] in ENDED, view
             if view["state"] == "done":

@@ -9,7 +9,7 @@ from support.ledger_clock import Clocked, chain, splits
 from support.running import RedisProcess
 
 from planner.errors import NodeFailure
-from workers.ledger.ledger import Claimed
+from workers.ledger.steps import Claimed
 from workers.nodes.registry import Registry
 
 
@@ -61,11 +61,11 @@ def test_jobs_of_one_state_are_found_among_thousands(clocked: Clocked) -> None:
     for number in range(1100):
         clocked.client.zadd("fairshard:jobs", {f"newer-{number}": 2e12 + number})
         clocked.client.hset(f"fairshard:job:newer-{number}", mapping={"state": "done", "model_name": "c/d"})
-    assert [view["job_id"] for view in ledger.jobs(state="cancelled")] == [first[1]]
-    assert [view["job_id"] for view in ledger.jobs(state="queued", limit=1, offset=1)] == [
-        view["job_id"] for view in ledger.jobs(model_name="a/b") if view["state"] == "queued"
+    assert [view["job_id"] for view in ledger.views.jobs(state="cancelled")] == [first[1]]
+    assert [view["job_id"] for view in ledger.views.jobs(state="queued", limit=1, offset=1)] == [
+        view["job_id"] for view in ledger.views.jobs(model_name="a/b") if view["state"] == "queued"
     ][1:]
-    assert ledger.jobs(state="queued", kind="delete") == []
+    assert ledger.views.jobs(state="queued", kind="delete") == []
 
 
 def test_nodes_are_read_in_pages(clocked: Clocked) -> None:

@@ -15,7 +15,7 @@ from support.running import RedisProcess, Service, free_port, until
 
 from workers.celery_app import create_app
 from workers.ledger.connection import connect, is_local
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 from workers.settings import QueueSettings, Settings
 from workers.up.redis_server import find_binary
 

@@ -24,7 +24,7 @@ from support.running import Service, free_port, until
 
 from planner.errors import Unavailable
 from workers.jobs.jobs import Jobs
-from workers.ledger.ledger import ENDED
+from workers.ledger.steps import ENDED
 from workers.settings import QueueSettings, Settings
 
 

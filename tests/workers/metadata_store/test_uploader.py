@@ -56,6 +56,16 @@ def test_a_profile_is_published_under_both_names_and_read_back_by_commit(store: 
     assert load_profile(store, "own_model_metadata.json", first.commit) == profile()
 
 
+def test_another_kv_dtype_has_a_path_of_its_own(store: MetadataStore) -> None:
+    own = publish(profile(dtype="BF16"), store, kv_dtype="bfloat16")
+    other = publish(profile(dtype="BF16", architecture="Other"), store, kv_dtype="float8_e4m3fn")
+    assert (own.path, other.path) == (
+        "profiles/own/model/c0ffee/b1-s512.json",
+        "profiles/own/model/c0ffee/b1-s512-kvF8_E4M3.json",
+    )
+    assert load_profile(store, own.path) == profile(dtype="BF16")
+
+
 def test_the_same_profile_made_again_is_no_news(store: MetadataStore) -> None:
     first = publish(profile(), store)
     again = publish(profile(generated_at="2026-06-06T06:06:06Z", node_id="n2"), store)
@@ -122,7 +132,7 @@ def test_a_plan_is_published_and_read_back(store: MetadataStore) -> None:
     first = publish_plan(plan, store)
     assert first.path == f"plans/{plan.plan_id}.json"
     assert load_plan(store, plan.plan_id) == load_plan(store, plan.plan_id, first.commit) == plan
-    assert publish_plan(replace(plan, generated_at="2026-01-01T00:00:00Z"), store) == first
+    assert publish_plan(replace(plan, generated_at="2026-01-01T00:00:00Z"), store) == replace(first, again=True)
     with pytest.raises(NotFound):
         load_plan(store, "missing")
 

@@ -19,7 +19,8 @@ from support.running import RedisProcess, until
 from planner.errors import AccessDenied, Conflict, InvalidInput
 from planner.limits import MAX_JSON_BYTES
 from workers.ledger.connection import is_local
-from workers.ledger.ledger import Ledger, StepSpec
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import StepSpec
 from workers.nodes import joining
 from workers.nodes.joining import Authority, Joining, Token, make_authority, read_authority
 from workers.nodes.registry import Registry
@@ -203,7 +204,7 @@ def test_a_step_counts_only_if_its_own_node_did_it(
             return
         with pytest.raises(AccessDenied, match="who is not node a"):
             run_step(ledger, job_id, "finish", finish, owner="p", joining=verifier)
-        assert ledger.job(job_id)["state"] == "failed"
+        assert ledger.views.job(job_id)["state"] == "failed"
 
 
 @pytest.mark.parametrize(("url", "expected"), [

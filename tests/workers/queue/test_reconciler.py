@@ -13,7 +13,8 @@ from support.running import RedisProcess
 
 from planner.errors import Conflict, InvalidInput, NodeFailure, Unavailable
 from workers.jobs.journal import Accepted
-from workers.ledger.ledger import Claimed, Ledger
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import Claimed
 from workers.nodes.registry import Registry
 from workers.queue.claims import Claim, explained, run_step
 from workers.queue.reconciler import Reconciler
@@ -81,7 +82,7 @@ def test_a_silent_node_is_given_up_and_a_living_one_is_not(clocked: Clocked) -> 
         clock.now += 1
         reconciler.once()
     assert clocked.ledger.nodes_in_use() == frozenset()
-    assert {step["name"]: step["state"] for step in clocked.ledger.job(job_id)["steps"]}["plan"] == "queued"
+    assert {step["name"]: step["state"] for step in clocked.ledger.views.job(job_id)["steps"]}["plan"] == "queued"
 
 
 def test_after_redis_was_away_every_node_has_its_turn_first(clocked: Clocked) -> None:
@@ -121,7 +122,7 @@ def test_entries_of_many_threads_and_processes_are_all_on_disk(tmp_path: Path) -
     journals = [Accepted(path), Accepted(path)]
 
     def record(n: int) -> None:
-        journals[n % 2].record(f"job{n}", {"n": n})
+        journals[n % 2].record({f"job{n}": {"n": n}})
         # On disk when it returns: another connection sees it.
         assert (journals[1 - n % 2].get(f"job{n}") or {})["n"] == n
 
@@ -133,14 +134,14 @@ def test_entries_of_many_threads_and_processes_are_all_on_disk(tmp_path: Path) -
     broken = Accepted(path)
     broken.close()
     with pytest.raises(Unavailable, match="journal"):
-        broken.record("job", {})
+        broken.record({"job": {}})
 
 
 def test_accepted_jobs_outlive_the_process(tmp_path: Path) -> None:
     path = tmp_path / "data" / "journal.sqlite"
     journal = Accepted(path)
     for n in range(5):
-        journal.record(f"job{n}", {"kind": "request", "n": n})
+        journal.record({f"job{n}": {"kind": "request", "n": n}})
     journal.forget(["job1", "job3"])
     journal.close()
     again = Accepted(path)
@@ -220,7 +221,7 @@ def test_what_may_pass_is_tried_again_and_what_cannot_is_not(
             run_step(clocked.ledger, job_id, "plan", work, owner="w")
     else:
         assert run_step(clocked.ledger, job_id, "plan", work, owner="w") is None
-    (step,) = clocked.ledger.job(job_id)["steps"]
+    (step,) = clocked.ledger.views.job(job_id)["steps"]
     assert (step["state"], step["error"]["code"]) == (state, code)
     assert "Traceback" not in json.dumps(step)
     assert str(explained(error))
@@ -237,4 +238,4 @@ def test_an_outcome_waits_for_a_redis_without_room_on_its_disk(tmp_path: Path) -
             return {"done": 1}
 
         assert run_step(ledger, job_id, "plan", work, owner="w") == {"done": 1}
-        assert ledger.job(job_id)["state"] == "done"
+        assert ledger.views.job(job_id)["state"] == "done"

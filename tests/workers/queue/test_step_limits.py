@@ -11,7 +11,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from support.running import RedisProcess
 
 from planner.errors import NodeFailure
-from workers.ledger.ledger import StepSpec
+from workers.ledger.steps import StepSpec
 from workers.queue.step_task import memory_limit, step_task
 from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
@@ -48,7 +48,7 @@ def test_a_step_over_its_limit_fails_with_the_setting_s_name(
     job_id = services.ledger.submit("request", model_name="a/b", params={}, steps=steps).job_id
     with pytest.raises(NodeFailure, match=setting):
         task.run(job_id, "big")
-    view = services.ledger.job(job_id)
+    view = services.ledger.views.job(job_id)
     assert (view["state"], view["error"]["code"]) == ("failed", "node_failure")
     assert setting in view["error"]["message"]
     assert services.ledger.metrics()[metric] == 1
@@ -69,4 +69,4 @@ def test_a_step_of_another_node_is_left_to_it(services: Services, monkeypatch: p
     job_id = services.ledger.submit("process", model_name="a/b", params={}, steps=steps).job_id
     with pytest.raises(Exception, match="which is node m's to run"):
         task.run(job_id, "split:m")
-    assert services.ledger.job(job_id)["steps"][0]["state"] == "queued"
+    assert services.ledger.views.job(job_id)["steps"][0]["state"] == "queued"

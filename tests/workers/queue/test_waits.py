@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from support.running import RedisProcess, until
 
-from workers.ledger.ledger import Ledger, StepSpec
+from workers.ledger.ledger import Ledger
+from workers.ledger.steps import StepSpec
 from workers.network.retry import RetryPolicy, Transient, retrying
 from workers.progress import stoppable, wait
 from workers.queue import claims
@@ -87,7 +88,8 @@ def test_a_cancelled_step_is_left_wherever_it_is(
     def cancel() -> None:
         other = Ledger(server.client())
         until(
-            lambda: re.fullmatch(said, (other.job(job_id)["steps"][0]["progress"] or {}).get("what", "")), what=said
+            lambda: re.fullmatch(said, (other.views.job(job_id)["steps"][0]["progress"] or {}).get("what", "")),
+            what=said,
         )
         cancelled.append(time.monotonic())
         other.cancel(job_id)
@@ -109,9 +111,9 @@ def test_what_is_waited_for_and_until_when_is_in_the_progress(server: RedisProce
     def work(claim: Claim) -> dict[str, Any]:
         claim.progress(3, 10, what="shard")
         wait(30.0, "the Hub asks", pause=lambda _: claim.beat())
-        seen.append(ledger.job(job_id)["steps"][0]["progress"])
+        seen.append(ledger.views.job(job_id)["steps"][0]["progress"])
         claim.beat()
-        seen.append(ledger.job(job_id)["steps"][0]["progress"])
+        seen.append(ledger.views.job(job_id)["steps"][0]["progress"])
         return {}
 
     run_step(ledger, job_id, "s", work, owner="me@here")

@@ -135,13 +135,16 @@ def test_a_plan_made_again_is_the_newest_after_the_wipe_too(served: Served) -> N
     served.make("a1", day=1)
     served.make("b2", day=2)
     # Publishing leaves the store's plan as it is, if only its time differs.
-    served.plans().save(plan("a1", day=3) | {"job_id": "1" * 32})
+    served.plans().save(plan("a1", day=3) | {"job_id": "1" * 32}, again=True)
+    assert served.plans().get("a1") == plan("a1", day=1) | {"job_id": "0" * 32}, "a stored plan never changes"
     before = served.store.write({}, message="the head")
-    served.plans().save(plan("a1", day=4))
+    served.plans().save(plan("a1", day=4), again=True)
     assert served.store.write({}, message="the head") == before, "the newest, once more: no commit"
     served.wipe()
     assert ids(served.plans()) == ["a1", "b2"]
-    assert served.plans().latest("own/model") == plan("a1", day=3)
+    assert served.plans().latest("own/model") == plan("a1", day=1)
+    served.plans().delete("a1", "own/model")
+    assert served.store.list("plans") == ["plans/b2.json"]
 
 
 def test_a_deleted_plan_stays_deleted(served: Served) -> None:

@@ -65,7 +65,7 @@ def test_the_same_layers_of_two_plans_are_on_the_disk_once(
     alone = used_bytes(shards)
     hub.counters.clear()
     second = cut("two")
-    assert hub.counters.body_bytes(where="cdn") == 0
+    assert hub.counters.body_bytes(where="cdn") < 10_000, "the header, to compare with, and no weights"
     assert weights(one) == weights(two)
     assert used_bytes(shards) - alone < first.total_bytes
     assert (second.plan_id, first.plan_id) == ("two", "one")
