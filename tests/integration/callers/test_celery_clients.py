@@ -26,7 +26,7 @@ from workers.settings import QueueSettings, Settings
 
 pytestmark = pytest.mark.xdist_group("main-job")
 
-DOCS = Path(__file__).parents[2] / "docs" / "queue.md"
+DOCS = Path(__file__).parents[3] / "docs" / "queue.md"
 #: In order: the app, a job sent, a result fetched, what inspect shows.
 APP, SEND, RESULT, INSPECT = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
