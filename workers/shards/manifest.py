@@ -203,7 +203,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         manifest = Manifest.from_json(json.loads(path.read_bytes()), where=str(path))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{directory} holds no finished shard: it has no {MANIFEST}") from error
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
