@@ -42,6 +42,7 @@ def create_app(
     settings = settings or Settings.from_env()
     queue = queue or QueueSettings.from_env()
     redis = for_celery(settings.redis_url)
+    backend = redis.pop("result_backend")
     transport = {
         "visibility_timeout": _VISIBILITY_S,
         "unacked_restore_interval": 10,
@@ -57,7 +58,7 @@ def create_app(
     app = Celery(
         "fairshard",
         broker=redis.pop("broker_url"),
-        backend=redis.pop("result_backend") if results else None,
+        backend=backend if results else None,
         include=["planner.tasks", "workers.tasks"],
         set_as_current=False,
     )

@@ -6,7 +6,9 @@ import contextlib
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from planner.errors import FairshardError, NotFound, Unavailable
@@ -15,7 +17,7 @@ from workers.jobs.intake import Intake
 from workers.jobs.journal import Accepted
 from workers.jobs.kinds import NewJob
 from workers.ledger.connection import reachable
-from workers.ledger.views import accepted_view, batch_view, failed_view
+from workers.ledger.views import accepted_view, batch_state
 from workers.service.services import Services
 
 #: Entries of a batch that one answer shows, unless it is asked for another number.
@@ -99,7 +101,7 @@ class Batches:
         with contextlib.suppress(Unavailable):  # then the first record stands
             self._keep(batch_id, record, away=away is not None)
         known = {view["job_id"]: view for view in found if not isinstance(view, FairshardError)}
-        return _view(batch_id, record, known, limit=PAGE)
+        return _view(batch_id, record, {job_id: view["state"] for job_id, view in known.items()}, known, limit=PAGE)
 
     def _keep(self, batch_id: str, record: Mapping[str, Any], *, away: bool = False) -> None:
         services, keep_s = self._services, self._services.queue.job_ttl_s
@@ -126,30 +128,42 @@ class Batches:
             if text is None:
                 raise NotFound(f"there is no batch {batch_id[:64]!r}")
             record = json.loads(text)
+        page = record["jobs"][cursor : cursor + limit]
+        ledger, journal = self._services.ledger.views, self._journal
         job_ids = list(dict.fromkeys(line["job_id"] for line in record["jobs"] if line["job_id"]))
-        views = self._services.ledger.views.brief(job_ids)
+        states, views = ledger.states_of(job_ids), ledger.brief([line["job_id"] for line in page if line["job_id"]])
         for job_id in job_ids:
-            entry = self._journal.get(job_id) if job_id not in views and self._journal is not None else None
+            entry = journal.get(job_id) if job_id not in states and journal is not None else None
             if entry is not None:
                 views[job_id] = accepted_view(job_id, entry)
-        return _view(batch_id, record, views, limit=limit, cursor=cursor)
+                states[job_id] = views[job_id]["state"]
+        return _view(batch_id, record, states, views, limit=limit, cursor=cursor)
 
 
 def _view(
-    batch_id: str, record: Mapping[str, Any], views: Mapping[str, Mapping[str, Any]], *, limit: int, cursor: int = 0
+    batch_id: str,
+    record: Mapping[str, Any],
+    states: Mapping[str, str],
+    views: Mapping[str, Mapping[str, Any]],
+    *,
+    limit: int,
+    cursor: int = 0,
 ) -> dict[str, Any]:
-    gone = failed_view(_as_json(NotFound("the job is not known any more: it ended longer ago than jobs are kept")))
-    lines = record["jobs"]
-    whole = batch_view(
-        batch_id,
-        record,
-        [views.get(line["job_id"], gone) if line["job_id"] else failed_view(line.get("error")) for line in lines],
-    )
-    last = cursor + limit
+    gone = _as_json(NotFound("the job is not known any more: it ended longer ago than jobs are kept"))
+    lines, last = record["jobs"], cursor + limit
+    counts = Counter(states.get(line["job_id"], "failed") for line in lines)
+    jobs = []
+    for line in lines[cursor:last]:
+        view = views.get(line["job_id"]) or {"state": "failed", "step": None, "error": line.get("error", gone)}
+        shown = {name: view[name] for name in ("state", "step", "error")}
+        jobs.append({"model_name": line["model_name"], "job_id": line["job_id"], **shown})
     return {
-        **whole,
+        "batch_id": batch_id,
+        "state": batch_state(counts),
+        "counts": dict(counts),
         "total": len(lines),
-        "jobs": whole["jobs"][cursor:last],
+        "created_at": datetime.fromtimestamp(record["created_at"], tz=UTC).isoformat(timespec="seconds"),
+        "jobs": jobs,
         "next_cursor": last if last < len(lines) else None,
     }
 

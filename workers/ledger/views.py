@@ -104,36 +104,8 @@ def accepted_view(job_id: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**job_view(job_id, fields), "steps": steps}
 
 
-def batch_view(batch_id: str, record: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch's record as JSON, each of its jobs as its view says."""
-    jobs: list[dict[str, Any]] = []
-    counts: dict[str, int] = {}
-    for entry, view in zip(record["jobs"], views, strict=True):
-        jobs.append(
-            {
-                "model_name": entry["model_name"],
-                "job_id": entry["job_id"],
-                "state": view["state"],
-                "step": view["step"],
-                "error": view["error"],
-            }
-        )
-        counts[view["state"]] = counts.get(view["state"], 0) + 1
-    return {
-        "batch_id": batch_id,
-        "state": _batch_state(counts),
-        "counts": counts,
-        "created_at": datetime.fromtimestamp(record["created_at"], tz=UTC).isoformat(timespec="seconds"),
-        "jobs": jobs,
-    }
-
-
-def failed_view(error: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a batch shows of an entry that has no job."""
-    return {"state": "failed", "step": None, "error": error}
-
-
-def _batch_state(counts: Mapping[str, int]) -> str:
+def batch_state(counts: Mapping[str, int]) -> str:
+    """The state of a batch whose entries have these."""
     if counts.keys() & {"queued", "running"}:
         return "queued" if counts.keys() == {"queued"} else "running"
     for state in ("failed", "cancelled"):
@@ -159,6 +131,12 @@ for _, id in ipairs(ids) do
 end
 return found
 """
+#: The states of the jobs of these ids, "" where there is none.
+_STATES = """
+local states = {}
+for place, id in ipairs(ARGV) do states[place] = redis.call('HGET', KEYS[1] .. id, 'state') or '' end
+return states
+"""
 
 
 class Views:
@@ -170,6 +148,7 @@ class Views:
         self.redis: Any = redis
         self.prefix = prefix
         self._find: Any = redis.register_script(_FIND)
+        self._states: Any = redis.register_script(_STATES)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The job as JSON.
@@ -195,6 +174,14 @@ class Views:
             **job_view(job_id, fields),
             "steps": [step_view(name, found) for name, found in zip(names, steps, strict=True)],
         }
+
+    def states_of(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """The states of those of the jobs that Redis knows; of thousands in a few round trips."""
+        states: list[str] = []
+        with reachable():
+            for at in range(0, len(job_ids), 1000):
+                states += self._states(keys=[f"{self.prefix}job:"], args=list(job_ids[at : at + 1000]))
+        return {job_id: state for job_id, state in zip(job_ids, states, strict=True) if state}
 
     def brief(self, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """`{state, step, error}` of those of the jobs that Redis knows, by id, in one round trip."""

@@ -11,6 +11,7 @@ from support.ledger_clock import splits
 from support.running import RedisProcess
 
 from planner.errors import Conflict, InvalidInput
+from workers.celery_app import create_app
 from workers.jobs.jobs import Jobs
 from workers.ledger.steps import Claimed
 from workers.settings import QueueSettings, Settings
@@ -64,6 +65,12 @@ def test_a_batch_is_shown_in_pages(jobs: Jobs) -> None:
     assert seen == [f"own/m{n}" for n in range(450)]
     assert [line["model_name"] for line in jobs.batches.get(batch_id, limit=2, cursor=449)["jobs"]] == ["own/m449"]
     assert jobs.batches.get(batch_id, cursor=450)["jobs"] == []
+
+
+def test_the_web_has_no_result_backend() -> None:
+    """It costs each message a round trip and a subscription; nobody there waits for Celery."""
+    assert create_app(Settings.from_env({}), QueueSettings(), results=False).conf.result_backend is None
+    assert create_app(Settings.from_env({}), QueueSettings()).conf.result_backend
 
 
 def test_a_plan_that_a_job_uses_is_deleted_only_by_force(jobs: Jobs) -> None:
