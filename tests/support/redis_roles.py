@@ -17,9 +17,15 @@ from workers.settings import QueueSettings, Settings
 def counted(service: Service, *, limits: str) -> int:
     """How many of the limiter's counts lie in the service's Redis after a request to its API."""
     settings = Settings.from_env(service.env | {"NODE_ID": "web"})
-    client = create_app(settings, background=False, rate_limit=limits).test_client()
+    app = create_app(settings, background=False, rate_limit=limits)
+    client = app.test_client()
     assert client.get("/api/jobs").status_code == 200
-    return len(connect(settings.redis_url).keys("fairshard:limits*"))
+    with connect(settings.redis_url) as redis:
+        found = len(redis.keys("fairshard:limits*"))
+    # Or its connections would be found open when the collector comes.
+    next(iter(app.extensions["limiter"])).storage.storage.connection_pool.disconnect()
+    app.extensions["fairshard"].jobs._services.redis.close()
+    return found
 
 
 def waiting(service: Service) -> list[dict[str, Any]]:
@@ -31,5 +37,15 @@ def waiting(service: Service) -> list[dict[str, Any]]:
             broker_options=app.conf.broker_transport_options,
             broker_use_ssl=app.conf.broker_use_ssl,
         )
-    found: list[dict[str, Any]] = asyncio.run(broker.queues(["planner"]))
-    return found
+    return asyncio.run(_asked(broker))
+
+
+async def _asked(broker: Any) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = await broker.queues(["planner"])
+        return found
+    finally:
+        # Flower leaves its connections to the Sentinels open.
+        manager = getattr(broker.redis.connection_pool, "sentinel_manager", None)
+        for sentinel in manager.sentinels if manager else ():
+            await sentinel.aclose()

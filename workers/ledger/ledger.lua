@@ -89,6 +89,7 @@ end_job = function(job, state, err)
   if present(err) then redis.call('HSET', key, 'error', err) end
   if present(found[2]) and get(P .. 'flight', found[2]) == job then redis.call('HDEL', P .. 'flight', found[2]) end
   redis.call('ZREM', P .. 'unfinished', job)
+  redis.call('ZADD', P .. 'jobs:' .. state, redis.call('ZSCORE', P .. 'jobs', job) or now, job)
   redis.call('ZREM', P .. 'requests:' .. (found[3] or ''), job)
   if present(found[4]) and redis.call('HINCRBY', P .. 'submitters', found[4], -1) <= 0 then
     redis.call('HDEL', P .. 'submitters', found[4])
@@ -491,6 +492,7 @@ operations.overdue = function(limit, lease_ms)
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', now, 'LIMIT', 0, 1000)) do
     redis.call('ZREM', P .. 'ended', job)
     redis.call('ZREM', P .. 'jobs', job)
+    for state in pairs(ENDED) do redis.call('ZREM', P .. 'jobs:' .. state, job) end
   end
   return answer(tostring(#late))
 end

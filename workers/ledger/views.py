@@ -128,6 +128,7 @@ for _, id in ipairs(ids) do
     if ARGV[place + 1] ~= '' and has[place] ~= ARGV[place + 1] then fits = false end
   end
   if fits then found[#found + 1] = id end
+  if #found > tonumber(ARGV[5]) then break end
 end
 return found
 """
@@ -206,14 +207,14 @@ class Views:
         offset: int = 0,
     ) -> list[dict[str, Any]]:
         """Jobs as JSON, newest first, without their `steps` (see `job`)."""
-        listed = "unfinished" if state in {"queued", "running"} else "jobs"
+        listed = "unfinished" if state in {"queued", "running"} else f"jobs:{state}" if state else "jobs"
         wanted = [state or "", model_name or "", kind or ""]
         ids: list[str] = []
         begin = 0
         with reachable():
             while len(ids) < offset + limit and begin >= 0:
                 begin, *found = self._find(
-                    keys=[f"{self.prefix}{listed}", f"{self.prefix}job:"], args=[begin, *wanted]
+                    keys=[f"{self.prefix}{listed}", f"{self.prefix}job:"], args=[begin, *wanted, offset + limit - len(ids)]
                 )
                 ids += found
             ids = ids[offset : offset + limit]

@@ -460,7 +460,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 last = view["steps"][-1]
                 assert last["state"] == "done" or view["kind"] == "delete"
         left = set(self.clocked.client.scan_iter("fairshard:*"))
-        kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:", "fairshard:over:")
+        kept = ("fairshard:job:", "fairshard:step:", "fairshard:events:", "fairshard:over:", "fairshard:jobs:")
         assert {key for key in left if not key.startswith(kept)} <= {
             "fairshard:jobs", "fairshard:ended", "fairshard:counters", "fairshard:counters:step_seconds",
         }  # fmt: skip

@@ -96,7 +96,7 @@ def master(service: Service) -> tuple[str, int]:
 
 def done(service: Service, model: str) -> dict[str, Any]:
     jobs = service.jobs()
-    job_id = jobs.submit_request(model, process={})["job_id"]
+    job_id = jobs.submit_request(model)["job_id"]
     view: dict[str, Any] = until(
         lambda: (found := jobs.job(job_id))["state"] in ENDED and found, what=service.logs, timeout_s=120
     )
@@ -105,8 +105,7 @@ def done(service: Service, model: str) -> dict[str, Any]:
 
 
 def test_a_service_outlives_the_server_that_its_sentinel_replaces(hub: TestHub, tmp_path: Path) -> None:
-    for name in ("before", "after"):
-        hub.add_repo(f"tester/{name}", checkpoint("llama"))
+    hub.add_repo("tester/after", checkpoint("llama"))
     service = Service(tmp_path, nodes={"one": (1e11, 2 << 30)}, env={"HF_HOME": str(tmp_path / "hf")})
     service.redis = chain = Sentinels(tmp_path)
     # A Sentinel that is gone is asked first.
@@ -114,7 +113,6 @@ def test_a_service_outlives_the_server_that_its_sentinel_replaces(hub: TestHub, 
     service.redis_url = f"sentinel://:{quote(PASSWORD, safe='')}@{hosts}/0?master=mine"
     try:
         with service:
-            done(service, "tester/before")
             chain.kill()
             until(
                 lambda: master(service)[1] == chain.replica.port,
