@@ -214,7 +214,8 @@ class Views:
         with reachable():
             while len(ids) < offset + limit and begin >= 0:
                 begin, *found = self._find(
-                    keys=[f"{self.prefix}{listed}", f"{self.prefix}job:"], args=[begin, *wanted, offset + limit - len(ids)]
+                    keys=[f"{self.prefix}{listed}", f"{self.prefix}job:"],
+                    args=[begin, *wanted, offset + limit - len(ids)],
                 )
                 ids += found
             ids = ids[offset : offset + limit]
