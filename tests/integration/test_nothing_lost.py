@@ -242,7 +242,7 @@ def test_a_wiped_redis_gets_the_accepted_jobs_back(hub: TestHub, killed: Service
 
 
 def test_a_wiped_redis_gets_plans_and_metadata_back_and_no_deleted_plan(hub: TestHub, killed: Service) -> None:
-    jobs, plan_ids = killed.jobs(), {}
+    jobs, plan_ids = killed.jobs(journal=True), {}
     for name in ("tester/kept", "tester/dropped"):
         hub.add_repo(name, checkpoint("llama"))
         view = ended(killed, jobs.submit_request(name, process={})["job_id"])

@@ -130,13 +130,7 @@ class SharedStore:
             self._give([path])
             found = self._find(path, revision)
         elif found is None:
-            with reachable():
-                whole = self._redis.get(f"{self._at}whole")
-            if not whole:
-                raise Unavailable(
-                    "this service's metadata and plans are not in Redis: it is new, or was wiped, and the API or the "
-                    "planner gives them back within seconds of its start"
-                )
+            self._check_whole()
         if not found:
             at = f" at {revision}" if revision else ""
             raise NotFound(
@@ -157,8 +151,19 @@ class SharedStore:
         folder = f"{check_path(prefix.rstrip('/'))}/" if prefix.rstrip("/") else ""
         if self._folder is not None:
             self._give(self._folder.list(prefix))
+        else:
+            self._check_whole()
         with reachable():
             return sorted(p for p in self._redis.zrange(f"{self._at}order", 0, -1) if p.startswith(folder))
+
+    def _check_whole(self) -> None:
+        with reachable():
+            whole = self._redis.get(f"{self._at}whole")
+        if not whole:
+            raise Unavailable(
+                "this service's metadata and plans are not in Redis: it is new, or was wiped, and the API or the "
+                "planner gives them back within seconds of its start"
+            )
 
     def keep(self) -> None:
         """Have folder and Redis hold the same; a role that is no keeper has nothing to do.
