@@ -35,7 +35,7 @@ CMD ["gunicorn", "-c", "python:web.gunicorn_conf", "--no-control-socket", "web.w
 FROM web AS flower
 USER 10001:10001
 EXPOSE 5555
-CMD ["celery", "-A", "workers.celery_app", "flower", "--address=0.0.0.0", "--port=5555", "--tasks_columns=name,args,state,received,runtime,worker,uuid"]
+CMD ["celery", "-A", "workers.celery_app", "flower", "--address=0.0.0.0", "--port=5555", "--tasks_columns=name,args,state,result,received,runtime,worker,uuid"]
 
 FROM base AS node
 # An index with the torch build that you want, without CUDA or with that of your machines; empty: PyPI's, with CUDA.

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from cryptography.fernet import Fernet
 from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.running import Service, Worker, free_port, until
@@ -134,7 +135,9 @@ def test_a_result_that_no_node_signed_ends_the_job(hub: TestHub, joined: Service
 
 def test_a_planner_that_others_reach_asks_for_join_tokens() -> None:
     def made(url: str, key: str | None) -> Services:
-        env = {"REDIS_URL": url, "NODE_ID": "a"} | ({"FAIRSHARD_JOIN_KEY": key} if key else {})
+        env = {"REDIS_URL": url, "NODE_ID": "a", "FAIRSHARD_SECRET": Fernet.generate_key().decode()} | (
+            {"FAIRSHARD_JOIN_KEY": key} if key else {}
+        )
         return Services(settings=Settings.from_env(env), queue=QueueSettings())
 
     far, near = "rediss://u:p@redis.example:6379/0", "redis://127.0.0.1:6379/0"

@@ -26,7 +26,7 @@ WEIGHTS = "*.safetensors"
 @pytest.fixture
 def service(hub: TestHub, tmp_path: Path) -> Iterator[Service]:
     """Three nodes that serve their shards to each other."""
-    made = Service(tmp_path, env={"HF_HOME": str(tmp_path / "hf"), "FAIRSHARD_PEER_TOKEN": "between nodes"})
+    made = Service(tmp_path, env={"HF_HOME": str(tmp_path / "hf"), "FAIRSHARD_PEER_TOKEN": "between-nodes"})
     for worker in made.workers.values():
         worker.env["FAIRSHARD_PEER_URL"] = f"http://127.0.0.1:{free_port()}"
     with made:
