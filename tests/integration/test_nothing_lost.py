@@ -256,7 +256,8 @@ def test_a_wiped_redis_gets_plans_and_metadata_back_and_no_deleted_plan(hub: Tes
     killed.redis.start()
 
     def given_back() -> bool:
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(NotFound, Unavailable):
+            assert all(jobs.profile(name)["model_name"] == name for name in plan_ids)
             return bool(jobs.latest_plan("tester/kept") == jobs.plan(kept))
         return False
 

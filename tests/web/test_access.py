@@ -95,6 +95,7 @@ def test_every_address_but_these_needs_a_token(guarded: FlaskClient) -> None:
     assert public == {
         "/", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json",
         "/static/style.css", "/api/health", "/api/health/ready", "/api/health/live",
+        "/api/nodes/invitations/abcdef01",  # sealed: only the printed line opens it
     }  # fmt: skip
 
 
