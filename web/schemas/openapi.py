@@ -179,7 +179,8 @@ def _describe(self: Any, field: fields.Field[Any], *, ret: dict[str, Any], **_: 
         found = {"anyOf": [{"type": "boolean"}, self.resolve_nested_schema(field.schema)]}
     elif isinstance(field, own.Model):
         name = {"type": "string", **own.RepoId.rule}
-        found = {"anyOf": [name, self.resolve_nested_schema(field.schema)]}
+        failed = {"description": "Anything else is an entry that failed; the others go on."}
+        found = {"anyOf": [name, self.resolve_nested_schema(field.schema), failed]}
     elif isinstance(field, fields.Dict) and isinstance(field.key_field, (wire_fields.Text, wire_fields.NodeId)):
         found = {"propertyNames": self.field2property(field.key_field)}
     return found

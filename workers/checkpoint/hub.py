@@ -174,11 +174,11 @@ def canonical_name(name: str, *, token: str | None, hub: HubSettings) -> str:
     """The "owner/name" of a model that is named without its owner ("gpt2"), as the Hub resolves it.
 
     Raises:
-        InvalidInput: If the Hub knows none by this name, or may not be asked (HF_HUB_OFFLINE).
+        NotFound: If the Hub knows none by this name, or may not be asked (HF_HUB_OFFLINE).
         Unavailable: If it cannot be reached within the retries.
     """
-    wanted = InvalidInput(
-        f"model_name must be 'owner/name': {hub.endpoint} knows no model {name!r} without its owner",
+    wanted = NotFound(
+        f"{hub.endpoint} knows no model {name!r} without its owner: name it 'owner/name'",
         details={"field": "model_name"},
     )
     if hub.offline:

@@ -137,7 +137,8 @@ class Services:
         """The model's "owner/name"; a name without owner is what the Hub resolves it to.
 
         Raises:
-            InvalidInput: If it is no name, or the Hub knows no model by it.
+            InvalidInput: If it is no name.
+            NotFound: If the Hub knows no model by it.
             Unavailable: If the Hub must be asked, and cannot be reached.
         """
         if "/" in check_asked_name(model_name):

@@ -9,7 +9,7 @@ from hub.server import TestHub
 from support.checkpoints import checkpoint
 from support.running import Service, until
 
-from planner.errors import AccessDenied, InvalidInput, NotFound
+from planner.errors import AccessDenied, NotFound
 from workers.downloader import resolve
 from workers.ledger.steps import ENDED
 from workers.settings import HubSettings
@@ -33,7 +33,7 @@ def test_a_name_without_an_owner_is_kept_as_the_hub_resolves_it(hub: TestHub, se
     first, second, none = batch["jobs"]
     assert first["job_id"] == second["job_id"]
     assert "knows no model 'none2' without its owner" in none["error"]["message"]
-    with pytest.raises(InvalidInput, match="must be 'owner/name'"):
+    with pytest.raises(NotFound, match="name it 'owner/name'"):
         jobs.submit_process("none2")
 
 

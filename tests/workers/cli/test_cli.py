@@ -298,7 +298,7 @@ def test_a_plan_is_shown_explained_written_and_imported_again(fairshard: Shell) 
     assert len(answer["approximate"]) == 1
     assert set(answer["split_plan"]) == {"fast", "slow"}
     again = fairshard.json("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--import", "plan.yaml")
-    assert again["plan_id"] == answer["plan_id"]
+    assert again["split_plan"] == answer["split_plan"]
 
 
 def test_an_edited_plan_is_checked_before_it_is_accepted(fairshard: Shell) -> None:
@@ -448,7 +448,9 @@ def test_a_plan_that_is_read_again_is_for_what_it_was_made_for(fairshard: Shell)
         before = fairshard.json(*arguments, *asked, *sizes, "--output", "before.json")
         after = fairshard.json(*arguments, "--from-plan", "before.json")
         again = fairshard.json(*arguments, "--import", "before.json")
-        for name in ("plan_id", "strategy", "objective", "phase", "batch_size", "sequence_length"):
+        # The imported allocation was not solved for: its bound is proven anew, and the document is another.
+        assert after["plan_id"] == before["plan_id"]
+        for name in ("split_plan", "strategy", "objective", "phase", "batch_size", "sequence_length"):
             assert after[name] == again[name] == before[name], name
         assert after["moves"] == []
         # What is asked anew wins.
