@@ -189,9 +189,9 @@ TYPICAL = frozenset(
 )
 
 
-def families(*, without: Collection[str] = ()) -> list[Any]:
-    """The names as a test's parameters: the typical in every run, all in the deep one."""
-    return some((name for name in NAMES if name not in without), shallow=TYPICAL - set(without))
+def families(*, without: Collection[str] = (), slow: Collection[str] = ()) -> list[Any]:
+    """The names as a test's parameters: the typical that are not `slow` in every run, all in the deep one."""
+    return some((name for name in NAMES if name not in without), shallow=TYPICAL - set(without) - set(slow))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def longest(profile: ModelProfile, length: int) -> int:
     return min(length, profile.longest_sequence or length)
 
 
-@pytest.mark.parametrize("name", families(without=_CHUNKED))
+@pytest.mark.parametrize("name", families(without=_CHUNKED, slow={"jamba", "recurrent_gemma"}))
 def test_another_batch_and_length_cost_what_a_profile_made_there_says(name: str) -> None:
     folder = open_folder(folder_of(name))
     profile = generate(folder, batch_size=1, sequence_length=48)
