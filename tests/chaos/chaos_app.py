@@ -61,7 +61,8 @@ def _renaming(rename: Callable[..., None]) -> Callable[..., None]:
     return renamed
 
 
-messages.sender = process.sender = bad_line
+messages.sender = bad_line
+process.sender = bad_line  # type: ignore[attr-defined]  # where the workers look it up
 os.rename = _renaming(_rename)
 os.replace = _renaming(_replace)
 
