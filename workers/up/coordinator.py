@@ -26,7 +26,7 @@ from workers.nodes.invitations import Invitation
 from workers.nodes.joining import Authority, read_authority
 from workers.up import certificates, redis_server
 
-_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104  (compared with, not bound to)
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104  (compared with, not bound to)  # nosec B104
 _HERE = ("127.0.0.1", "localhost")
 
 

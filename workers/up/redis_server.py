@@ -135,7 +135,8 @@ def write_config(directory: Path, *, port: int, password: str | None, shared: Sh
 
 def _shared_lines(shared: Shared, port: int, password: str) -> list[str]:
     """As deploy/redis.sh has them, which says why."""
-    hosts = " ".join(dict.fromkeys([shared.host, *([] if shared.host in {"0.0.0.0", "::"} else ["127.0.0.1"])]))  # noqa: S104
+    everywhere = shared.host in {"0.0.0.0", "::"}  # noqa: S104  (compared with, not bound to)  # nosec B104
+    hosts = " ".join(dict.fromkeys([shared.host, *([] if everywhere else ["127.0.0.1"])]))
     digest = hashlib.sha256(password.encode()).hexdigest()
     rights = f"~{shared.prefix}* allchannels +@all -@admin -@dangerous +info"
     lines = [f"bind {hosts}", "protected-mode no", "maxmemory-policy noeviction", "user default off"]
