@@ -91,6 +91,10 @@ class _Step(bootsteps.StartStopStep):
 class ReconcileStep(_Step):
     """A reconciler in each worker, one of which holds the lock."""
 
+    #: The pool forks first: a child inherits what a thread has locked in that moment (an import, a cached property),
+    #: locked for ever, and then hangs at its first step.
+    requires = ("celery.worker.components:Pool",)
+
     def __init__(self, worker: Any, **_: Any) -> None:
         super().__init__(worker)
         self._thread: ReconcilerThread | None = None
@@ -98,7 +102,9 @@ class ReconcileStep(_Step):
     def start(self, worker: Any) -> None:  # noqa: ARG002  (celery's signature)
         """Start the thread."""
         services = current()
-        self._thread = ReconcilerThread(lambda: Reconciler(services.ledger, services.registry))
+        # Children that take another's place are forked later: nothing is made for the first time in the thread.
+        reconciler = Reconciler(services.ledger, services.registry)
+        self._thread = ReconcilerThread(reconciler)
         self._thread.start()
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002  (celery's signature)

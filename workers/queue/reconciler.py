@@ -122,9 +122,9 @@ class Reconciler:
 class ReconcilerThread(threading.Thread):
     """Passes, once a second, until `stop`."""
 
-    def __init__(self, make: Callable[[], Reconciler]) -> None:
+    def __init__(self, reconciler: Reconciler) -> None:
         super().__init__(name="fairshard-reconciler", daemon=True)
-        self._make = make
+        self._reconciler = reconciler
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -133,10 +133,9 @@ class ReconcilerThread(threading.Thread):
 
     def run(self) -> None:
         """Pass after pass; whatever goes wrong, the next pass comes."""
-        reconciler = self._make()
         while not self._stopped.wait(PASS_S):
             try:
-                reconciler.once()
+                self._reconciler.once()
             except Unavailable as error:
                 logger.warning("reconciler: %s", error)
             except Exception:
