@@ -139,10 +139,14 @@ class SharedStore:
         return unpack(found, what=path)
 
     def write(self, files: Mapping[str, bytes | None], *, message: str) -> str:
-        """See `MetadataStore.write`; a keeper has the files on its disk too when this returns."""
+        """See `MetadataStore.write`; a keeper has the files on its disk too when this returns.
+
+        And what Redis was told before: the metadata that a plan was made from is kept no later than the plan.
+        """
         for path in files:
             check_path(path)
         if self._folder is not None:
+            self.keep()
             self._folder.write(files, message=message)
         return self._put(files)
 
