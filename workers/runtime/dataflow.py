@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from workers.runtime.caches import CachePart, Watch, cache_parts
 
 #: A result: `<module path>#<call>:<part>`; a weight that the code between uses directly: `=<name>`; a buffer
 #: likewise: `~<name>`, which the model makes for itself where the checkpoint has none.
@@ -36,8 +38,10 @@ class Call:
     needs: frozenset[Key]
     #: How (output, what it told others through mappings) is built from its parts (a pytree's structure).
     structure: Any
-    #: Its parts: meta tensors, or plain values.
+    #: Its parts: meta tensors, `CachePart`s, or plain values.
     parts: tuple[Any, ...]
+    #: Whether the result is one tensor and nothing else.
+    plain: bool = False
 
     def key(self, part: int) -> Key:
         """The name of one part of the result."""
@@ -55,6 +59,14 @@ class Trace:
 
     calls: tuple[Call, ...]
     output_needs: frozenset[Key]
+    #: Unit's path -> places of the cache's layers (`workers.runtime.caches.layers_of`) that it wrote to.
+    wrote: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    #: What modules keep between passes themselves, as (module path, attribute).
+    attributes: tuple[tuple[str, str], ...] = ()
+    #: Those attributes' values after the pass.
+    states: tuple[Any, ...] = ()
+    #: What the model returned, on the meta device.
+    output: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +104,14 @@ def find_units(model: nn.Module, layer_names: Collection[str]) -> tuple[str, ...
     return tuple(below("", model))
 
 
-def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -> Trace:
+def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any], *, cache: Any = None) -> Trace:
     """Run `model` (on the meta device) on inputs of the given shapes and record the calls of its units.
+
+    Args:
+        model: The whole model.
+        units: Paths of its units.
+        inputs: The forward's arguments.
+        cache: The cache among them, if the pass has one: the output that counts is then the logits.
 
     Raises:
         Exception: Whatever the model raises where it asks for values that a meta tensor has not.
@@ -101,6 +119,10 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
     follower = _Follower(model)
     counts: dict[str, int] = defaultdict(int)
     calls: list[Call] = []
+    watch = Watch(cache)
+    places = {id(part): CachePart(at) for at, part in enumerate(cache_parts(cache))}
+    wrote: dict[str, frozenset[int]] = defaultdict(frozenset)
+    kept = {path: dict(module.__dict__) for path, module in model.named_modules()} if cache is not None else {}
 
     def recorded(path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = counts[path]
@@ -111,7 +133,15 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
             output, told = observed(run, args, kwargs)
         parts, structure = pytree.tree_flatten((output, told))
         _refuse_side_effects(path, before, _state((args, kwargs)), parts)
-        call = Call(path=path, number=number, needs=needs, structure=structure, parts=tuple(parts))
+        wrote[path] |= watch.changed()
+        call = Call(
+            path=path,
+            number=number,
+            needs=needs,
+            structure=structure,
+            parts=tuple(places.get(id(part), part) for part in parts),
+            plain=isinstance(output, Tensor) and len(parts) == 1,
+        )
         calls.append(call)
         for at, part in enumerate(parts):
             if isinstance(part, Tensor):
@@ -121,7 +151,28 @@ def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any]) -
     meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with calling(model, units, recorded), torch.no_grad(), _Truth(), follower:
         output = model(**meta)
-    return Trace(calls=tuple(calls), output_needs=follower.origins(output))
+    if cache is None:
+        return Trace(calls=tuple(calls), output_needs=follower.origins(output))
+    attributes = _changed(model, kept)
+    return Trace(
+        calls=tuple(calls),
+        output_needs=follower.origins(output["logits"]),
+        wrote=wrote,
+        attributes=tuple(attributes),
+        states=tuple(attributes.values()),
+        output=output,
+    )
+
+
+def _changed(model: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
+    """The tensors that modules now keep and did not before; they are put back as they were."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, Tensor) and before[path].get(name) is not value:
+                found[path, name] = value
+                module.__dict__[name] = before[path].get(name)
+    return found
 
 
 def observed(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ class Handoff:
     """A pass through the model that is partly done."""
 
     #: The model's own inputs (`input_ids`, `attention_mask`, ...): masks and positions are made from them everywhere.
+    #: One within a mapping is named `<input>/<key>`.
     inputs: Mapping[str, Tensor]
     #: Results that layers not yet run need, by `<module path>#<call>:<part>`.
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -32,6 +34,12 @@ class Handoff:
     revision: str | None = None
     #: Path of the module that has to run next; None before the first stage.
     next_module: str | None = None
+    #: The forward's other arguments (`use_cache`, `logits_to_keep`, ...), as JSON has them.
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    #: Which pass of its session this is, from 0; None for a pass without a session.
+    number: int | None = None
+    #: Inputs that begin as in the session's pass before -> how many columns (of the last axis) are not sent again.
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The handoff as safetensors; tensors that share their data are sent once."""
@@ -54,6 +62,9 @@ class Handoff:
             "plan_id": self.plan_id,
             "revision": self.revision,
             "next_module": self.next_module,
+            "settings": dict(self.settings),
+            "number": self.number,
+            "kept": dict(self.kept),
             "aliases": aliases,
             "orders": {name: order for name, order in orders.items() if order != sorted(order)},
         }
@@ -73,7 +84,9 @@ class Handoff:
             for name, order in head["orders"].items():
                 tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
             tensors |= {name: tensors[other] for name, other in head["aliases"].items()}
-            plan_id, revision, next_module = (head[key] for key in ("plan_id", "revision", "next_module"))
+            plan_id, revision, next_module = (_text(head[key]) for key in ("plan_id", "revision", "next_module"))
+            settings, kept = dict(head["settings"]), {name: _count(count) for name, count in head["kept"].items()}
+            number = None if head["number"] is None else _count(head["number"])
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InvalidInput(f"not a handoff between stages: {error!r:.200}") from error
         return cls(
@@ -82,4 +95,19 @@ class Handoff:
             plan_id=plan_id,
             revision=revision,
             next_module=next_module,
+            settings=settings,
+            number=number,
+            kept=kept,
         )
+
+
+def _text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value

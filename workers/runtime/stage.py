@@ -14,8 +14,8 @@ bit for bit.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +24,20 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from planner.errors import Conflict, InvalidInput, NotFound
 from workers.checkpoint.config import parse_config
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
-from workers.runtime.dataflow import Trace, Visit, calling, find_units, observed, plan_visit, replayed, trace
+from workers.runtime.caches import RealCache
+from workers.runtime.dataflow import find_units, trace
 from workers.runtime.payload import Handoff
-from workers.runtime.weights import filler, load_weights, silent_bars, skeleton, switch_caches_off
+from workers.runtime.session import Session, rehearse, whole_arguments
+from workers.runtime.visits import Flow, Runner, Stop, Units
+from workers.runtime.weights import load_weights, silent_bars, skeleton, switch_caches_off
 from workers.shards.manifest import Manifest, read_manifest
 
 _TRACES = 64
-
-
-class _Stop(Exception):
-    """The last call of this visit has run."""
 
 
 class Stage(nn.Module):
@@ -59,7 +57,13 @@ class Stage(nn.Module):
         missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in there]
         #: Paths of the units whose weights are all here.
         self.held = frozenset(unit for unit in self._units if not any(n.startswith(f"{unit}.") for n in missing))
-        self._traces: dict[Any, Trace] = {}
+        self._wrapped = Units(model, self._units)
+        self._flows: dict[Any, Flow] = {}
+        #: First passes of sessions as they were traced; the last one for each number of sequences. For `Session`.
+        self.firsts: dict[Any, Any] = {}
+        self.bases: dict[Any, Any] = {}
+        #: Held by the one pass that runs or is traced.
+        self.lock = threading.RLock()
 
     def can(self, key: str) -> bool:
         """Whether this stage holds a unit's weights (by module path), or a single one (by `=` or `~` and name)."""
@@ -76,20 +80,41 @@ class Stage(nn.Module):
             Conflict: If the handoff is of another plan or revision, or there is nothing for this stage to do yet.
             InvalidInput: If the model cannot be divided for such inputs.
         """
+        with self.lock:
+            arguments = whole_arguments(step.inputs, step.settings)
+            flow = self.flow((_shapes(step.inputs), repr(sorted(step.settings.items()))), arguments)
+            return self.visit(flow, step, arguments)
+
+    def visit(
+        self, flow: Flow, step: Handoff, arguments: Mapping[str, Any], caches: tuple[RealCache, Any] | None = None
+    ) -> Any:
+        """Run what is held and can run now of a pass; for `forward` and sessions.
+
+        Args:
+            flow: The trace for such a pass.
+            step: What was handed to this stage.
+            arguments: The model's.
+            caches: The real cache, and the clock's among the arguments.
+
+        Raises:
+            Conflict: If the handoff is of another plan or revision, or there is nothing for this stage to do yet.
+            InvalidInput: If the model cannot be divided for such inputs, or what was handed on is not a number.
+        """
         self._check(step)
-        found = self._trace(step.inputs)
-        visit = plan_visit(found, step.values, self.can)
+        todo = flow.visit(step.values)
+        visit = todo.visit
         if visit.next_module is not None and not visit.compute:
             raise Conflict(
                 f"node {self.manifest.node_id} holds nothing that can run now: {visit.next_module} is next, on "
                 f"another node",
                 details={"next_module": visit.next_module, "held": sorted(self.held)},
             )
-        run = _Run(found, visit, step.values, self.model.device)
-        with calling(self.model, self._units, run), self._lent(step.values):
+        run = Runner(flow, todo, step.values, self.model.device, caches)
+        with self._lent(step.values):
+            self._wrapped.runner = run
             try:
-                output = self.model(**step.inputs)
-            except _Stop:
+                output = self.model(**arguments)
+            except Stop:
                 output = None
             except RuntimeError as error:
                 if "single memory location" not in str(error):
@@ -98,17 +123,40 @@ class Stage(nn.Module):
                     f"{self.manifest.model_name} cannot be run in stages: its code writes into weights that "
                     f"other nodes hold (as RWKV does to rescale its layers)"
                 ) from error
+            finally:
+                self._wrapped.runner = None
         if visit.next_module is None:
             return output
         own = {k: self.model.get_parameter_or_buffer(k[1:]) for k in visit.hand_on if k[0] in "=~" and self.can(k)}
         values = {key: run.made[key] if key in run.made else step.values[key] for key in visit.hand_on - own.keys()}
-        return Handoff(
-            inputs=step.inputs,
+        return replace(
+            step,
             values=values | own,
             plan_id=self.manifest.plan_id,
             revision=self.manifest.revision,
             next_module=visit.next_module,
         )
+
+    def open_session(self, *, batch: int, length: int) -> Session:
+        """A request's caches on this node, for up to `length` tokens of each of `batch` sequences.
+
+        Raises:
+            InvalidInput: If the model cannot generate in stages.
+        """
+        return Session(self, batch, length)
+
+    def prepare(self, *, batch: int, length: int, padded: bool = False) -> None:
+        """Trace what a prompt of this shape will ask, and a token after it, so that the first pass need not.
+
+        Args:
+            batch: Sequences.
+            length: Tokens of each.
+            padded: Whether they are of unequal length, with padding before the shorter ones.
+
+        Raises:
+            InvalidInput: If the model cannot generate in stages.
+        """
+        rehearse(self, batch, length, padded)
 
     def _check(self, step: Handoff) -> None:
         mine = (self.manifest.plan_id, self.manifest.revision)
@@ -118,21 +166,48 @@ class Stage(nn.Module):
                 details={"wanted": list(mine), "found": [step.plan_id, step.revision]},
             )
 
-    def _trace(self, inputs: Mapping[str, Any]) -> Trace:
-        """The dataflow for inputs of these shapes; remembered."""
-        key = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
-        if key not in self._traces:
-            with quiet():
-                try:
-                    found = trace(self._whole[0], self._units, inputs)
-                except Exception as error:
-                    raise InvalidInput(
-                        f"{self.manifest.model_name} cannot be run in stages on these inputs: {_reason(error)}"
-                    ) from error
-            if len(self._traces) >= _TRACES:
-                self._traces.clear()
-            self._traces[key] = found
-        return self._traces[key]
+    def flow(self, key: Any, arguments: Mapping[str, Any], *, cache: Any = None, states: Any = ()) -> Flow:
+        """The data flow for such arguments; remembered under `key`.
+
+        Args:
+            key: What tells it from others.
+            arguments: The forward's; tensors count for their shapes.
+            cache: The cache among them, on the meta device.
+            states: What modules keep as of then, as ((module path, attribute), value).
+
+        Raises:
+            InvalidInput: If the model cannot be divided for such arguments.
+        """
+        if key in self._flows:
+            return self._flows[key]
+        whole = self._whole[0]
+        places = [(whole.get_submodule(path).__dict__, name, value) for (path, name), value in states]
+        kept = [attributes.get(name) for attributes, name, _ in places]
+        with quiet():
+            try:
+                for attributes, name, value in places:
+                    attributes[name] = value
+                found = trace(whole, self._units, arguments, cache=cache)
+            except Exception as error:
+                raise InvalidInput(
+                    f"{self.manifest.model_name} cannot be run in stages on these inputs: {_reason(error)}"
+                ) from error
+            finally:
+                for (attributes, name, _), value in zip(places, kept, strict=True):
+                    attributes[name] = value
+        if len(self._flows) >= _TRACES:
+            self._flows.clear()
+        self._flows[key] = Flow(found, self.can)
+        return self._flows[key]
+
+    def known(self, key: Any) -> Flow | None:
+        """What `flow` remembers under `key`."""
+        return self._flows.get(key)
+
+    @property
+    def whole(self) -> PreTrainedModel:
+        """The whole model, on the meta device."""
+        return self._whole[0]
 
     @contextmanager
     def _lent(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -150,6 +225,10 @@ class Stage(nn.Module):
                 place.data = data
 
 
+def _shapes(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
+
+
 def _reason(error: Exception) -> str:
     """Why a model could not be traced, in a line."""
     if isinstance(error, NotImplementedError) and "data-independent" in str(error):
@@ -159,51 +238,6 @@ def _reason(error: Exception) -> str:
     if "expected device" in str(error):
         return "its code makes tensors on the CPU wherever the others are, as XLNet's does"
     return first_line(error)
-
-
-class _Run:
-    """The runner of one visit (see `workers.runtime.dataflow.calling`)."""
-
-    def __init__(self, found: Trace, visit: Visit, ready: Mapping[str, Tensor], device: torch.device) -> None:
-        self.made: dict[str, Tensor] = {}
-        self._calls = {(call.path, call.number): call for call in found.calls}
-        self._compute, self._last = set(visit.compute), visit.compute[-1] if visit.next_module else None
-        self._hand_on, self._ready, self._device = visit.hand_on, ready, device
-        self._counts: dict[str, int] = defaultdict(int)
-        #: (identity, version) -> (what is copied, so that its identity stays its own; the copy).
-        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = (path, self._counts[path])
-        self._counts[path] += 1
-        if place not in self._calls:
-            raise InvalidInput(f"{path} ran more often than in the trace: its calls depend on the data")
-        call = self._calls[place]
-        if place not in self._compute:
-            parts = [self._part(call.key(at), part) for at, part in enumerate(call.parts)]
-            return replayed(call, parts, args, kwargs)
-        output, told = observed(run, args, kwargs)
-        for at, part in enumerate(pytree.tree_leaves((output, told))):
-            if call.key(at) in self._hand_on:
-                self.made[call.key(at)] = self._copy(part)
-        if place == self._last:
-            raise _Stop
-        return output
-
-    def _part(self, key: str, part: Any) -> Any:
-        if not isinstance(part, Tensor):
-            return part
-        if key in self._ready:
-            return self._copy(self._ready[key])
-        # Real memory, unlike weights that are not here: models write to hidden states in place.
-        return torch.full(part.shape, filler(part.dtype), dtype=part.dtype, device=self._device)
-
-    def _copy(self, value: Tensor) -> Tensor:
-        """A copy that in-place code between the layers cannot reach; the same one for the same value."""
-        place = (id(value), value._version)  # noqa: SLF001 (how often it was written to)
-        if place not in self._copies:
-            self._copies[place] = (value, value.clone())
-        return self._copies[place][1]
 
 
 def load_stage(
@@ -241,5 +275,7 @@ def load_stage(
     with quiet(), silent_bars():
         model = skeleton(type(whole), config, manifest, attn_implementation)
         held = load_weights(model, manifest, folder, torch.device(device))
+        if model.can_generate() and (folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.eval()
     return Stage(manifest, model, whole, held)

@@ -179,7 +179,7 @@ def test_any_shape_of_input_and_the_trace_is_made_once_a_shape(tmp_path: Path) -
         del inputs["attention_mask"]
         with torch.no_grad():
             assert_equal(chain(stages, inputs)[0], model(**inputs))
-    assert len(stages[0]._traces) == 2
+    assert len(stages[0]._flows) == 2
 
 
 def test_embeddings_instead_of_ids(tmp_path: Path) -> None:
