@@ -22,7 +22,7 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from planner.errors import InvalidInput
 from workers.runtime.caches import Clock, cache_argument
 from workers.runtime.payload import Handoff
-
-if TYPE_CHECKING:
-    from workers.runtime.stage import Stage
+from workers.runtime.session import Session
+from workers.runtime.stage import Stage
 
 #: Runs one pass through the whole chain and gives the model's output ("logits").
 Send = Callable[[Handoff], Mapping[str, Tensor]]
@@ -58,6 +57,26 @@ class Generated:
 def generate(stage: Stage, send: Send, inputs: Mapping[str, Tensor], **options: Any) -> Generated:
     """One prompt's answer; see `Driver.generate` for the options."""
     return Driver(stage, send).generate(inputs, **options)
+
+
+def prepare(stage: Stage, *, batch: int, length: int, padded: bool = False) -> None:
+    """Trace what a prompt of this shape will ask of `stage`, and a token after it, so that the first pass need not.
+
+    Args:
+        stage: Any of the plan's.
+        batch: Sequences.
+        length: Tokens of each.
+        padded: Whether they are of unequal length, with padding before the shorter ones.
+
+    Raises:
+        InvalidInput: If the model cannot generate in stages.
+    """
+    session = Session(stage, batch=batch, length=length + 1)
+    ids = torch.ones(batch, length, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 0] = 0
+    generate(stage, session.rehearse, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=2, endless=True)
 
 
 class Driver:

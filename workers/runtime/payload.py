@@ -111,3 +111,15 @@ def _count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r:.40} is no count")
     return value
+
+
+def whole_arguments(inputs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward's arguments: settings, and inputs in their places, also within mappings."""
+    arguments = {name: dict(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    for name, value in inputs.items():
+        outer, _, key = name.partition("/")
+        if key:
+            arguments.setdefault(outer, {})[key] = value
+        else:
+            arguments[name] = value
+    return arguments

@@ -1,7 +1,7 @@
 """Sessions: one request's caches on one node, so that each pass brings only what is new.
 
-    stage.prepare(batch=1, length=12)                # optional, at the announcement: traces what will be asked
-    session = stage.open_session(batch=1, length=12 + 100)
+    prepare(stage, batch=1, length=12)               # optional, at the announcement: traces what will be asked
+    session = Session(stage, batch=1, length=12 + 100)
     session.memory_bytes                             # what its caches take on this node when they are full
     answer = session.step(handoff)                   # a Handoff for the node that holds `answer.next_module`,
                                                      # or, from the last, {"logits": those of each last position}
@@ -10,7 +10,7 @@
 A session is known to its node by whatever the caller keeps it under; a handoff says only which pass it belongs to
 (`Handoff.number`, from 0). A node may be visited several times in one pass. Sessions of one stage may take turns, and
 be used from any thread: a stage runs one visit at a time. After an error a session is over, and says so.
-`workers.runtime.generation` makes the passes.
+`workers.runtime.generation` makes the passes, and has `prepare`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from planner.errors import Conflict, InvalidInput
 from workers.runtime.caches import Clock, RealCache, bytes_at, cache_argument, cache_parts, layers_of, make_cache
-from workers.runtime.payload import Handoff
+from workers.runtime.payload import Handoff, whole_arguments
+from workers.runtime.stage import Stage
 from workers.runtime.visits import Flow
 from workers.runtime.weights import filler
-
-if TYPE_CHECKING:
-    from workers.runtime.stage import Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +49,13 @@ class _First:
 
 
 class Session:
-    """See the module's text; made by `Stage.open_session`."""
+    """A request's caches on this node, for up to `length` tokens of each of `batch` sequences.
 
-    def __init__(self, stage: Stage, batch: int, length: int) -> None:
+    Raises:
+        InvalidInput: If the model takes no cache.
+    """
+
+    def __init__(self, stage: Stage, *, batch: int, length: int) -> None:
         self.batch, self.length = batch, length
         #: Tokens of each sequence whose passes have begun.
         self.tokens = 0
@@ -254,27 +256,3 @@ class Session:
         finally:
             for (attributes, name), value in zip(places, kept, strict=True):
                 attributes[name] = value
-
-
-def whole_arguments(inputs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The forward's arguments: settings, and inputs in their places, also within mappings."""
-    arguments = {name: dict(value) if isinstance(value, dict) else value for name, value in settings.items()}
-    for name, value in inputs.items():
-        outer, _, key = name.partition("/")
-        if key:
-            arguments.setdefault(outer, {})[key] = value
-        else:
-            arguments[name] = value
-    return arguments
-
-
-def rehearse(stage: Stage, batch: int, length: int, padded: bool) -> None:
-    """See `Stage.prepare`."""
-    from workers.runtime.generation import generate
-
-    session = Session(stage, batch, length + 1)
-    ids = torch.ones(batch, length, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, 0] = 0
-    generate(stage, session.rehearse, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=2, endless=True)

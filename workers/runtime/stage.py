@@ -31,8 +31,7 @@ from workers.checkpoint.config import parse_config
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
 from workers.runtime.caches import RealCache
 from workers.runtime.dataflow import find_units, trace
-from workers.runtime.payload import Handoff
-from workers.runtime.session import Session, rehearse, whole_arguments
+from workers.runtime.payload import Handoff, whole_arguments
 from workers.runtime.visits import Flow, Runner, Stop, Units
 from workers.runtime.weights import load_weights, silent_bars, skeleton, switch_caches_off
 from workers.shards.manifest import Manifest, read_manifest
@@ -136,27 +135,6 @@ class Stage(nn.Module):
             revision=self.manifest.revision,
             next_module=visit.next_module,
         )
-
-    def open_session(self, *, batch: int, length: int) -> Session:
-        """A request's caches on this node, for up to `length` tokens of each of `batch` sequences.
-
-        Raises:
-            InvalidInput: If the model cannot generate in stages.
-        """
-        return Session(self, batch, length)
-
-    def prepare(self, *, batch: int, length: int, padded: bool = False) -> None:
-        """Trace what a prompt of this shape will ask, and a token after it, so that the first pass need not.
-
-        Args:
-            batch: Sequences.
-            length: Tokens of each.
-            padded: Whether they are of unequal length, with padding before the shorter ones.
-
-        Raises:
-            InvalidInput: If the model cannot generate in stages.
-        """
-        rehearse(self, batch, length, padded)
 
     def _check(self, step: Handoff) -> None:
         mine = (self.manifest.plan_id, self.manifest.revision)

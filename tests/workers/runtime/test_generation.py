@@ -30,7 +30,7 @@ class Chain:
 
     def __init__(self, stages: Sequence[Stage], *, batch: int, length: int) -> None:
         self.stages = stages
-        self.sessions: list[Session] = [stage.open_session(batch=batch, length=length) for stage in stages]
+        self.sessions: list[Session] = [Session(stage, batch=batch, length=length) for stage in stages]
         #: Bytes of the handoffs of each pass.
         self.sent: list[list[int]] = []
 
