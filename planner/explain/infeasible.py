@@ -33,11 +33,13 @@ def infeasible(
         return _over_time(problem, strategy, fastest_s)
     sentence, details = _binding(problem, strategy, proven=proven)
     budget = problem.options.time_budget_s
-    found = remedies(problem, _feasible(solver, math.inf if budget is None else budget))
+    staged = strategy == "pipeline"
+    found = remedies(problem, _feasible(solver, math.inf if budget is None else budget), staged=staged)
     if not found and budget is not None:
+        endless = dataclasses.replace(problem, options=dataclasses.replace(problem.options, time_budget_s=None))
         found = [
             (change | {"time_budget_s": None}, f"{text} and no time budget")
-            for change, text in remedies(problem, _feasible(solver, math.inf))
+            for change, text in remedies(endless, _feasible(solver, math.inf), staged=staged)
         ]
     details["proven"] = proven
     details["remedies"] = [change for change, _ in found]

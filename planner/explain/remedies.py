@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from planner.cluster import Cluster, Node
+from planner.explain.additions import lacking, least_excess
 from planner.explain.reports import need_text
 from planner.plan import PlanOptions
 from planner.problem.arrays import Ints, Problem, build, usable_bytes
@@ -55,10 +56,16 @@ class _TooLong(Exception):
     """The caller has waited long enough for a refusal."""
 
 
-def remedies(problem: Problem, solver: Solver) -> list[tuple[dict[str, Any], str]]:
+def remedies(problem: Problem, solver: Solver, *, staged: bool) -> list[tuple[dict[str, Any], str]]:
     """Changes that were tried and work, as data and in words.
 
-    The smallest of each sort, unless that takes more than `_LONGEST_S`: then one that is enough, or none.
+    The smallest of each sort, unless that takes more than `_LONGEST_S`: then one that is enough, or none. Of memory,
+    the smallest in all, over however many nodes, and the smallest on a single one.
+
+    Args:
+        problem: What does not fit; its time budget is kept.
+        solver: How plans are looked for.
+        staged: Whether each node holds one run of layers.
     """
     deadline = time.monotonic() + _LONGEST_S
 
@@ -67,8 +74,11 @@ def remedies(problem: Problem, solver: Solver) -> list[tuple[dict[str, Any], str
             raise _TooLong
         return solver(changed)
 
-    found = []
-    for look in (_memory, _node, _pins, _shares, _context):
+    def several(problem: Problem, solver: Solver) -> _Change | None:
+        return _memory_of_several(problem, solver, staged=staged)
+
+    found: list[_Change] = []
+    for look in (several, _memory, _node, _pins, _shares, _context):
         with contextlib.suppress(_TooLong):
             change = look(problem, timely)
             if change is not None:
@@ -78,13 +88,26 @@ def remedies(problem: Problem, solver: Solver) -> list[tuple[dict[str, Any], str
 
 def _memory(problem: Problem, solver: Solver) -> _Change | None:
     extra = _more_bytes(problem, solver)
-    if not extra:
+    if extra is None:
         return None
-    text = " and ".join(f"{need_text(size)} more memory on {node_id}" for node_id, size in extra.items())
-    if len(extra) > 1:
-        return {"change": "memory", "extra_bytes_by_node": extra}, text
-    ((node_id, size),) = extra.items()
+    node_id, size = extra
+    text = f"{need_text(size)} more memory on {node_id}"
     return {"change": "memory", "node_id": node_id, "extra_bytes": size}, text
+
+
+def _memory_of_several(problem: Problem, solver: Solver, *, staged: bool) -> _Change | None:
+    """The fewest bytes more in all, where these are on several nodes: one node alone would need more."""
+    nodes = least_excess(problem, staged=staged)
+    if nodes is None or len(lacking(problem, nodes)) < 2:
+        return None
+    raised = np.maximum(problem.capacity, problem.memory_used(nodes))
+    found = solver(dataclasses.replace(problem, capacity=raised))
+    if found is None:
+        return None
+    extra = {problem.nodes[node].node_id: size for node, size in lacking(problem, found).items()}
+    parts = _few([f"{need_text(size)} on {node_id}" for node_id, size in extra.items()])
+    text = f"{need_text(sum(extra.values()))} more memory in all ({parts})"
+    return {"change": "memory", "extra_bytes_by_node": extra}, text
 
 
 def _node(problem: Problem, solver: Solver) -> _Change | None:
@@ -175,18 +198,11 @@ def _sums(problem: Problem) -> Ints | None:
     return found
 
 
-def _more_bytes(problem: Problem, solver: Solver) -> dict[str, int]:
-    """The node and the fewest bytes more on it with which a plan is found; empty if no single node's are enough.
-
-    Where what is pinned to several nodes is too much for each, it is the bytes that each of these lacks.
-    """
+def _more_bytes(problem: Problem, solver: Solver) -> tuple[str, int] | None:
+    """The node and the fewest bytes more on it with which a plan is found; None if no single node's are enough."""
     capacity, over = problem.capacity, overfull(problem)
     if len(over) > 1:
-        raised = capacity.copy()
-        raised[list(over)] = list(over.values())
-        if solver(dataclasses.replace(problem, capacity=raised)) is None:
-            return {}
-        return {problem.nodes[node].node_id: _extra(problem, node, held) for node, held in over.items()}
+        return None
     sums, needed = _sums(problem), int(problem.memory.sum())
     # No node fills more of its memory than whole layers do.
     filled = capacity if sums is None else sums[np.searchsorted(sums, capacity, side="right") - 1]
@@ -216,7 +232,7 @@ def _more_bytes(problem: Problem, solver: Solver) -> dict[str, int]:
             break
         if held is not None:
             best = (node, _extra(problem, node, held))
-    return {} if best is None else {problem.nodes[best[0]].node_id: best[1]}
+    return None if best is None else (problem.nodes[best[0]].node_id, best[1])
 
 
 def _extra(problem: Problem, at: int, capacity: int) -> int:

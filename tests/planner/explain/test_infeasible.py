@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,30 @@ def _least_bytes(model: ModelProfile, machines: Cluster, options: PlanOptions, a
     return found
 
 
+def _least_in_all(model: ModelProfile, machines: Cluster, options: PlanOptions) -> float:
+    """The fewest bytes more over all nodes together with which any allocation is valid, from every one there is."""
+    found = math.inf
+    roomy = machines
+    for node in machines.nodes:
+        roomy = _with_bytes(roomy, node.node_id, 10**12)
+    seconds = planning.layer_seconds(model, machines, options)
+    longest = math.inf if options.time_budget_s is None else options.time_budget_s * (1 + 1e-9)
+    for nodes in planning.assignments(model, machines, contiguous=options.strategy == "pipeline"):
+        if not planning.is_valid(model, roomy, options, nodes) or planning.bottleneck_s(seconds, nodes) > longest:
+            continue
+        total = 0
+        for at, node in enumerate(machines.nodes):
+            held = node_memory_bytes([layer for layer, home in zip(model.layers, nodes, strict=True) if home == at])
+            share, size = options.max_memory_share.get(node.node_id, 1.0), node.memory_bytes
+            if held and math.floor(size * share) - options.reserve_bytes < held:
+                size = max(size, math.floor((held + options.reserve_bytes) / share))
+                while math.floor(size * share) < held + options.reserve_bytes:
+                    size += 1
+            total += size - node.memory_bytes
+        found = min(found, total)
+    return found
+
+
 def _stated(text: str) -> int:
     number, unit = text.split()
     return math.ceil(float(number.replace(",", "")) * _UNITS[unit])
@@ -105,11 +130,24 @@ def _remedies(error: Infeasible) -> dict[str, dict[str, object]]:
 def _faults(model: ModelProfile, machines: Cluster, options: PlanOptions, error: Infeasible) -> list[str]:
     """What is wrong with what an error says would help."""
     faults, remedies = [], _remedies(error)
+    by_node = next((r["extra_bytes_by_node"] for r in error.details["remedies"] if "extra_bytes_by_node" in r), None)
     if any("time_budget_s" in remedy for remedy in remedies.values()):
         if min(_least_bytes(model, machines, options, at) for at in range(len(machines.nodes))) < math.inf:
             faults.append("memory would help within the budget as well")
         options = dataclasses.replace(options, time_budget_s=None)
     least = {node.node_id: _least_bytes(model, machines, options, at) for at, node in enumerate(machines.nodes)}
+    in_all = _least_in_all(model, machines, options)
+    if by_node is not None:
+        wider = machines
+        for node_id, extra in by_node.items():
+            wider = _with_bytes(wider, node_id, extra)
+        text = re.search(r"([\d.,]+ (?:[KMG]i)?B) more memory in all", str(error))
+        if not _fits(model, wider, options) or text is None or _stated(text[1]) < sum(by_node.values()):
+            faults.append(f"{by_node} do not help, or the sentence says less: {text and text[1]}")
+    offered = [sum(by_node.values())] if by_node is not None else []
+    offered += [int(r["extra_bytes"]) for r in error.details["remedies"] if "extra_bytes" in r]
+    if min(offered, default=math.inf) != in_all:
+        faults.append(f"{offered} bytes in all where {in_all} do")
     if "memory" not in remedies and min(least.values()) < math.inf:
         faults.append(f"memory would help, and is not offered: {least}")
     if "memory" in remedies and "node_id" in remedies["memory"]:
@@ -219,7 +257,7 @@ def test_what_is_pinned_to_several_nodes_names_the_bytes_of_each_and_the_pins() 
         "memory": {"change": "memory", "extra_bytes_by_node": {"n0": 5, "n1": 3}},
         "pins": {"change": "pins", "layers": ["layers.0", "layers.3"]},
     }
-    assert "5 B more memory on n0 and 3 B more memory on n1" in str(error)
+    assert "8 B more memory in all (5 B on n0, 3 B on n1)" in str(error)
     assert "layers.0 on n0, layers.3 on n1 not pinned" in str(error)
 
 
@@ -281,3 +319,29 @@ def test_a_pin_that_no_stage_can_hold_among_many_different_nodes_is_refused_with
     assert isinstance(error, Infeasible)
     assert _remedies(error)["memory"] == {"change": "memory", "node_id": "n0", "extra_bytes": 15}
     assert _remedies(error)["pins"] == {"change": "pins", "layers": ["layers.3", "layers.4"]}
+
+
+def test_several_small_additions_are_stated_beside_the_single_one() -> None:
+    model, machines = planning.profile([1.0] * 10, [5] + [100] * 8 + [50]), planning.cluster([1] * 8, [90] * 8)
+    error = planning.outcome(model, machines, PlanOptions(strategy="pipeline"))
+    assert isinstance(error, Infeasible)
+    first, second, *_ = error.details["remedies"]
+    assert sum(first["extra_bytes_by_node"].values()) == 135
+    assert second["extra_bytes"] == 710
+    assert "It would fit with 135 B more memory in all (" in str(error)
+    assert ", or with 710 B more memory on n0" in str(error)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "pipeline"])
+def test_the_addition_over_many_nodes_that_all_differ_is_found_in_time(strategy: str) -> None:
+    draw = random.Random(1)
+    sizes = [draw.randrange(10**8, 10**9) for _ in range(60)]
+    machines = planning.cluster([1] * 50, [draw.randrange(4 * 10**8, 6 * 10**8) for _ in range(50)])
+    began = time.monotonic()
+    error = planning.outcome(planning.profile([1.0] * 60, sizes), machines, PlanOptions(strategy=strategy))
+    assert isinstance(error, Infeasible)
+    assert time.monotonic() - began < 10
+    lacks = sum(sizes) - sum(node.memory_bytes for node in machines.nodes)
+    extra = next(r["extra_bytes_by_node"] for r in error.details["remedies"] if "extra_bytes_by_node" in r)
+    assert max(1, lacks) <= sum(extra.values())
+    assert f" and {len(extra) - 3} others" in str(error)
