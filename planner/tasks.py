@@ -11,7 +11,7 @@ from celery import shared_task
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, FairshardError, IntegrityError, InvalidInput, Unavailable
-from planner.names import check_model_name
+from planner.names import check_model_name, split_revision
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.strategies.make import make_plan
@@ -91,7 +91,7 @@ def _plan(
 
 def _profile_source(claim: Claim, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Where the metadata lies, for this step and for the nodes: the job's own profile, or what was asked for."""
-    awaited = asked.get("waits_for") if asked.get("revision") is None else None
+    awaited = asked.get("waits_for") if split_revision(asked.get("revision"))[0] is None else None
     own = claim.result("publish") or (claim.result("publish", of=awaited) if awaited else asked.get("profile"))
     sizes = {"batch_size": asked.get("batch_size"), "sequence_length": asked.get("sequence_length")}
     if own:

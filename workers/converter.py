@@ -10,8 +10,11 @@ from pathlib import Path
 
 from planner.dtypes import bits
 from planner.errors import InvalidCheckpoint, InvalidInput
+from planner.names import Part
 from workers.checkpoint.base import Checkpoint, CheckpointFile
-from workers.checkpoint.headers import weight_files
+from workers.checkpoint.choice.modules import model_folder
+from workers.checkpoint.choice.part import part_of
+from workers.checkpoint.choice.weights import weight_files
 from workers.checkpoint.torch_file import Stored, read_views
 from workers.disk.durable import write_whole
 from workers.disk.space import check_fits
@@ -45,7 +48,9 @@ def convert(checkpoint: Checkpoint, directory: Path, *, progress: Progress = sil
         Conflict: If the folder is not empty.
         NodeFailure: If it cannot be written, or the disk lacks the room.
     """
-    names, _ = weight_files(checkpoint)
+    # Where the model lies in a folder of the repository, that folder is what is converted.
+    checkpoint = part_of(checkpoint, Part(subfolder=model_folder(checkpoint).rstrip("/") or None))
+    names = weight_files(checkpoint)
     if names[0].endswith(".safetensors"):
         raise InvalidInput(
             f"{checkpoint.model_name} has safetensors already ({names[0]}); there is nothing to convert"

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from planner.errors import Conflict, InvalidInput
-from planner.names import check_asked_name, check_revision
+from planner.names import check_asked_name, check_revision, join_revision, split_revision
 from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.choice.part import PartOfCheckpoint, part_of
 from workers.checkpoint.folder import open_folder
 from workers.progress import Progress, silent
 from workers.settings import HubSettings
@@ -21,11 +22,16 @@ def resolve(
     source: str | Path,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     token: str | None = None,
     models_dir: Path | None = None,
     hub: HubSettings | None = None,
 ) -> Checkpoint:
     """Find the checkpoint that `source` names, pinned to one revision.
+
+    With `subfolder` or `variant`, or a revision that ends in both ("main~subfolder=text_encoder~variant=fp16"), it is
+    that part of the repository, as a checkpoint of its own whose revision ends so.
 
     A `Path` is a folder. A text that can be a model's name is one: the folder `models_dir/owner/name` if it
     exists, else the Hub's repository (or its cached copy, where HF_HUB_OFFLINE is set or the Hub is down).
@@ -34,12 +40,14 @@ def resolve(
     Args:
         source: `owner/name`, a name that the Hub resolves without its owner (`gpt2`), or a folder.
         revision: Branch, tag or commit; default the Hub's main branch, or the folder as it is.
+        subfolder: The folder of the repository that holds the model.
+        variant: Which of several weights (`bf16` of `model.bf16.safetensors`).
         token: A user's Hub token; default this process's own.
         models_dir: Where `owner/name` folders are looked for before the Hub.
         hub: How to reach the Hub; default what the environment says.
 
     Raises:
-        NotFound: If there is no such folder, repository or revision.
+        NotFound: If there is no such folder, repository, revision, subfolder or variant.
         AccessDenied: If the repository is gated or private and the token does not open it.
         Conflict: If the folder is not of the revision asked for.
         InvalidInput: If `source` or `revision` cannot name anything.
@@ -47,6 +55,13 @@ def resolve(
     """
     if revision is not None:
         check_revision(revision)
+    asked, part = split_revision(join_revision(revision, subfolder=subfolder, variant=variant))
+    return part_of(_resolve(source, asked, token=token, models_dir=models_dir, hub=hub), part)
+
+
+def _resolve(
+    source: str | Path, revision: str | None, *, token: str | None, models_dir: Path | None, hub: HubSettings | None
+) -> Checkpoint:
     name = _model_name(source)
     if name is None:
         return _folder(Path(source).expanduser(), None, revision)
@@ -89,6 +104,10 @@ def download(
     """
     from workers.transfer.snapshot import snapshot
 
+    if directory is None and isinstance(checkpoint, PartOfCheckpoint):
+        # The Hub's cache has repositories as they are.
+        wanted = [checkpoint.there[name] for name in (checkpoint.files if names is None else names)]
+        return snapshot(checkpoint.whole, None, names=wanted, progress=progress)
     return snapshot(checkpoint, directory, names=names, progress=progress)
 
 

@@ -20,6 +20,7 @@ from workers.checkpoint.base import Checkpoint
 from workers.checkpoint.shared_storage import with_twins
 from workers.profiling.contents import Contents, read_contents
 from workers.profiling.from_headers import general_layers
+from workers.profiling.later_modules import with_modules
 from workers.profiling.quantization import unknown_method
 from workers.progress import Progress, silent
 
@@ -82,6 +83,14 @@ def generate(
         length = min(sequence_length, trace.longest or sequence_length)
         approximate = [*trace.reasons, *outside(layers, length, batched=False)]
     layers = with_twins(layers, contents.headers.twins)
+    longest = None if trace is None else trace.longest
+    layers, later = with_modules(
+        layers,
+        contents.headers.modules,
+        batch_size=batch_size,
+        length=min(sequence_length, longest or sequence_length),
+    )
+    approximate += later
     method = unknown_method(contents.config.quantization)
     if method:
         approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")
@@ -95,7 +104,7 @@ def generate(
         sequence_length=sequence_length,
         layers=tuple(layers),
         approximate=tuple(approximate),
-        longest_sequence=None if trace is None else trace.longest,
+        longest_sequence=longest,
         generated_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         node_id=node_id,
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 from planner.dtypes import canonical
 from planner.errors import FairshardError, InvalidInput, InvalidMetadata, NotFound
+from planner.names import is_of, split_revision
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.wire.documents import loads_json
 from planner.wire.read import dumps, plan_from_json, plan_to_json, profile_from_json, profile_to_json
-from workers.metadata_store.base import MetadataStore, plan_path, profile_path, williw_path
+from workers.metadata_store.base import MetadataStore, plan_path, profile_path, profiles_folder, williw_path
 from workers.progress import Progress, silent
 
 #: Differences that do not make metadata new: the same model profiled, or plan made, again, elsewhere or later.
@@ -105,7 +106,8 @@ def latest_profile(store: MetadataStore, model_name: str, *, revision: str | Non
     Args:
         store: Where to look.
         model_name: `owner/name`.
-        revision: Only profiles of this commit of the model; default any.
+        revision: Only profiles of this commit of the model (default any), and of the part of the repository that it
+            names (default the whole).
 
     Raises:
         NotFound: If the store has none; the message says where was looked.
@@ -116,11 +118,11 @@ def latest_profile(store: MetadataStore, model_name: str, *, revision: str | Non
     try:
         newest = load_profile(store, root)
         # "a/b_c" and "a_b/c" have one root file between them.
-        if newest.model_name == model_name and revision in (None, newest.revision):
+        if newest.model_name == model_name and is_of(newest.revision, revision):
             return newest
     except NotFound:
         pass
-    folder = f"profiles/{model_name}" + (f"/{revision}" if revision else "")
+    folder = profiles_folder(model_name, revision if split_revision(revision)[0] else None)
     found = []
     for path in store.list(folder):
         try:
@@ -128,11 +130,14 @@ def latest_profile(store: MetadataStore, model_name: str, *, revision: str | Non
         except FairshardError as error:
             if error.retryable:
                 raise
-    matching = [p for p in found if p.model_name == model_name]
+    mine = [p for p in found if p.model_name == model_name]
+    matching = [p for p in mine if is_of(p.revision, revision)]
     if not matching:
         at = f" at {revision}" if revision else ""
+        others = sorted({str(part) for p in mine if (part := split_revision(p.revision)[1])})
+        only = f"; there is some of {', '.join(others)}: name the subfolder or variant" if others else ""
         raise NotFound(
-            f"{store.spec} has no metadata of {model_name}{at}: neither {root} nor anything below {folder}/",
+            f"{store.spec} has no metadata of {model_name}{at}: neither {root} nor anything below {folder}/{only}",
             details={"store": store.spec, "model_name": model_name, "revision": revision},
         )
     return max(matching, key=lambda p: (p.generated_at or "", p.revision or ""))

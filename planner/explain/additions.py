@@ -1,4 +1,4 @@
-"""The fewest bytes more, over all nodes together, with which a model fits: of each way to cut it the excess is priced.
+"""The fewest bytes more, over all nodes together, with which a model fits: each way to cut it has a price.
 
 Both searches go through counts of what is alike (nodes for contiguous stages, layers where any may be anywhere), so
 that they are exact for all but very mixed clusters and models; there, a rule stands in.
@@ -15,8 +15,8 @@ from planner.problem.arrays import SLACK, Floats, Ints, Problem
 
 #: Stands for "must not be"; two of them and a price are still an integer.
 _NEVER = 2**61
-#: Steps up to which all is tried: entries of tables for stages; table operations, and entries of a table, for layers.
-_MOST_ENTRIES, _MOST_STEPS, _MOST_CONTENTS = 100_000_000, 40_000, 4_000
+#: Entries of tables, operations on tables and contents of a node up to which all is tried.
+_MOST_ENTRIES, _MOST_STEPS, _MOST_CONTENTS = 50_000_000, 30_000, 4_000
 
 
 def least_excess(problem: Problem, *, staged: bool) -> Ints | None:
@@ -36,7 +36,7 @@ def lacking(problem: Problem, nodes: Ints) -> dict[int, int]:
     """Node -> bytes by which its memory has to grow to hold what `nodes` gives it, where it has to."""
     used, prices = problem.memory_used(nodes), _Prices(problem)
     over = np.flatnonzero(used > problem.capacity).tolist()
-    return {node: int(prices.extra(node, used[node : node + 1])[0]) for node in over}
+    return {node: int(prices.missing(node, used[node : node + 1])[0]) for node in over}
 
 
 class _Prices:
@@ -48,7 +48,7 @@ class _Prices:
         self.budget_s = math.inf if budget is None else budget * (1 + SLACK)
         self.limited = budget is not None or bool(np.isfinite(problem.flop_cap).any())
 
-    def extra(self, node: int, load: Ints) -> Ints:
+    def missing(self, node: int, load: Ints) -> Ints:
         """Bytes by which the node's memory has to grow for loads that are more than it has room for."""
         problem = self.problem
         wanted = load + problem.options.reserve_bytes + problem.peak_bytes
@@ -61,12 +61,12 @@ class _Prices:
     def of(self, node: int, load: Ints, flop: Floats, seconds: Floats) -> Ints:
         """The price of each load, `_NEVER` where it takes too much of the compute or time."""
         over = load > self.problem.capacity[node]
-        price = np.where(over, self.extra(node, load) * self.weight + 1, 0)
+        price = np.where(over, self.missing(node, load) * self.weight + 1, 0)
         allowed = (flop <= self.problem.flop_cap[node] * (1 + SLACK)) & (seconds <= self.budget_s)
         return np.where(allowed, price, _NEVER)
 
 
-# -- contiguous stages -------------------------------------------------------------------------------------------------
+# -- contiguous stages ----------------------------------------------------------------------------------------------
 def _stages(problem: Problem, prices: _Prices) -> Ints | None:
     count = len(problem.kind)
     memory = _stage_memory(problem)
@@ -76,7 +76,7 @@ def _stages(problem: Problem, prices: _Prices) -> Ints | None:
     held = set(problem.pinned.tolist())
     for at, node in enumerate(problem.nodes):
         share = problem.options.max_memory_share.get(node.node_id)
-        alike = (int(problem.capacity[at]), share, float(problem.flop_cap[at]), problem.seconds[at].tobytes())
+        alike = (node.memory_bytes, share, float(problem.flop_cap[at]), problem.seconds[at].tobytes())
         members[(*alike, at if at in held else -1)].append(at)
     classes = list(members.values())
     states = math.prod(len(nodes) + 1 for nodes in classes)
@@ -86,7 +86,8 @@ def _stages(problem: Problem, prices: _Prices) -> Ints | None:
         price = prices.of(at, memory, flop, _runs(problem.seconds[at][problem.kind]))
         price[(foreign > 0) | np.tri(count + 1, dtype=bool)] = _NEVER
         tables[at] = price
-    if states * len(classes) * (count + 1) ** 2 > _MOST_ENTRIES:
+    tries = states * len(classes)
+    if tries > _MOST_STEPS or tries * (count + 1) ** 2 > _MOST_ENTRIES:
         orders = [sorted(range(len(problem.nodes)), key=lambda at: (sign * int(problem.capacity[at]), at))
                   for sign in (-1, 1)]  # fmt: skip
         of = {at: tables[nodes[0]] for nodes in classes for at in nodes}
@@ -101,7 +102,9 @@ def _stages(problem: Problem, prices: _Prices) -> Ints | None:
         least, by, since = start.copy(), np.full(count + 1, -1), np.arange(count + 1)
         for at in np.flatnonzero(state).tolist():
             before = best[tuple(n - (kind == at) for kind, n in enumerate(state))]
-            least, by, since = _better(least, by, since, before, tables[classes[at][0]], at)
+            price, first = _one_more(before, tables[classes[at][0]])
+            lower = price < least
+            least, by, since = np.where(lower, price, least), np.where(lower, at, by), np.where(lower, first, since)
         best[state], came[state] = least, (by, since)
     state, end = tuple(size - 1 for size in sizes), count
     if best[state][end] >= _NEVER:
@@ -109,24 +112,20 @@ def _stages(problem: Problem, prices: _Prices) -> Ints | None:
     answer, left = np.zeros(count, dtype=np.int64), [list(nodes) for nodes in classes]
     while any(state):
         by, since = came[state]
-        kind, first = int(by[end]), int(since[end])
-        if kind < 0:
+        chosen, begin = int(by[end]), int(since[end])
+        if chosen < 0:
             break
-        answer[first:end] = left[kind].pop(0)
-        state, end = tuple(n - (at == kind) for at, n in enumerate(state)), first
+        answer[begin:end] = left[chosen].pop(0)
+        state, end = tuple(n - (kind == chosen) for kind, n in enumerate(state)), begin
     return answer
 
 
-def _better(
-    least: Ints, by: Ints, since: Ints, before: Ints, table: Ints, kind: int
-) -> tuple[Ints, Ints, Ints]:
-    """The least prices of the first layers, with a further node that holds the last of them or none."""
+def _one_more(before: Ints, table: Ints) -> tuple[Ints, Ints]:
+    """Prices of the first layers with a further node, which holds the last of them or none, and where it begins."""
     total = np.minimum(before[:, None] + table, _NEVER)
     np.fill_diagonal(total, before)  # it holds none
     first = total.argmin(axis=0)
-    price = total[first, np.arange(len(first))]
-    lower = price < least
-    return np.where(lower, price, least), np.where(lower, kind, by), np.where(lower, first, since)
+    return total[first, np.arange(len(first))], first
 
 
 def _in_order(order: list[int], tables: dict[int, Ints], count: int) -> tuple[int, Ints | None]:
@@ -135,9 +134,8 @@ def _in_order(order: list[int], tables: dict[int, Ints], count: int) -> tuple[in
     least[0] = 0
     steps = []
     for at in order:
-        by, since = np.full(count + 1, -1), np.arange(count + 1)
-        least, _, since = _better(np.full(count + 1, _NEVER + 1), by, since, least, tables[at], at)
-        steps.append(since)
+        least, first = _one_more(least, tables[at])
+        steps.append(first)
     if least[count] >= _NEVER:
         return _NEVER, None
     answer, end = np.zeros(count, dtype=np.int64), count
@@ -155,7 +153,7 @@ def _runs(cost: Floats) -> Floats:
 
 
 def _stage_memory(problem: Problem) -> Ints:
-    """(L + 1, L + 1) bytes of a stage of the layers from one number up to another, copies of tied weights included."""
+    """(L + 1, L + 1) bytes of a stage of the layers from one number up to another, with copies of tied weights."""
     total = np.concatenate(([0], np.cumsum(problem.memory)))
     memory = total[None, :] - total[:, None]
     cut = np.arange(len(total))
@@ -171,7 +169,7 @@ def _stage_memory(problem: Problem) -> Ints:
     return memory
 
 
-# -- any layer anywhere ------------------------------------------------------------------------------------------------
+# -- any layer anywhere ---------------------------------------------------------------------------------------------
 def _contents(problem: Problem, prices: _Prices) -> Ints | None:
     free = np.flatnonzero(problem.pinned < 0).tolist()
     owners = set(problem.tied_to.tolist())
@@ -197,7 +195,7 @@ def _contents(problem: Problem, prices: _Prices) -> Ints | None:
     pinned = set(problem.pinned.tolist())
     for at, node in enumerate(problem.nodes):
         share = problem.options.max_memory_share.get(node.node_id)
-        alike = (int(problem.capacity[at]), share, float(problem.flop_cap[at]), problem.seconds[at].tobytes(),
+        alike = (node.memory_bytes, share, float(problem.flop_cap[at]), problem.seconds[at].tobytes(),
                  at if at in pinned else -1)  # fmt: skip
         if alike not in seen:
             seen[alike] = _content_prices(problem, prices, at, groups, counts)

@@ -83,6 +83,10 @@ def remedies(problem: Problem, solver: Solver, *, staged: bool) -> list[tuple[di
             change = look(problem, timely)
             if change is not None:
                 found.append(change)
+    if len(found) > 1 and found[1][0].get("extra_bytes", math.inf) <= sum(
+        found[0][0].get("extra_bytes_by_node", {}).values()
+    ):
+        del found[0]
     return found
 
 
@@ -101,7 +105,10 @@ def _memory_of_several(problem: Problem, solver: Solver, *, staged: bool) -> _Ch
     if nodes is None or len(lacking(problem, nodes)) < 2:
         return None
     raised = np.maximum(problem.capacity, problem.memory_used(nodes))
-    found = solver(dataclasses.replace(problem, capacity=raised))
+    # What just fits is hard to find among many different layers: then with more room, of which not all is used.
+    rooms = [raised, *(problem.capacity + int(problem.memory.max()) // parts for parts in (16, 8, 4, 2, 1))]
+    tries = (solver(dataclasses.replace(problem, capacity=room)) for room in rooms)
+    found = next((answer for answer in tries if answer is not None), None)
     if found is None:
         return None
     extra = {problem.nodes[node].node_id: size for node, size in lacking(problem, found).items()}

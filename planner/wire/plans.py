@@ -11,6 +11,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 
 from planner.cluster import Link
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_LENGTH
+from planner.names import MOST_REVISION
 from planner.plan import OBJECTIVES, PHASES, Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
 from planner.wire.clusters import ClusterSchema
 from planner.wire.fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
@@ -128,7 +129,7 @@ class EditedPlanSchema(Lenient):
     """What somebody who edits a plan decides; all else in the file follows from it and is not read."""
 
     model_name = ModelName(required=True)
-    revision = Text(longest=128, load_default=None, allow_none=True)
+    revision = Text(longest=MOST_REVISION, load_default=None, allow_none=True)
     strategy = Text(longest=64, load_default="greedy")
     objective = Text(choices=OBJECTIVES, load_default="throughput")
     phase = Text(choices=PHASES, load_default="prefill")

@@ -11,6 +11,7 @@ from marshmallow import Schema, ValidationError, fields, post_load, validate
 from planner import dtypes
 from planner.errors import InvalidInput, InvalidMetadata
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_SEQUENCE_LENGTH
+from planner.names import MOST_REVISION
 from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
 from planner.wire.fields import FilePath, Integer, Lenient, Many, ModelName, Number, Text, explain, shown
 from planner.wire.write import SCHEMA_VERSION
@@ -125,7 +126,7 @@ class ProfileSchema(Lenient):
 
     schema_version = Integer(low=1, high=10**6, load_default=None, allow_none=True)
     model_name = ModelName(required=True)
-    revision = Text(longest=128, load_default=None, allow_none=True)
+    revision = Text(longest=MOST_REVISION, load_default=None, allow_none=True)
     model_type = Text(longest=128, load_default=None, allow_none=True)
     architecture = Text(longest=256, load_default=None, allow_none=True)
     dtype = Text(longest=64, load_default=None, allow_none=True)

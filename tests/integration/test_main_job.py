@@ -116,6 +116,33 @@ def test_process_after_request_and_process_that_waits_for_it(hub: TestHub, servi
     assert again["result"]["plan_id"] == first["result"]["plan_id"]
 
 
+def test_a_variant_is_a_model_of_its_own_from_request_to_shards(
+    hub: TestHub, service: Service, tmp_path: Path
+) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model.bf16.safetensors")
+    hub.add_repo("tester/variants", folder)
+    jobs = service.jobs()
+    view = finished(service, jobs.submit_request("tester/variants")["job_id"])
+    assert "name one with --variant" in view["error"]["message"]
+    hub.fault("hang", path="*/config.json", seconds=1.5)
+    running = jobs.submit_request("tester/variants", variant="bf16")
+    # Who asks for the whole does not wait for a part's profile.
+    for which in ({}, {"variant": "fp16"}, {"subfolder": "x", "variant": "bf16"}):
+        with pytest.raises(Conflict, match="POST /api/request first"):
+            jobs.submit_process("tester/variants", **which)
+    waiting = jobs.submit_process("tester/variants", variant="bf16")
+    assert waiting["waits_for"] == running["job_id"]
+    view = done(service, waiting["job_id"])
+    plan = jobs.plan(view["result"]["plan_id"])
+    assert plan["revision"].endswith("~variant=bf16")
+    folders = [service.shards(node_id, plan["plan_id"]) for node_id in view["result"]["node_ids"]]
+    assert verify(folders, checkpoint=resolve("tester/variants", revision=plan["revision"])).complete
+    assert jobs.profile("tester/variants", revision="~variant=bf16")["revision"] == plan["revision"]
+    with pytest.raises(NotFound, match="there is some of ~variant=bf16"):
+        jobs.profile("tester/variants")
+
+
 def test_the_same_submission_runs_once(hub: TestHub, service: Service) -> None:
     hub.add_repo("tester/once", checkpoint("llama"))
     hub.fault("hang", path="*/config.json", seconds=1.5)

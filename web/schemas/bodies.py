@@ -9,7 +9,17 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 from planner.limits import MAX_BATCH_SIZE, MAX_SEQUENCE_LENGTH
 from planner.plan import OBJECTIVES, PHASES, STRATEGIES
 from planner.wire.fields import Flag, Integer, NodeId, Number, Text, seconds, unknown_field
-from web.schemas.fields import Either, Model, ModelName, Replicas, RepoId, Revision, Timestamp
+from web.schemas.fields import (
+    Either,
+    Model,
+    ModelName,
+    Replicas,
+    RepoId,
+    Revision,
+    Subfolder,
+    Timestamp,
+    Variant,
+)
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
 KINDS = ("request", "process", "delete")
@@ -33,6 +43,17 @@ def sequence_length(**kwargs: Any) -> Integer:
 def kv_dtype() -> Text:
     """A field of what the KV cache is kept in."""
     return Text(choices=KV_DTYPES, metadata={"description": "Type of the KV cache; default: the model's."})
+
+
+def subfolder() -> Subfolder:
+    """A field of where in the repository the model lies."""
+    return Subfolder(allow_none=True, metadata={"description": "Folder of the repository that holds the model."})
+
+
+def variant() -> Variant:
+    """A field of which weights are meant."""
+    about = "Which of several weights: `bf16` of `model.bf16.safetensors`."
+    return Variant(allow_none=True, metadata={"description": about})
 
 
 class Strict(Schema):
@@ -181,6 +202,8 @@ class ProcessIn(ProcessOptions):
     )
     timestamp = Timestamp(allow_none=True)
     revision = Revision()
+    subfolder = subfolder()
+    variant = variant()
 
 
 def process(about: str) -> Either:
@@ -196,6 +219,8 @@ class RequestIn(Strict):
     node_id = NodeId(allow_none=True)
     timestamp = Timestamp(allow_none=True)
     revision = Revision(metadata={"description": "Branch, tag or commit; default: the repository's main."})
+    subfolder = subfolder()
+    variant = variant()
     batch_size = batch_size(load_default=1)
     sequence_length = sequence_length(load_default=512)
     kv_dtype = kv_dtype()
@@ -227,6 +252,8 @@ class PreviewIn(PlanFields):
 
     model_name = ModelName(metadata={"description": "A model whose metadata is published here; or give `metadata`."})
     revision = Revision()
+    subfolder = subfolder()
+    variant = variant()
     metadata = fields.Dict(
         keys=fields.String(), metadata={"description": "Published metadata, in our form or the williw form."}
     )

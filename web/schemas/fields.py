@@ -8,7 +8,19 @@ from typing import Any, ClassVar
 from marshmallow import Schema, ValidationError, fields
 
 from planner.errors import InvalidInput
-from planner.names import check_asked_name, check_model_name, check_revision
+from planner.names import (
+    FOLDER,
+    MOST_REVISION,
+    MOST_SUBFOLDER,
+    MOST_VARIANT,
+    REVISION,
+    VARIANT,
+    check_asked_name,
+    check_model_name,
+    check_revision,
+    check_subfolder,
+    check_variant,
+)
 from planner.wire.fields import Integer, explain, shown
 
 _PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -51,10 +63,29 @@ class Revision(Checked):
 
     check = staticmethod(check_revision)
     rule: ClassVar[dict[str, Any]] = {
-        "pattern": "^[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}$",
-        "maxLength": 128,
+        "pattern": f"^{REVISION}$",
+        "minLength": 1,
+        "maxLength": MOST_REVISION,
         "not": {"pattern": r"\.\.|//"},
     }
+
+
+class Subfolder(Checked):
+    """A folder of a repository."""
+
+    check = staticmethod(check_subfolder)
+    rule: ClassVar[dict[str, Any]] = {
+        "pattern": f"^{FOLDER}$",
+        "maxLength": MOST_SUBFOLDER,
+        "not": {"pattern": r"\.\."},
+    }
+
+
+class Variant(Checked):
+    """Which of several weights."""
+
+    check = staticmethod(check_variant)
+    rule: ClassVar[dict[str, Any]] = {"pattern": f"^{VARIANT}$", "maxLength": MOST_VARIANT}
 
 
 class Timestamp(fields.Field[Any]):

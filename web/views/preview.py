@@ -8,6 +8,7 @@ from typing import Any
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
 from planner.kv_dtype import with_kv_dtype
+from planner.names import join_revision
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.replicas.to_json import replicas_to_json
@@ -70,7 +71,10 @@ def _profile(given: dict[str, Any]) -> ModelProfile:
     if "metadata" in given:
         profile = profile_from_json(given["metadata"])
     else:
-        profile = profile_from_json(services().jobs.profile(given["model_name"], revision=given.get("revision")))
+        revision = join_revision(
+            given.get("revision"), subfolder=given.get("subfolder"), variant=given.get("variant")
+        )
+        profile = profile_from_json(services().jobs.profile(given["model_name"], revision=revision))
     if "kv_dtype" in given:
         profile = with_kv_dtype(profile, given["kv_dtype"])
     return profile.at(

@@ -46,7 +46,7 @@ def process_model(given: dict[str, Any]) -> Response:
     """
     made = services()
     arguments = schemas.process_arguments(given)
-    for name in ("metadata_repo", "revision"):
+    for name in ("metadata_repo", "revision", "subfolder", "variant"):
         if name in given:
             arguments[name] = given[name]
     wanted = waiting(request.headers.getlist("Prefer"), default_s=DEFAULT_WAIT_S, longest_s=made.web.max_wait_s)

@@ -30,7 +30,7 @@ def request_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `Jobs.submit_request` that a body's fields mean, without the name."""
     found: dict[str, Any] = {
         name: given[name]
-        for name in ("revision", "batch_size", "sequence_length", "kv_dtype", "download")
+        for name in ("revision", "subfolder", "variant", "batch_size", "sequence_length", "kv_dtype", "download")
         if name in given
     }
     process = given.get("process")

@@ -10,6 +10,7 @@ from typing import Any
 
 from planner.errors import InvalidCheckpoint
 from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.choice.modules import model_folder
 
 _MAX_CONFIG_BYTES = 16_000_000
 #: Fields that size a model; what must be a whole number, and at most this much, before a model is built from it.
@@ -100,17 +101,18 @@ class ModelConfig:
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Read and check config.json; an empty one if the checkpoint has none.
+    """Read and check config.json, where the model's lies; an empty one if the checkpoint has none.
 
     Raises:
         InvalidCheckpoint: If it is no JSON object, or a size in it is of a wrong type, negative or beyond any model.
     """
-    file = checkpoint.files.get("config.json")
+    name = f"{model_folder(checkpoint)}config.json"
+    file = checkpoint.files.get(name)
     if file is None:
         return ModelConfig()
     if file.size_bytes > _MAX_CONFIG_BYTES:
         raise InvalidCheckpoint(f"config.json is {file.size_bytes:,} bytes; at most {_MAX_CONFIG_BYTES:,} are read")
-    return parse_config(checkpoint.read("config.json"))
+    return parse_config(checkpoint.read(name))
 
 
 def parse_config(data: bytes) -> ModelConfig:

@@ -15,7 +15,7 @@ from planner.errors import InvalidCheckpoint, NodeFailure, NotFound
 from workers.checkpoint.base import CheckpointFile, file_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "modules.json")
 #: safetensors refuses longer headers, and so do we before a single byte is read.
 MAX_HEADER_BYTES = 100_000_000
 #: Written by `mark_downloaded`.
@@ -158,7 +158,7 @@ def folder_revision(folder: Path, files: Mapping[str, CheckpointFile]) -> str:
     digest = hashlib.sha256(b"fairshard folder 1")
     for name in sorted(files):
         size = files[name].size_bytes
-        if name in _CONFIGS:
+        if name.rpartition("/")[2] in _CONFIGS:
             _add(digest, name, size, read_local(folder / name, files[name], 0, None))
         elif name.endswith(_WEIGHTS):
             _add(digest, name, size, *_samples(folder / name, size))

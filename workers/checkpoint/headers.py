@@ -5,7 +5,6 @@ Loads no torch, numpy or Hub client. Of a Hub checkpoint only the headers' range
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,16 +12,16 @@ from dataclasses import dataclass, field
 from planner.errors import InvalidCheckpoint
 from planner.profile import Tensor
 from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.choice.modules import Module, later_modules
+from workers.checkpoint.choice.weights import weight_files
+from workers.checkpoint.config import ModelConfig
 from workers.checkpoint.shared_storage import distinct
 from workers.checkpoint.source import Source, read_source
-from workers.checkpoint.strict_json import pairs, parse_json, show, some
+from workers.checkpoint.strict_json import show
 from workers.collector import uncollected
 from workers.progress import Progress, silent
 
-#: An index of 92,000 tensors takes 9 MB.
-_MAX_INDEX_BYTES = 200_000_000
 _PARALLEL_FILES = 16
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,8 @@ class Headers:
     tensors: tuple[Tensor, ...]
     #: Other names of such ranges (in `.bin` files; safetensors allows none).
     twins: tuple[Tensor, ...] = ()
+    #: Modules that run after the model, with their own tensors (sentence-transformers').
+    modules: tuple[tuple[Module, tuple[Tensor, ...]], ...] = ()
     #: `__metadata__` of the files, merged in name order.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Size of each weight file, in bytes.
@@ -46,10 +47,15 @@ class Headers:
         return sum(tensor.end - tensor.begin for tensor in self.tensors)
 
 
-def read_headers(checkpoint: Checkpoint, *, progress: Progress = silent) -> Headers:
-    """Read and check the headers of every weight file of `checkpoint`.
+def read_headers(
+    checkpoint: Checkpoint, *, config: ModelConfig | None = None, progress: Progress = silent
+) -> Headers:
+    """Read and check the headers of every weight file of `checkpoint`, as transformers' loader chooses them.
 
-    Safetensors files are preferred; `workers.checkpoint.torch_file` reads a checkpoint that has only `.bin` files.
+    Args:
+        checkpoint: Whose files; `workers.checkpoint.torch_file` reads those of one that has only `.bin` files.
+        config: Its config, where it was read already.
+        progress: Told of the files.
 
     Raises:
         InvalidCheckpoint: If there are no weights, or a file or index contradicts itself or another.
@@ -57,21 +63,28 @@ def read_headers(checkpoint: Checkpoint, *, progress: Progress = silent) -> Head
     """
     # 100,000 tensors make a million objects: the collector would look through all, often.
     with uncollected():
-        return _read_headers(checkpoint, progress)
+        return _read_headers(checkpoint, config, progress)
 
 
-def _read_headers(checkpoint: Checkpoint, progress: Progress) -> Headers:
-    names, weight_map = weight_files(checkpoint)
+def _read_headers(checkpoint: Checkpoint, config: ModelConfig | None, progress: Progress) -> Headers:
+    names = weight_files(checkpoint, config)
+    modules = later_modules(checkpoint)
+    later = [module.file for module in modules if module.file is not None]
     sources: list[Source] = []
-    for source in read_sources(checkpoint, dict.fromkeys(names)):
+    for source in read_sources(checkpoint, dict.fromkeys([*names, *later])):
         sources.append(source)
-        progress(len(sources), len(names), what="headers")
+        progress(len(sources), len(names) + len(later), what="headers")
+    own = {source.name: source for source in sources[len(names) :]}
+    sources = sources[: len(names)]
     tensors = [tensor for source in sources for tensor in source.tensors.values()]
-    _check_names(tensors, weight_map)
+    _check_names(tensors)
     first, twins = (tensors, []) if names[0].endswith(".safetensors") else distinct(tensors)
     return Headers(
         tensors=tuple(first),
         twins=tuple(twins),
+        modules=tuple(
+            (module, tuple(own[module.file].tensors.values()) if module.file else ()) for module in modules
+        ),
         metadata={key: value for source in sources for key, value in source.metadata.items()},
         files={source.name: source.size_bytes for source in sources},
         header_bytes={source.name: len(source.header) for source in sources},
@@ -106,84 +119,8 @@ def read_sources(checkpoint: Checkpoint, header_bytes: Mapping[str, int | None])
             raise
 
 
-def weight_files(checkpoint: Checkpoint) -> tuple[list[str], dict[str, str] | None]:
-    """The checkpoint's weight files in name order, and its index (tensor -> file) if it has one.
-
-    Raises:
-        InvalidCheckpoint: If there are none, or an index or a numbered name promises a file that is missing.
-    """
-    for suffix, plain in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
-        index = f"{plain}.index.json"
-        found = sorted(name for name in checkpoint.files if name.endswith(suffix) and "/" not in name)
-        if index not in checkpoint.files:
-            others = sorted(n for n in checkpoint.files if n.endswith(f"{suffix}.index.json") and "/" not in n)
-            index = others[0] if others and plain not in found else ""
-        if index:
-            weight_map = read_index(checkpoint, index)
-            files = sorted(set(weight_map.values()))
-            missing = [name for name in files if name not in checkpoint.files]
-            if missing:
-                raise InvalidCheckpoint(
-                    f"{index} names {len(files)} files, of which {len(missing)} are missing: {some(missing)}",
-                    details={"index": index, "missing": missing[:20]},
-                )
-            return files, weight_map
-        if plain in found:
-            return [plain], None
-        if suffix == ".bin":
-            found = [name for name in found if name.startswith(("pytorch_model", "model"))]
-        if found:
-            _check_numbered(found)
-            return found, None
-    raise InvalidCheckpoint(
-        f"{checkpoint.model_name} has no weights that can be read: expected model.safetensors, "
-        f"model.safetensors.index.json or pytorch_model.bin among its {len(checkpoint.files)} files",
-        details={"files": sorted(checkpoint.files)[:50]},
-    )
-
-
-def _check_numbered(names: list[str]) -> None:
-    """Refuse `a-00001-of-00003` where another of the three is missing."""
-    for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match is None:
-            continue
-        stem, _, total, suffix = match.groups()
-        wanted = (f"{stem}-{number:05d}-of-{total}{suffix}" for number in range(1, int(total) + 1))
-        missing = [other for other in wanted if other not in names]
-        if missing:
-            raise InvalidCheckpoint(
-                f"{name} says there are {int(total)} files, of which {len(missing)} are missing: {some(missing)}",
-                details={"missing": missing[:20]},
-            )
-
-
-def read_index(checkpoint: Checkpoint, name: str) -> dict[str, str]:
-    """The `weight_map` of an index file: tensor name -> file name.
-
-    Raises:
-        InvalidCheckpoint: If it is no such index, names a tensor twice, or names a file outside the root.
-    """
-    size = checkpoint.files[name].size_bytes
-    if size > _MAX_INDEX_BYTES:
-        raise InvalidCheckpoint(f"{name} is {size:,} bytes; an index has at most {_MAX_INDEX_BYTES:,}")
-    index = dict(pairs(parse_json(checkpoint.read(name), name), name))
-    weight_map = dict(pairs(index.get("weight_map"), f"{name}: weight_map"))
-    if not weight_map:
-        raise InvalidCheckpoint(f"{name}: weight_map names no tensor")
-    # A few files hold 100,000 tensors: each is looked at once.
-    right: set[str] = set()
-    for tensor, file in weight_map.items():
-        if type(file) is str and file in right:
-            continue
-        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith((".safetensors", ".bin")):
-            raise InvalidCheckpoint(f"{name}: tensor {show(tensor)} is placed in {show(file)}, which is no file name")
-        right.add(file)
-    return weight_map
-
-
-def _check_names(tensors: list[Tensor], weight_map: Mapping[str, str] | None) -> None:
-    """Check that no name is in two files, and that the index and the headers agree."""
+def _check_names(tensors: list[Tensor]) -> None:
+    """Check that there are tensors, and that no name is in two files."""
     if not tensors:
         raise InvalidCheckpoint("the checkpoint's files hold no tensor")
     places = {tensor.name: tensor.file for tensor in tensors}
@@ -193,14 +130,3 @@ def _check_names(tensors: list[Tensor], weight_map: Mapping[str, str] | None) ->
             other = seen.setdefault(tensor.name, tensor.file)
             if other != tensor.file:
                 raise InvalidCheckpoint(f"tensor {show(tensor.name)} is in both {other} and {tensor.file}")
-    if weight_map is None or weight_map == places:
-        return
-    wrong = [name for name, file in weight_map.items() if places.get(name) != file]
-    if wrong:
-        name = min(wrong)
-        found = f"it is in {places[name]}" if name in places else "no header names it"
-        raise InvalidCheckpoint(
-            f"the index places tensor {show(name)} in {weight_map[name]}, but {found} "
-            f"({len(wrong)} of {len(weight_map)} names disagree)",
-            details={"tensors": sorted(wrong)[:20]},
-        )

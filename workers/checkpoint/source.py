@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.profile import Tensor
 from workers.checkpoint.base import Checkpoint, file_of
+from workers.checkpoint.choice.modules import module_prefix
 from workers.checkpoint.safetensors import read_header
 
 
@@ -23,6 +24,8 @@ class Source:
     #: The header's `__metadata__`.
     metadata: Mapping[str, str]
     sha256: str | None = None
+    #: What its tensors' names begin with that is not in the file: a later module's are told apart by its folder.
+    prefix: str = ""
 
 
 def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None = None) -> Source:
@@ -45,6 +48,9 @@ def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None =
         from workers.checkpoint.torch_file import read_bin
 
         header, tensors, metadata = b"", read_bin(checkpoint, name), {}
+    prefix = module_prefix(checkpoint, name)
+    if prefix:
+        tensors = [replace(tensor, name=prefix + tensor.name) for tensor in tensors]
     return Source(
         name=name,
         size_bytes=file.size_bytes,
@@ -52,4 +58,5 @@ def read_source(checkpoint: Checkpoint, name: str, *, header_bytes: int | None =
         tensors={tensor.name: tensor for tensor in tensors},
         metadata=metadata,
         sha256=file.sha256,
+        prefix=prefix,
     )

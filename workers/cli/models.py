@@ -18,6 +18,7 @@ examples:
   fairshard profile meta-llama/Llama-3.2-1B
   fairshard profile ./my-model --batch-size 8 --sequence-length 4096 --output profile.json
   fairshard profile ./my-model --no-compute        headers and config alone, in a few milliseconds
+  fairshard profile owner/pipeline --subfolder text_encoder --variant fp16
 """
 _DOWNLOAD = """\
 examples:
@@ -63,11 +64,18 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def add_source(command: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add SOURCE and --revision."""
+    """Add SOURCE, and which revision and part of it is meant."""
     command.add_argument(
         "source", nargs=None if required else "?", metavar="SOURCE", help="a Hub id (owner/name) or a folder"
     )
     command.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the Hub's main)")
+    add_part(command)
+
+
+def add_part(command: argparse.ArgumentParser) -> None:
+    """Add --subfolder and --variant."""
+    command.add_argument("--subfolder", metavar="FOLDER", help="the folder of the repository that holds the model")
+    command.add_argument("--variant", metavar="NAME", help="which weights: bf16 means model.bf16.safetensors")
 
 
 def add_sizes(command: argparse.ArgumentParser, *, batch: int | None = 1, sequence: int | None = 512) -> None:
@@ -82,7 +90,7 @@ def add_sizes(command: argparse.ArgumentParser, *, batch: int | None = 1, sequen
 
 
 def checkpoint_of(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that SOURCE and --revision name."""
+    """The checkpoint that SOURCE, --revision, --subfolder and --variant name."""
     from workers.downloader import resolve
     from workers.settings import Settings
 
@@ -90,7 +98,13 @@ def checkpoint_of(args: argparse.Namespace) -> Checkpoint:
     # A folder that is there is meant, even where its path could be a Hub id ("models/llama").
     if source.startswith((".", "/", "~")) or Path(source).is_dir():
         source = Path(source).expanduser()
-    return resolve(source, revision=args.revision, models_dir=Settings.from_env().models_dir)
+    return resolve(
+        source,
+        revision=args.revision,
+        subfolder=args.subfolder,
+        variant=args.variant,
+        models_dir=Settings.from_env().models_dir,
+    )
 
 
 def profile_of(checkpoint: Checkpoint, args: argparse.Namespace, *, compute: bool = True) -> ModelProfile:

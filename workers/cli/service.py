@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from planner.errors import Infeasible, InvalidInput, NotFound
 from workers.cli.arguments import adder, assignment
 from workers.cli.console import Table, emit, far, say, shown_bytes
+from workers.cli.models import add_part
 
 if TYPE_CHECKING:
     from workers.network.api_client import Client
@@ -49,6 +50,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command = add("submit", submit, "profile models on the service; with --process, plan and split them too", _SUBMIT)
     command.add_argument("models", nargs="+", metavar="MODEL", help="owner/name")
     command.add_argument("--revision", metavar="R", help="branch, tag or commit")
+    add_part(command)
     command.add_argument("--batch-size", type=int, metavar="N", help="sequences in one pass (default 1)")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each (default 512)")
     command.add_argument("--full", action="store_true", help="fetch the whole checkpoint to the node's cache first")
@@ -92,7 +94,7 @@ def submit(args: argparse.Namespace) -> int:
     from planner.names import check_asked_name
 
     body: dict[str, Any] = {"timestamp": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")}
-    for name in ("revision", "batch_size", "sequence_length"):
+    for name in ("revision", "subfolder", "variant", "batch_size", "sequence_length"):
         if getattr(args, name) is not None:
             body[name] = getattr(args, name)
     if args.full:

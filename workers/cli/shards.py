@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.names import check_node_id
+from planner.names import check_node_id, split_revision
 from workers.cli.arguments import adder, size
 from workers.cli.console import Table, emit, progress, shown_bytes
-from workers.cli.models import add_source, checkpoint_of
+from workers.cli.models import add_part, add_source, checkpoint_of
 
 if TYPE_CHECKING:
     from workers.shards.verify import VerifyReport
@@ -60,6 +60,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--complete", action="store_true", help="fail unless every shard of the plan is given")
     command.add_argument("--source", metavar="SOURCE", help="compare with this checkpoint (a Hub id or a folder)")
     command.add_argument("--revision", metavar="R", help="of SOURCE (default: the plan's)")
+    add_part(command)
 
     command = add("merge", merge, "join all shards of a plan into one checkpoint", _MERGE)
     command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="the folders of all shards of a plan")
@@ -126,8 +127,10 @@ def verify(args: argparse.Namespace) -> int:
 
     checkpoint = None
     if args.source is not None:
-        if args.revision is None and not Path(args.source).expanduser().is_dir():
-            args.revision = read_manifest(args.dirs[0]).revision  # as split does
+        if args.revision is None:  # as split does; of a folder only which part of it is meant
+            revision = read_manifest(args.dirs[0]).revision
+            here = Path(args.source).expanduser().is_dir()
+            args.revision = str(split_revision(revision)[1]) or None if here else revision
         checkpoint = checkpoint_of(args)
     report = prove(args.dirs, checkpoint=checkpoint, progress=progress(args))
     emit(args, report.to_json(), report_lines(report))

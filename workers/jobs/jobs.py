@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from planner.errors import Conflict, FairshardError, NodeFailure, NotFound, Unavailable
+from planner.names import split_revision
 from workers.jobs import kinds
 from workers.jobs.batches import Batches
 from workers.jobs.intake import Intake
@@ -131,14 +132,17 @@ class Jobs:
         model_name = self._services.canonical(model_name, token=hub_token)
         new = kinds.process(model_name, **options)
         if not new.params["metadata_repo"]:
-            running = self._services.ledger.running_request(model_name)
-            if not running and not self._services.profiled(model_name):
+            revision = new.params["revision"]
+            running = self._services.ledger.running_request(model_name, revision=revision)
+            if not running and not self._services.profiled(model_name, revision=revision):
+                named = f"{model_name}{split_revision(revision)[1]}"
                 raise Conflict(
-                    f"there is no metadata of {model_name} and no request that makes it: POST /api/request first "
+                    f"there is no metadata of {named} and no request that makes it: POST /api/request first "
                     f"('fairshard submit {model_name}' does both), or name a metadata_repo that has it",
                     details={"model_name": model_name},
                 )
-            new = kinds.from_profile(new, waits_for=running, newest=self._services.newest_record(model_name))
+            newest = self._services.newest_record(model_name, revision=revision)
+            new = kinds.from_profile(new, waits_for=running, newest=newest)
         return self._submit(new, hub_token=hub_token, submitter=submitter)
 
     def submit_delete(self, plan_id: str, *, force: bool = False, submitter: str | None = None) -> JobView:

@@ -14,7 +14,7 @@ from typing import Any
 
 from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
-from planner.names import check_model_name, check_revision
+from planner.names import check_model_name, check_revision, join_revision, split_revision
 from workers.jobs.params import process_params
 from workers.ledger.steps import StepSpec
 
@@ -45,6 +45,8 @@ def request(
     model_name: str,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     batch_size: int = 1,
     sequence_length: int = 512,
     kv_dtype: str | None = None,
@@ -56,6 +58,8 @@ def request(
     Args:
         model_name: "owner/name".
         revision: Branch, tag or commit; None: the default branch.
+        subfolder: The folder of the repository that holds the model; kept as a part of the revision.
+        variant: Which of several weights ("bf16"); likewise.
         batch_size: Sequences of one pass.
         sequence_length: Tokens of each.
         kv_dtype: Type of the KV cache ("F16", ...); None: the model's.
@@ -68,6 +72,7 @@ def request(
     check_model_name(model_name)
     if revision is not None:
         check_revision(revision)
+    revision = join_revision(revision, subfolder=subfolder, variant=variant)
     if download not in {"headers", "full"}:
         raise InvalidInput(f"download must be 'headers' or 'full', got {download!r:.40}")
     planned = None if process is None else process_params(process)
@@ -122,7 +127,7 @@ def from_profile(job: NewJob, *, waits_for: str | None, newest: Mapping[str, Any
     """
     if waits_for is not None:
         source: dict[str, Any] = {"waits_for": waits_for}
-    elif newest is not None and job.params["revision"] is None:
+    elif newest is not None and split_revision(job.params["revision"])[0] is None:
         source = {"profile": {"path": newest["path"], "commit": newest["commit"]}}
     else:
         return job

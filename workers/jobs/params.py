@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.errors import InvalidInput
 from planner.limits import check_batch_size, check_sequence_length
-from planner.names import check_model_name, check_revision
+from planner.names import check_model_name, check_revision, join_revision
 
 _FIELDS = frozenset(
     {
@@ -15,6 +15,8 @@ _FIELDS = frozenset(
         "on_node_loss", "paranoid",
     }
 )  # fmt: skip
+#: Which part of the repository: kept in the revision.
+_PART = frozenset({"subfolder", "variant"})
 
 
 def process_params(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,10 +27,10 @@ def process_params(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     from planner.wire.read import cluster_from_json, links_from_json, options_from_json
 
-    unknown = sorted(given.keys() - _FIELDS)
+    unknown = sorted(given.keys() - _FIELDS - _PART)
     if unknown:
-        raise InvalidInput(f"process has unknown fields {', '.join(unknown)[:200]}; known: {sorted(_FIELDS)}")
-    params = dict.fromkeys(sorted(_FIELDS)) | dict(given)
+        raise InvalidInput(f"process has unknown fields {', '.join(unknown)[:200]}; known: {sorted(_FIELDS | _PART)}")
+    params = dict.fromkeys(sorted(_FIELDS)) | {name: value for name, value in given.items() if name in _FIELDS}
     options_from_json(params["options"] or {})
     if params["batch_size"] is not None:
         check_batch_size(params["batch_size"])
@@ -50,6 +52,7 @@ def process_params(given: Mapping[str, Any]) -> dict[str, Any]:
         check_model_name(str(params["metadata_repo"]).removeprefix("datasets/"))
     if params["revision"] is not None:
         check_revision(params["revision"])
+    params["revision"] = join_revision(params["revision"], **{name: given.get(name) for name in _PART})
     if not isinstance(params["paranoid"], bool | None):
         raise InvalidInput(f"paranoid must be true or false, got {params['paranoid']!r:.40}")
     params["on_node_loss"] = params["on_node_loss"] or "replan"

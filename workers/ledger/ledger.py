@@ -31,6 +31,7 @@ from typing import Any, Literal
 from redis import Redis
 
 from planner.errors import FairshardError, LimitExceeded
+from planner.names import split_revision
 from workers.ledger.connection import reachable
 from workers.ledger.steps import Claimed, Refusal, Standing, StepSpec, Submission, Wakeup
 from workers.ledger.views import Views, no_job
@@ -299,11 +300,17 @@ class Ledger:
             result[kind] = (list(zip(STEP_BOUNDS_S, sums, strict=True)), total_ms / 1000)
         return result
 
-    def running_request(self, model_name: str) -> str | None:
-        """The newest unfinished request for the model, or None."""
+    def running_request(self, model_name: str, *, revision: str | None = None) -> str | None:
+        """The newest unfinished request for the model, or for the part of it that a revision names; or None."""
+        part = split_revision(revision)[1]
         with reachable():
-            found = self.redis.zrevrange(f"{self.prefix}requests:{model_name}", 0, 0)
-        return str(found[0]) if found else None
+            found = self.redis.zrevrange(f"{self.prefix}requests:{model_name}", 0, -1)
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in found:
+                pipeline.hget(f"{self.prefix}job:{job_id}", "params")
+            given = [json.loads(params or "{}").get("revision") for params in pipeline.execute()]
+        asked = (str(job) for job, its in zip(found, given, strict=True) if split_revision(its)[1] == part)
+        return next(asked, None)
 
     def using_plan(self, plan_id: str) -> list[str]:
         """Unfinished jobs that made this plan, and have its shards cut."""

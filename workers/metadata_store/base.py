@@ -54,11 +54,24 @@ def profile_path(
     Raises:
         InvalidInput: If the name, the revision or a size is none.
     """
-    commit = check_revision(revision or "unknown").replace("/", "-")
     sizes = f"b{check_batch_size(batch_size)}-s{check_sequence_length(sequence_length)}"
     if kv_dtype is not None:
         sizes += f"-kv{check_plan_id(kv_dtype)}"
-    return f"profiles/{check_model_name(model_name)}/{commit}/{sizes}.json"
+    return f"{profiles_folder(model_name, revision or 'unknown')}/{sizes}.json"
+
+
+def profiles_folder(model_name: str, revision: str | None) -> str:
+    """Where the metadata of a model's revision lies, or (None) that of all.
+
+    Raises:
+        InvalidInput: If the name or the revision is none.
+    """
+    folder = f"profiles/{check_model_name(model_name)}"
+    if revision is None:
+        return folder
+    commit, tilde, part = check_revision(revision).partition("~")
+    # Each part has a folder of its own: "~" is in none's name.
+    return f"{folder}/{commit.replace('/', '-')}{tilde}{part.replace('/', '~')}"
 
 
 def williw_path(model_name: str) -> str:

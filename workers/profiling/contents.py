@@ -107,7 +107,7 @@ def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Con
         Unavailable: If the server cannot be reached.
     """
     config = read_config(checkpoint)
-    headers = read_headers(checkpoint, progress=progress)
+    headers = read_headers(checkpoint, config=config, progress=progress)
     sizes: Counter[str] = Counter()
     for tensor in headers.tensors:
         sizes[tensor.dtype] += tensor.end - tensor.begin

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from planner.errors import Conflict, InvalidInput, NotFound
-from workers.checkpoint.config import parse_config
+from workers.checkpoint.choice.modules import model_folder
+from workers.checkpoint.config import read_config
+from workers.checkpoint.folder import open_folder
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
 from workers.runtime.caches import RealCache
 from workers.runtime.dataflow import find_units, trace
@@ -236,10 +238,10 @@ def load_stage(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    try:
-        config = parse_config((folder / "config.json").read_bytes())
-    except FileNotFoundError:
-        raise NotFound(f"{folder} has no config.json, so it cannot be run") from None
+    files = open_folder(folder, model_name=manifest.model_name, revision=manifest.revision)
+    if f"{model_folder(files)}config.json" not in files.files:
+        raise NotFound(f"{folder} has no config.json, so it cannot be run")
+    config = read_config(files)
     if config.quantization:
         raise InvalidInput(f"{manifest.model_name} is quantised; stages of such models cannot be run yet")
     # transformers writes infinities as {"__float__": "Infinity"}, and its from_dict does not take them so.

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import AccessDenied, NotFound
-from planner.names import check_asked_name, check_model_name
+from planner.names import check_asked_name, check_model_name, split_revision
 from workers.ledger.connection import connect, reachable
 from workers.ledger.ledger import Ledger
 from workers.ledger.steps import Wakeup
@@ -173,24 +173,30 @@ class Services:
 
     # -- profiles --------------------------------------------------------------------------------------------------
     def profile_published(self, model_name: str, record: dict[str, Any]) -> None:
-        """Remember where the model's newest profile lies: `{path, commit, revision, batch_size, sequence_length}`."""
-        with reachable():
-            self.redis.hset(f"{self.queue.prefix}profiles", model_name, json.dumps(record))
+        """Remember where the model's newest profile lies: `{path, commit, revision, batch_size, sequence_length}`.
 
-    def profiled(self, model_name: str) -> bool:
-        """Whether this service has metadata of the model."""
-        if self.newest_record(model_name) is not None:
+        That of each part of a repository (`planner.names.Part`) by itself, which the revision names.
+        """
+        with reachable():
+            self.redis.hset(
+                f"{self.queue.prefix}profiles", _named(model_name, record.get("revision")), json.dumps(record)
+            )
+
+    def profiled(self, model_name: str, *, revision: str | None = None) -> bool:
+        """Whether this service has metadata of the model, or of the part of it that a revision names."""
+        part = str(split_revision(revision)[1]) or None
+        if self.newest_record(model_name, revision=part) is not None:
             return True
         try:
-            self.newest_profile(model_name)
+            self.newest_profile(model_name, revision=part)
         except NotFound:
             return False
         return True
 
-    def newest_record(self, model_name: str) -> dict[str, Any] | None:
-        """Where the model's newest profile lies, as `profile_published` was told; None if Redis knows of none."""
+    def newest_record(self, model_name: str, *, revision: str | None = None) -> dict[str, Any] | None:
+        """Where the newest profile of the model, or of the part that a revision names, lies; None if unknown here."""
         with reachable():
-            known: Any = self.redis.hget(f"{self.queue.prefix}profiles", model_name)
+            known: Any = self.redis.hget(f"{self.queue.prefix}profiles", _named(model_name, revision))
         return json.loads(known) if known else None
 
     def newest_profile(
@@ -201,7 +207,7 @@ class Services:
         Args:
             model_name: "owner/name".
             repo: Hub repository to look in; None: this service's own store.
-            revision: Of the model; None: any.
+            revision: Of the model, and of which part of it; None: any commit of the whole.
             token: Hub token for `repo`.
 
         Raises:
@@ -209,8 +215,8 @@ class Services:
         """
         from workers.uploader import latest_profile, load_profile
 
-        if repo is None and revision is None:
-            record = self.newest_record(model_name)
+        if repo is None and split_revision(revision)[0] is None:
+            record = self.newest_record(model_name, revision=revision)
             if record is not None:
                 return load_profile(self.store(), record["path"], revision=record["commit"])
         return latest_profile(self.store(repo, token=token), model_name, revision=revision)
@@ -242,3 +248,8 @@ class Services:
             batch_size=where.get("batch_size") or profile.batch_size,
             sequence_length=where.get("sequence_length") or profile.sequence_length,
         )
+
+
+def _named(model_name: str, revision: str | None) -> str:
+    """The name under which a model's newest profile is known: each part of a repository has one of its own."""
+    return f"{model_name}{split_revision(revision)[1]}"

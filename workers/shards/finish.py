@@ -77,7 +77,9 @@ def finish(
             unused=layout.unused,
             duplicated=layout.duplicated,
             source_files={
-                name: SourceFile(size_bytes=s.size_bytes, sha256=s.sha256, header_bytes=len(s.header))
+                name: SourceFile(
+                    size_bytes=s.size_bytes, sha256=s.sha256, header_bytes=len(s.header), prefix=s.prefix
+                )
                 for name, s in layout.sources.items()
             },
             max_shard_bytes=request.max_shard_bytes,

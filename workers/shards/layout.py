@@ -10,13 +10,16 @@ from planner.errors import Conflict, InvalidMetadata, NotFound
 from planner.plan import Plan
 from planner.profile import Layer, ModelProfile, Tensor
 from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.choice.modules import later_modules, model_folder
 from workers.checkpoint.headers import read_headers, read_sources
 from workers.checkpoint.shared_storage import distinct, place
 from workers.checkpoint.source import Source
 from workers.transfer.outputs import Output, pack
 
 #: Every node needs these, whatever it holds.
-_CONFIGS = ("config.json", "generation_config.json", "quantization_config.json", "quantize_config.json")
+_CONFIGS = (
+    "config.json", "generation_config.json", "quantization_config.json", "quantize_config.json", "modules.json",
+)  # fmt: skip
 #: The first node takes the rest of these: tokenizer, processor, chat template.
 _EXTRA_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
 _LARGEST_EXTRA_BYTES = 256 * 1024 * 1024
@@ -107,7 +110,7 @@ def lay_out(
     outputs = pack(wanted, sources, max_shard_bytes=max_shard_bytes, file_per_run=file_per_run)
     return Layout(
         outputs=outputs,
-        extras=_extras(checkpoint, first=node_id == first),
+        extras=_extras(checkpoint, first=node_id == first, last=node_id == _last_node(profile, plan)),
         sources=sources,
         layers=tuple(layer.name for layer in held),
         aliases=aliases | {name: aliases.get(other, other) for name, other in tied.items()},
@@ -132,12 +135,20 @@ def _first_node(profile: ModelProfile, plan: Plan) -> str:
     return next((holders[layer.name] for layer in profile.layers if layer.name in holders), min(plan.allocation))
 
 
+def _last_node(profile: ModelProfile, plan: Plan) -> str:
+    """The node that holds the last layer: what pools its output, and modules without weights, are there."""
+    holders = {name: node for node, names in plan.allocation.items() for name in names}
+    used = [layer.name for layer in reversed(profile.layers) if layer.layer_type != "unused"]
+    return next((holders[name] for name in used if name in holders), max(plan.allocation))
+
+
 def _with_tensors(profile: ModelProfile, checkpoint: Checkpoint) -> ModelProfile:
     """The profile with the tensors of layers that name none looked up in the checkpoint's headers."""
     if any(layer.tensors for layer in profile.layers):
         return profile
     headers = read_headers(checkpoint)
-    by_name = {tensor.name: tensor for tensor in (*headers.tensors, *headers.twins)}
+    later = [tensor for _, tensors in headers.modules for tensor in tensors]
+    by_name = {tensor.name: tensor for tensor in (*headers.tensors, *headers.twins, *later)}
     layers = []
     for layer in profile.layers:
         names = _names_of(layer.name, by_name)
@@ -229,13 +240,17 @@ def _without_twins(wanted: Sequence[tuple[Tensor, str]]) -> tuple[list[tuple[Ten
     return sorted(rest, key=lambda item: (*place(item[0]), item[0].name)), aliases
 
 
-def _extras(checkpoint: Checkpoint, *, first: bool) -> dict[str, int]:
-    """Config files, and for the first node tokenizer and the like; never weights, indices or code."""
+def _extras(checkpoint: Checkpoint, *, first: bool, last: bool) -> dict[str, int]:
+    """Config files, for the first node tokenizer and the like, for the last its modules'; no weights or code."""
     sizes = {}
+    # Where the model lies in a folder, the root's small files come along as well.
+    own, later = ("", model_folder(checkpoint)), tuple(module.folder for module in later_modules(checkpoint))
     for name, file in sorted(checkpoint.files.items()):
-        path = PurePosixPath(name)
-        if len(path.parts) > 1 or name.endswith(".index.json") or name == "manifest.json":
+        folder, _, base = name.rpartition("/")
+        folder = folder and f"{folder}/"
+        if name.endswith(".index.json") or name == "manifest.json":
             continue
-        if name in _CONFIGS or (first and path.suffix in _EXTRA_SUFFIXES and file.size_bytes <= _LARGEST_EXTRA_BYTES):
+        small = PurePosixPath(name).suffix in _EXTRA_SUFFIXES and file.size_bytes <= _LARGEST_EXTRA_BYTES
+        if (folder in own and (base in _CONFIGS or (first and small))) or (folder in later and last and small):
             sizes[name] = file.size_bytes
     return sizes

@@ -60,6 +60,8 @@ class SourceFile:
     sha256: str | None = None
     #: Bytes before its data; its header is kept as `source/<name>.header`.
     header_bytes: int = 0
+    #: What the names of its tensors begin with here that is not in the file (`2_Dense.`).
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +176,7 @@ class Manifest:
         if not set(map(type, digests)) <= {str, type(None)}:
             raise TypeError("a digest is no text")
         texts = [*self.layers, *self.unused, *self.duplicated, *self.aliases.values()]
+        texts += [source.prefix for source in sources]
         texts += [layer for layers in self.nodes.values() for layer in layers]
         texts += [text for tensor in self.tensors for text in (tensor.name, tensor.layer, tensor.dtype)]
         if not set(map(type, texts)) <= {str}:

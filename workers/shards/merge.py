@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def merge(dirs: Path | Iterable[Path], out: Path, *, progress: Progress = silent
 
     A safetensors file is put together exactly as it was, header included, so that its sha256 is the original's.
     Tensors of other files (`.bin`) come as new safetensors files, each under every name that it had. Config and
-    tokenizer files of the checkpoint's root are copied; files in its subfolders are no part of shards.
+    tokenizer files are copied, and where a `modules.json` names folders, each file lies in its folder.
 
     Args:
         dirs: The shard folders of every node of one plan.
@@ -73,7 +73,11 @@ def _check_room(shards: list[tuple[Path, Manifest]], out: Path) -> None:
 
 def _extras(manifest: Manifest) -> Iterator[ShardFile]:
     """The small files of the checkpoint that came with a shard."""
-    return (file for file in manifest.extras if "/" not in file.name and not file.name.endswith(".index.json"))
+    return (
+        file
+        for file in manifest.extras
+        if not file.name.startswith("source/") and not file.name.endswith(".index.json")
+    )
 
 
 def _check_complete(shards: list[tuple[Path, Manifest]]) -> None:
@@ -112,35 +116,51 @@ def _write(shards: list[tuple[Path, Manifest]], folder: Path, progress: Progress
                     copy_range(source.fileno(), target.fileno(), begin, end, at, each=step)
                 at += end - begin
             os.fsync(target.fileno())
-    rest: dict[str, tuple[Tensor, str]] = {}
+    rest: dict[str, dict[str, tuple[Tensor, str]]] = defaultdict(dict)
     for shard, manifest in shards:
         for tensor in _named(manifest):
+            prefix = manifest.source_files[tensor.source_file].prefix
             if tensor.source_file in parts:
-                weight_map[tensor.name] = tensor.source_file
+                weight_map |= {} if prefix else {tensor.name: tensor.source_file}
             else:
                 moved = Tensor(
-                    name=tensor.name,
+                    name=tensor.name.removeprefix(prefix),
                     file=str(shard / tensor.file),
                     dtype=tensor.dtype,
                     shape=tensor.shape,
                     begin=tensor.begin,
                     end=tensor.end,
                 )
-                rest.setdefault(tensor.name, (moved, tensor.layer))
-    for output in _packed(rest):
-        with _created(folder / output.name) as target:
-            write_all(target.fileno(), output.header, 0)
-            for run in output.runs:
-                with Path(run.source).open("rb", buffering=0) as source:
-                    copy_range(source.fileno(), target.fileno(), run.begin, run.end, run.target, each=step)
-            os.fsync(target.fileno())
-        weight_map |= {placed.tensor.name: output.name for placed in output.placed}
+                place = _folder_of(tensor.source_file)
+                rest[place].setdefault(moved.name, (moved, tensor.layer))
+    # Modules that follow the model have folders of their own, with a file each.
+    later = {_folder_of(n) for _, m in shards for n, source in m.source_files.items() if source.prefix}
+    for place, tensors in rest.items():
+        for output in _packed(tensors):
+            with _created(folder / place / output.name) as target:
+                write_all(target.fileno(), output.header, 0)
+                for run in output.runs:
+                    with Path(run.source).open("rb", buffering=0) as source:
+                        copy_range(source.fileno(), target.fileno(), run.begin, run.end, run.target, each=step)
+                os.fsync(target.fileno())
+            if place not in later:
+                weight_map |= {placed.tensor.name: place + output.name for placed in output.placed}
     for shard, manifest in shards:
         for extra in _extras(manifest):
+            (folder / extra.name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(folder / extra.name, (shard / extra.name).read_bytes())
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+    place = _folder_of(next(iter(weight_map.values()), ""))
+    names = {tensor: file.removeprefix(place) for tensor, file in sorted(weight_map.items())}
+    # A file of another name than the loader's is found by an index alone.
+    if names and set(names.values()) != {"model.safetensors"}:
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        write_whole(folder / place / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def _folder_of(name: str) -> str:
+    """The folder of a file, with a slash; "" at the root."""
+    folder, slash, _ = name.rpartition("/")
+    return folder + slash
 
 
 def _named(manifest: Manifest) -> Iterator[ShardTensor]:

@@ -179,13 +179,13 @@ def source_parts(shards: Sequence[tuple[Path, Manifest]]) -> dict[str, list[byte
         for tensor in manifest.tensors:
             place = (folder / tensor.file, tensor.begin, tensor.end)
             places.setdefault(tensor.source_file, {}).setdefault(tensor.name, place)
-    sizes = {name: source.size_bytes for _, manifest in shards for name, source in manifest.source_files.items()}
+    files = {name: source for _, manifest in shards for name, source in manifest.source_files.items()}
     whole: dict[str, list[bytes | tuple[Path, int, int]]] = {}
     for name, header in headers.items():
-        tensors, _ = parse_header(header[8:], file=name, file_bytes=sizes[name])
-        held = places.get(name, {})
-        if all(tensor.name in held for tensor in tensors):
-            whole[name] = [header, *(held[tensor.name] for tensor in tensors)]
+        tensors, _ = parse_header(header[8:], file=name, file_bytes=files[name].size_bytes)
+        held, names = places.get(name, {}), [files[name].prefix + tensor.name for tensor in tensors]
+        if all(tensor in held for tensor in names):
+            whole[name] = [header, *(held[tensor] for tensor in names)]
     return whole
 
 

@@ -80,7 +80,8 @@ def pack(
     filled = 0
     for name, items in itertools.groupby(wanted, key=lambda item: item[0].file):
         source, mine = sources[name], list(items)
-        if source.header and len(mine) == len(source.tensors) and source.size_bytes <= max(max_shard_bytes, 1):
+        as_it_is = source.header and not source.prefix and len(mine) == len(source.tensors)
+        if as_it_is and source.size_bytes <= max(max_shard_bytes, 1):
             if groups[-1]:
                 groups.append([])
             groups[-1] = mine

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workers.checkpoint.base import Checkpoint
+from workers.checkpoint.choice.part import whole_of
 from workers.network.ranges import RemoteFile, Server
 from workers.transfer.outputs import Output
 
@@ -89,5 +90,6 @@ def of_checkpoint(checkpoint: Checkpoint, file: str, offset: int) -> Origin:
         return Origin(file=local, offset=offset)
     from workers.checkpoint.hub import HubCheckpoint
 
+    checkpoint, file = whole_of(checkpoint, file)
     assert isinstance(checkpoint, HubCheckpoint)  # a folder's files are all local
     return Origin(file=checkpoint.remote(file), offset=offset, server=checkpoint.server)

@@ -72,31 +72,9 @@ def _fits(model: ModelProfile, machines: Cluster, options: PlanOptions) -> bool:
     return isinstance(planning.outcome(model, machines, options), Plan)
 
 
-def _least_bytes(model: ModelProfile, machines: Cluster, options: PlanOptions, at: int) -> float:
-    """The fewest bytes more on one node with which any allocation is valid, from every allocation there is."""
-    node = machines.nodes[at]
-    if node.node_id in options.exclude:
-        return math.inf
-    found = math.inf
-    roomy = _with_bytes(machines, node.node_id, 10**12)
-    share = options.max_memory_share.get(node.node_id, 1.0)
-    seconds = planning.layer_seconds(model, machines, options)
-    longest = math.inf if options.time_budget_s is None else options.time_budget_s * (1 + 1e-9)
-    for nodes in planning.assignments(model, machines, contiguous=options.strategy == "pipeline"):
-        if not planning.is_valid(model, roomy, options, nodes) or planning.bottleneck_s(seconds, nodes) > longest:
-            continue
-        held = node_memory_bytes([layer for layer, home in zip(model.layers, nodes, strict=True) if home == at])
-        wanted = held + options.reserve_bytes if held else 0
-        size = max(node.memory_bytes, math.floor(wanted / share))
-        while math.floor(size * share) < wanted:
-            size += 1
-        found = min(found, size - node.memory_bytes)
-    return found
-
-
-def _least_in_all(model: ModelProfile, machines: Cluster, options: PlanOptions) -> float:
-    """The fewest bytes more over all nodes together with which any allocation is valid, from every one there is."""
-    found = math.inf
+def _least_bytes(model: ModelProfile, machines: Cluster, options: PlanOptions) -> tuple[dict[str, float], float]:
+    """The fewest bytes more with which any allocation is valid: on each node alone, and over all together."""
+    alone, in_all = {node.node_id: math.inf for node in machines.nodes}, math.inf
     roomy = machines
     for node in machines.nodes:
         roomy = _with_bytes(roomy, node.node_id, 10**12)
@@ -105,17 +83,19 @@ def _least_in_all(model: ModelProfile, machines: Cluster, options: PlanOptions) 
     for nodes in planning.assignments(model, machines, contiguous=options.strategy == "pipeline"):
         if not planning.is_valid(model, roomy, options, nodes) or planning.bottleneck_s(seconds, nodes) > longest:
             continue
-        total = 0
+        extra = {}
         for at, node in enumerate(machines.nodes):
             held = node_memory_bytes([layer for layer, home in zip(model.layers, nodes, strict=True) if home == at])
-            share, size = options.max_memory_share.get(node.node_id, 1.0), node.memory_bytes
-            if held and math.floor(size * share) - options.reserve_bytes < held:
-                size = max(size, math.floor((held + options.reserve_bytes) / share))
+            share = options.max_memory_share.get(node.node_id, 1.0)
+            if held and math.floor(node.memory_bytes * share) - options.reserve_bytes < held:
+                size = math.floor((held + options.reserve_bytes) / share)
                 while math.floor(size * share) < held + options.reserve_bytes:
                     size += 1
-            total += size - node.memory_bytes
-        found = min(found, total)
-    return found
+                extra[node.node_id] = size - node.memory_bytes
+        in_all = min(in_all, sum(extra.values()))
+        for node_id in alone if not extra else extra if len(extra) == 1 else ():
+            alone[node_id] = min(alone[node_id], extra.get(node_id, 0))
+    return alone, in_all
 
 
 def _stated(text: str) -> int:
@@ -132,11 +112,10 @@ def _faults(model: ModelProfile, machines: Cluster, options: PlanOptions, error:
     faults, remedies = [], _remedies(error)
     by_node = next((r["extra_bytes_by_node"] for r in error.details["remedies"] if "extra_bytes_by_node" in r), None)
     if any("time_budget_s" in remedy for remedy in remedies.values()):
-        if min(_least_bytes(model, machines, options, at) for at in range(len(machines.nodes))) < math.inf:
+        if _least_bytes(model, machines, options)[1] < math.inf:
             faults.append("memory would help within the budget as well")
         options = dataclasses.replace(options, time_budget_s=None)
-    least = {node.node_id: _least_bytes(model, machines, options, at) for at, node in enumerate(machines.nodes)}
-    in_all = _least_in_all(model, machines, options)
+    least, in_all = _least_bytes(model, machines, options)
     if by_node is not None:
         wider = machines
         for node_id, extra in by_node.items():
@@ -286,12 +265,12 @@ def test_a_refusal_that_would_take_long_offers_what_it_found(calls: int, monkeyp
     assert isinstance(error, Infeasible)
     found = _remedies(error)
     assert (found == {}) == (calls == 0)
-    if "memory" in found:
-        assert _fits(
-            model,
-            _with_bytes(machines, str(found["memory"]["node_id"]), int(str(found["memory"]["extra_bytes"]))),
-            PlanOptions(),
-        )
+    for remedy in error.details["remedies"]:
+        extra = remedy.get("extra_bytes_by_node") or {remedy.get("node_id"): remedy.get("extra_bytes")}
+        wider = machines
+        for node_id, size in extra.items() if remedy["change"] == "memory" else ():
+            wider = _with_bytes(wider, node_id, size)
+        assert wider == machines or _fits(model, wider, PlanOptions())
 
 
 def test_a_pinned_node_among_many_is_looked_at() -> None:
@@ -342,6 +321,7 @@ def test_the_addition_over_many_nodes_that_all_differ_is_found_in_time(strategy:
     assert isinstance(error, Infeasible)
     assert time.monotonic() - began < 10
     lacks = sum(sizes) - sum(node.memory_bytes for node in machines.nodes)
+    assert error.details["remedies"], str(error)
     extra = next(r["extra_bytes_by_node"] for r in error.details["remedies"] if "extra_bytes_by_node" in r)
     assert max(1, lacks) <= sum(extra.values())
     assert f" and {len(extra) - 3} others" in str(error)

@@ -112,8 +112,8 @@ def test_an_index_must_name_files_that_are_there() -> None:
     with pytest.raises(InvalidCheckpoint, match=r"1 are missing: 'model-00002-of-00002.safetensors'"):
         read_headers(Memory(files))
     files["model-00002-of-00002.safetensors"] = packed({"c": entry("U8", [1], 0, 1)}, b"x")
-    with pytest.raises(InvalidCheckpoint, match=r"places tensor 'b' in .* but no header names it"):
-        read_headers(Memory(files))
+    # What the index says of tensors is not believed: the loader takes what the files hold.
+    assert [t.name for t in read_headers(Memory(files)).tensors] == ["a", "c"]
     files["model-00002-of-00002.safetensors"] = packed({"a": entry("U8", [1], 0, 1)}, b"x")
     with pytest.raises(InvalidCheckpoint, match="tensor 'a' is in both"):
         read_headers(Memory(files))
