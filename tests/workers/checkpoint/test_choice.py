@@ -64,7 +64,7 @@ class Folder:
         where = {n: pattern.format(1 if "layers" in n else 2) for n in self._weights} | more
         (self.path / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
 
-    def named_by_us(self, **which: str) -> float:
+    def named_by_us(self, **which: Any) -> float:
         """The value of the weight in the file where a profile finds it."""
         found = resolve(self.path, **which)
         tensor = next(tensor for tensor in read_headers(found).tensors if tensor.name == _TOLD)
@@ -72,7 +72,7 @@ class Folder:
             0
         ].item()
 
-    def loaded(self, **which: str) -> float:
+    def loaded(self, **which: Any) -> float:
         """The value that transformers loads."""
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, **which)
         return float(model.get_parameter(_TOLD)[0].item())
@@ -180,7 +180,7 @@ def test_the_weights_are_those_that_transformers_loads(
     tmp_path: Path,
     weights: dict[str, torch.Tensor],
     made: Callable[[Folder], None],
-    which: dict[str, str],
+    which: dict[str, Any],
     value: int,
 ) -> None:
     folder = Folder(tmp_path / "own" / "model", weights)
@@ -209,7 +209,8 @@ def test_a_refusal_says_what_is_there_and_what_would_work(tmp_path: Path, case: 
     assert [word for word in says if word not in str(caught.value)] == []
     if "works_with" in expect:
         option, value = expect["works_with"].split()
-        found = resolve(tmp_path / case, **{option.removeprefix("--"): value})
+        which: dict[str, Any] = {option.removeprefix("--"): value}
+        found = resolve(tmp_path / case, **which)
         assert generate(found, compute=False).total_params == 106_816
         assert found.revision.endswith(f"~{option.removeprefix('--')}={value}")
 
@@ -245,19 +246,24 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, files: list[str], says: st
 
 def test_a_part_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     cases.make("layout-two-variants", tmp_path)
-    for which, says in (({"variant": "int8"}, "it has bf16, fp16"), ({"subfolder": "onnx"}, "it has none")):
+    missing: list[tuple[dict[str, Any], str]] = [
+        ({"variant": "int8"}, "it has bf16, fp16"),
+        ({"subfolder": "onnx"}, "it has none"),
+    ]
+    for which, says in missing:
         with pytest.raises(NotFound) as caught:
             resolve(tmp_path, **which)
         assert says in str(caught.value)
-    for wrong in (
-        {"variant": "a.b"},
-        {"variant": ""},
-        {"subfolder": "../x"},
-        {"subfolder": "/x"},
-        {"subfolder": "a~b"},
+    for field, wrong in (
+        ("variant", "a.b"),
+        ("variant", ""),
+        ("subfolder", "../x"),
+        ("subfolder", "/x"),
+        ("subfolder", "a~b"),
     ):
+        impossible: dict[str, Any] = {field: wrong}
         with pytest.raises(InvalidInput):
-            resolve(tmp_path, **wrong)
+            resolve(tmp_path, **impossible)
 
 
 def test_a_stated_file_must_be_there_and_be_one(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
