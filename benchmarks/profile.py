@@ -168,7 +168,7 @@ def timed(what: Callable[[], Any], runs: int) -> float:
 
 def measure_warm(folder: Path, runs: int) -> None:
     del folder
-    from support.models.architectures import PUBLISHED
+    from support.models.architectures import PUBLISHED, as_stored
 
     from workers.checkpoint.config import ModelConfig
     from workers.profiling.tracing.skeleton import build
@@ -178,7 +178,7 @@ def measure_warm(folder: Path, runs: int) -> None:
     for name, target in targets.items():
         values = PUBLISHED[name]
         config = ModelConfig(values=values, model_type=values["model_type"], architecture=values["architectures"][0])
-        names = {each: parameter.numel() for each, parameter in build(config).named_parameters()}
+        names = as_stored(build(config))
         seconds = timed(lambda config=config, names=names: trace(config, names), runs)  # type: ignore[misc]
         report(f"warm, traced: {name}", seconds, "s", target=target)
     import resource

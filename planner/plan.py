@@ -48,6 +48,8 @@ class PlanOptions:
     count_activations: bool = False
     #: Plan with `compute_min` (what kernels that skip masked work execute) where it is known.
     use_compute_min: bool = False
+    #: Plan a checkpoint that lacks tensors of its model.
+    allow_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,8 @@ class Plan:
     #: Why the profile's FLOP, KV cache or activations are estimates, as the profile says it; what is predicted from
     #: them is no better. Empty: they were counted.
     approximate: tuple[str, ...] = ()
+    #: The model's tensors that the checkpoint lacks, and that were allowed to be missing; None: not checked.
+    missing_tensors: tuple[str, ...] | None = None
     #: What the plan was made for: the nodes as they were used (by id, without device names), their links, and the
     #: options. None in plans of earlier releases.
     cluster: Cluster | None = None

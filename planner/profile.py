@@ -7,12 +7,15 @@ than Python's start. `planner.wire.read` reads and writes them as the published 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 #: What the planner moves: whole layers, or single tensors for williw metadata.
 Unit = Literal["layer", "tensor"]
+
+#: The most names in one line.
+_MOST_NAMED = 12
 
 #: [c0, c1, c2] of c0 + c1*S + c2*S**2, for a sequence of S tokens.
 Terms = tuple[float, float, float]
@@ -108,10 +111,13 @@ class Layer:
     index: int
     #: "embedding", "decoder", "encoder", "head", ..., or "unused" for tensors that no layer uses.
     layer_type: str
-    num_params: int = 0
-    #: Parameters that one token passes through; less than `num_params` for mixtures of experts.
-    active_params: int = 0
+    #: None: not known (how its weights are packed is not certain).
+    num_params: int | None = 0
+    #: Parameters that one token passes through; less than `num_params` for mixtures of experts. None: not known.
+    active_params: int | None = 0
     weight_bytes: int = 0
+    #: Of these, what lies beside packed weights: scales, zero points, codebooks. 0 where not known.
+    overhead_bytes: int = 0
     #: At the profile's batch size and sequence length.
     kv_cache_bytes: int = 0
     #: Bytes that cross to the next layer, at the profile's batch size and sequence length.
@@ -207,6 +213,9 @@ class ModelProfile:
     unit: Unit = "layer"
     #: Why FLOP or KV bytes are a general rule and not exact; empty where they are exact.
     approximate: tuple[str, ...] = ()
+    #: The model's tensors that the checkpoint lacks, as transformers names them. None: not checked, since the model's
+    #: class is not known here.
+    missing_tensors: tuple[str, ...] | None = None
     #: Tokens that the model takes at most: of a longer sequence it reads so many. None: any number.
     longest_sequence: int | None = None
     #: When it was made, RFC 3339 in UTC.
@@ -225,9 +234,14 @@ class ModelProfile:
         return sum(layer.weight_bytes for layer in self.layers)
 
     @property
-    def total_params(self) -> int:
-        """Parameters, tied weights once."""
-        return sum(layer.num_params for layer in self.layers)
+    def total_params(self) -> int | None:
+        """Parameters, tied weights once; None where a layer's are not known."""
+        return summed(layer.num_params for layer in self.layers)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Of `total_bytes`, what lies beside packed weights."""
+        return sum(layer.overhead_bytes for layer in self.layers)
 
     def at(self, *, batch_size: int, sequence_length: int) -> ModelProfile:
         """The same model's profile at another batch size and sequence length; no tracing, no torch.
@@ -256,6 +270,28 @@ class ModelProfile:
             layers=layers,
             approximate=(*self.approximate, *(each for each in reasons if each not in self.approximate)),
         )
+
+
+def lacking(missing: Sequence[str] | None) -> list[str]:
+    """What an output says of the tensors that a checkpoint lacks: nothing if it has all, else one line.
+
+    Args:
+        missing: As `ModelProfile.missing_tensors`.
+    """
+    if missing is None:
+        return ["missing tensors: not checked, which needs the model's class"]
+    if not missing:
+        return []
+    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+    count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
+    return [f"the checkpoint lacks {count} of its model: {', '.join(missing[:_MOST_NAMED])}{more}"]
+
+
+def summed(counts: Iterable[int | None]) -> int | None:
+    """The sum, or None if one of the counts is not known."""
+    found = list(counts)
+    known = [count for count in found if count is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def outside(layers: Sequence[Layer], sequence_length: int, *, batched: bool) -> list[str]:

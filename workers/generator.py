@@ -21,7 +21,6 @@ from workers.checkpoint.shared_storage import with_twins
 from workers.profiling.contents import Contents, read_contents
 from workers.profiling.from_headers import general_layers
 from workers.profiling.later_modules import with_modules
-from workers.profiling.quantization import unknown_method
 from workers.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -64,8 +63,8 @@ def generate(
     if kv_dtype is not None and canonical(kv_dtype) is None:
         raise InvalidInput(f"kv_dtype {kv_dtype[:40]!r} is not known; bfloat16, float16, float8_e4m3fn ... are")
     contents = read_contents(checkpoint, progress=progress)
-    trace, reasons, known = (
-        _trace(contents, cache_dir, batch_size, sequence_length, lean=lean) if compute else (None, [], {})
+    trace, reasons, known, missing = (
+        _trace(contents, cache_dir, batch_size, sequence_length, lean=lean) if compute else (None, [], {}, None)
     )
     if trace is None:
         layers, approximate = general_layers(contents, kv_dtype=kv_dtype, known=known)
@@ -91,9 +90,6 @@ def generate(
         length=min(sequence_length, longest or sequence_length),
     )
     approximate += later
-    method = unknown_method(contents.config.quantization)
-    if method:
-        approximate.append(f"parameters as stored: the packing of quantization method {method!r} is not known")
     return ModelProfile(
         model_name=checkpoint.model_name,
         revision=checkpoint.revision,
@@ -104,6 +100,7 @@ def generate(
         sequence_length=sequence_length,
         layers=tuple(layers),
         approximate=tuple(approximate),
+        missing_tensors=missing,
         longest_sequence=longest,
         generated_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         node_id=node_id,
@@ -112,24 +109,21 @@ def generate(
 
 def _trace(
     contents: Contents, cache_dir: Path | None, batch_size: int, sequence_length: int, *, lean: bool
-) -> tuple[ModelTrace | None, list[str], Mapping[str, bool]]:
-    """The model's trace, from the cache or made now; or None, the reasons, and which tensors are parameters.
+) -> tuple[ModelTrace | None, list[str], Mapping[str, int], tuple[str, ...] | None]:
+    """The model's trace, from the cache or made now; or None, the reasons, and the tensors' parameters.
+
+    And the tensors that the checkpoint lacks; None: not known.
 
     Raises:
         InvalidCheckpoint: If the checkpoint's tensors are not those of its config's model.
     """
     from workers.profiling.trace_cache import TraceCache
 
-    sizes: dict[str, int] = {}
-    for tensor in contents.headers.tensors:
-        stored = contents.logical[tensor.name]
-        sizes[stored.logical] = sizes.get(stored.logical, 0) + stored.values
-    if unknown_method(contents.config.quantization):
-        sizes = dict.fromkeys(sizes, 0)
-    cache = TraceCache(cache_dir, contents.config, sizes)
+    tensors = {tensor.name: tensor for tensor in contents.headers.tensors}
+    cache = TraceCache(cache_dir, contents.config, tensors)
     cached = cache.read()
     if cached is not None and cached.covers(batch_size, sequence_length):
-        return cached, [], {}
+        return cached, [], {}, cached.missing
     try:
         if lean:
             from workers.profiling.tracing.lean_imports import start_lean
@@ -138,11 +132,11 @@ def _trace(
         from workers.profiling.tracing.skeleton import NotTraceable
         from workers.profiling.tracing.tracer import trace
     except ModuleNotFoundError as error:
-        return None, [f"torch and transformers are not installed: {error.name} is missing"], {}
+        return None, [f"torch and transformers are not installed: {error.name} is missing"], {}, None
     except ImportError as error:
-        return None, [f"the installed torch and transformers cannot be used: {error}"[:300]], {}
+        return None, [f"the installed torch and transformers cannot be used: {error}"[:300]], {}, None
     try:
-        made = trace(contents.config, sizes, batch_size=batch_size, sequence_length=sequence_length)
+        made = trace(contents.config, tensors, batch_size=batch_size, sequence_length=sequence_length)
     except NotTraceable as error:
-        return None, [str(error)], error.known
-    return cache.write(made, cached), [], {}
+        return None, [str(error)], error.known, error.missing
+    return cache.write(made, cached), [], {}, made.missing

@@ -53,6 +53,7 @@ def generate_metadata(services: Services, claim: Claim) -> dict[str, Any]:
         "total_bytes": profile.total_bytes,
         "total_params": profile.total_params,
         "approximate": list(profile.approximate),
+        "missing_tensors": None if profile.missing_tensors is None else list(profile.missing_tensors),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.explain.reports import gib, seconds_text
 from planner.plan import Plan
 from planner.problem.arrays import SLACK
+from planner.profile import lacking
 
 _MOST = 12
 
@@ -36,6 +37,7 @@ def explain(plan: Plan) -> str:
         f"{seconds_text(sum(hop.transfer_s for hop in plan.megaphone.chain))} of it on links. " + _limits(plan)
     ]
     lines += [f"  All figures rest on an approximate profile: {reason}" for reason in plan.approximate]
+    lines += [f"  {line[:1].upper()}{line[1:]}" for line in lacking(plan.missing_tensors)]
     lines += [f"  {report.node_id}: {report.reason}" for report in used[:_MOST]]
     if len(used) > _MOST:
         lines.append(f"  ... and {len(used) - _MOST} nodes more")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from planner.cluster import Cluster
-from planner.errors import InvalidInput
+from planner.errors import InvalidCheckpoint, InvalidInput
 from planner.plan import PlanOptions
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, lacking
 
 
 def _number(value: float, what: str, *, positive: bool = False) -> float:
@@ -40,7 +40,16 @@ def check_nodes(cluster: Cluster) -> None:
 
 
 def check_options(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> None:
-    """Refuse options that name what does not exist, contradict each other, or are out of range."""
+    """Refuse options that name what does not exist, contradict each other, or are out of range.
+
+    And a checkpoint that lacks tensors of its model, unless the options allow it.
+    """
+    if profile.missing_tensors and not options.allow_missing:
+        raise InvalidCheckpoint(
+            f"{lacking(profile.missing_tensors)[0]}; to plan it all the same, give --allow-missing "
+            "(allow_missing over HTTP)",
+            details={"field": "allow_missing", "missing_tensors": list(profile.missing_tensors[:1000])},
+        )
     ids = {node.node_id for node in cluster.nodes}
     named = [("exclude", node_id) for node_id in options.exclude] + [
         (field_name, node_id)

@@ -46,7 +46,7 @@ def layer_traffic_bytes(layer: Layer, profile: ModelProfile, *, phase: Phase = "
     weights = float(layer.weight_bytes + layer.tied_bytes)
     if layer.layer_type == "embedding":
         weights = min(weights, layer.activation_bytes * steps / profile.sequence_length)
-    elif 0 < layer.active_params < layer.num_params:
+    elif layer.num_params and layer.active_params:
         weights *= min(1.0, profile.batch_size * steps * layer.active_params / layer.num_params)
     return weights + (layer.kv_cache_bytes if phase == "decode" else 0)
 

@@ -87,7 +87,12 @@ def replan(
     if not math.isfinite(tolerance) or tolerance < 0:
         raise InvalidInput(f"tolerance must be a finite number of at least 0, got {tolerance}")
     if options is None:
-        options = PlanOptions(strategy=plan.strategy, objective=plan.objective, phase=plan.phase)
+        options = PlanOptions(
+            strategy=plan.strategy,
+            objective=plan.objective,
+            phase=plan.phase,
+            allow_missing=bool(plan.missing_tensors),
+        )
     problem = build(profile, cluster, options)
     moving = Moving(problem=problem, held=_holders(plan, problem))
     old = np.where((problem.pinned >= 0) & (problem.pinned != moving.held), -1, moving.held)

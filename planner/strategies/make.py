@@ -252,6 +252,7 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
         nodes=node_reports(problem, nodes, max(budget, bottleneck)),
         megaphone=chain,
         approximate=profile.approximate,
+        missing_tensors=profile.missing_tensors,
         cluster=_as_used(problem.cluster),
         options=options,
         metadata_digest=metadata_digest(profile),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, missing, post_load
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, missing, post_load, validate
 from marshmallow.exceptions import SCHEMA
 
 from planner.errors import InvalidInput
@@ -222,6 +222,11 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
     """What to say of a field that is not known: the nearest name that is, if there is one."""
     near = get_close_matches(name, list(known), n=1)
     return "is not a known field" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def missing_names() -> fields.List[str]:
+    """A field of the tensors that a checkpoint lacks; null where that was not checked."""
+    return fields.List(Text(), load_default=None, allow_none=True, validate=validate.Length(max=10**6))
 
 
 def seconds(**kwargs: Any) -> Number:

@@ -14,7 +14,20 @@ from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_NODES, MAX_SEQUENCE_L
 from planner.names import MOST_REVISION
 from planner.plan import OBJECTIVES, PHASES, Hop, Megaphone, NodeReport, Plan, PlanOptions, Prediction, Stage
 from planner.wire.clusters import ClusterSchema
-from planner.wire.fields import Flag, Free, Integer, Lenient, Many, ModelName, NodeId, Number, Text, seconds, shown
+from planner.wire.fields import (
+    Flag,
+    Free,
+    Integer,
+    Lenient,
+    Many,
+    ModelName,
+    NodeId,
+    Number,
+    Text,
+    missing_names,
+    seconds,
+    shown,
+)
 from planner.wire.write import SCHEMA_VERSION
 
 _PLAN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -155,6 +168,7 @@ class PlanSchema(EditedPlanSchema):
     nodes = Many(NodeReportSchema, shortest=1, longest=MAX_NODES, required=True)
     megaphone_plan = fields.Nested(MegaphoneSchema, required=True)
     approximate = fields.List(Text(longest=4096), load_default=list)
+    missing_tensors = missing_names()
     cluster = fields.Nested(ClusterSchema, load_default=None, allow_none=True)
     options = fields.Nested(
         lambda: OptionsSchema(),  # noqa: PLW0108  (it is defined below)
@@ -170,8 +184,8 @@ class PlanSchema(EditedPlanSchema):
         allocation = {node: tuple(share["layer_names"]) for node, share in data.pop("split_plan").items()}
         del data["schema_version"]
         data.update(totals, allocation=allocation, megaphone=data.pop("megaphone_plan"))
-        for name in ("stages", "nodes", "approximate"):
-            data[name] = tuple(data[name])
+        for name in ("stages", "nodes", "approximate", "missing_tensors"):
+            data[name] = None if data[name] is None else tuple(data[name])
         plan = Plan(**data)
         _check_agreement(plan)
         return plan
@@ -226,6 +240,7 @@ class OptionsSchema(Schema):
     reserve_bytes = Integer()
     count_activations = Flag()
     use_compute_min = Flag()
+    allow_missing = Flag()
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> PlanOptions:

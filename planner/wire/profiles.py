@@ -13,7 +13,18 @@ from planner.errors import InvalidInput, InvalidMetadata
 from planner.limits import MAX_BATCH_SIZE, MAX_LAYERS, MAX_SEQUENCE_LENGTH
 from planner.names import MOST_REVISION
 from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
-from planner.wire.fields import FilePath, Integer, Lenient, Many, ModelName, Number, Text, explain, shown
+from planner.wire.fields import (
+    FilePath,
+    Integer,
+    Lenient,
+    Many,
+    ModelName,
+    Number,
+    Text,
+    explain,
+    missing_names,
+    shown,
+)
 from planner.wire.write import SCHEMA_VERSION
 
 
@@ -70,6 +81,7 @@ class LayerSchema(Lenient):
     num_params = Integer(load_default=None, allow_none=True)
     active_params = Integer(load_default=None, allow_none=True)
     weight_bytes = Integer(load_default=None, allow_none=True)
+    overhead_bytes = Integer(load_default=0)
     kv_cache_bytes = Integer(load_default=0)
     activation_bytes = Integer(load_default=0)
     peak_bytes = Integer(load_default=0)
@@ -96,10 +108,10 @@ class LayerSchema(Lenient):
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Counts that are not given follow from the tensors, or from shape and dtype, or are 0."""
+        """Counts that are not given follow from the tensors, or from shape and dtype; else bytes are 0."""
         shape, dtype = data.pop("shape"), data.pop("dtype")
         if data["num_params"] is None:
-            data["num_params"] = prod(shape) if shape is not None else 0
+            data["num_params"] = prod(shape) if shape is not None else None
         if data["active_params"] is None:
             data["active_params"] = data["num_params"]
         if data["weight_bytes"] is None:
@@ -134,6 +146,7 @@ class ProfileSchema(Lenient):
     sequence_length = Integer(low=1, high=MAX_SEQUENCE_LENGTH, load_default=512)
     unit = Text(choices=("layer", "tensor"), load_default=None, allow_none=True)
     approximate = fields.List(Text(longest=4096), load_default=list)
+    missing_tensors = missing_names()
     longest_sequence = Integer(low=1, load_default=None, allow_none=True)
     generated_at = fields.Raw(load_default=None, allow_none=True)
     node_id = Text(longest=256, load_default=None, allow_none=True)
@@ -161,7 +174,9 @@ class ProfileSchema(Lenient):
                 raise ValidationError(_at(layer.index, "tied_to", f"{shown(layer.tied_to)} is no other layer's name"))
         unit = data.pop("unit") or ("tensor" if version is None else "layer")
         when = data.pop("generated_at")
+        missing = data["missing_tensors"]
         data.update(layers=tuple(layers), approximate=tuple(data["approximate"]), unit=unit)
+        data.update(missing_tensors=None if missing is None else tuple(missing))
         return ModelProfile(**data, generated_at=None if when is None else str(when)[:64])
 
 

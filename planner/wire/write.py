@@ -35,7 +35,9 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
         "total_layers": len(profile.layers),
         "total_bytes": profile.total_bytes,
         "total_params": profile.total_params,
+        "overhead_bytes": profile.overhead_bytes,
         "approximate": list(profile.approximate),
+        "missing_tensors": _json(profile.missing_tensors),
         "longest_sequence": profile.longest_sequence,
         "generated_at": profile.generated_at,
         "node_id": profile.node_id,
@@ -84,6 +86,7 @@ def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
         "predicted": _json(plan.predicted) | {"exact": bool(plan.predicted.exact)},
         "nodes": _json(plan.nodes),
         "approximate": list(plan.approximate),
+        "missing_tensors": _json(plan.missing_tensors),
         "cluster": None if plan.cluster is None else cluster_to_json(plan.cluster),
         "options": None if plan.options is None else options_to_json(plan.options),
     }

@@ -137,6 +137,8 @@ PlanOut = answer(
     predicted=_field(PredictedOut, required=True), nodes=many(NodeReportOut),
     approximate=may(many(text(), "Why FLOP, KV cache or activations of the profile are estimates; what rests on them "
                                  "(seconds, bound, gap, utilization) is no better. Empty: all was counted.")),
+    missing_tensors=may(null(many(text(), "The model's tensors that the checkpoint lacks. Null: not checked, which "
+                                          "needs the model's class."))),
     cluster=may(null(mapping(about="The nodes as they were used, and their links, as a nodes file."))),
     options=may(null(mapping(about="What was asked of the planner."))),
     metadata_digest=may(null(text("Of the metadata that it was made from."))),

@@ -138,6 +138,7 @@ class PlanFields(Strict):
     OPTIONS = (
         "strategy", "objective", "phase", "time_budget_s", "pins", "exclude", "max_memory_share",
         "max_compute_share", "reserve_bytes", "count_activations", "use_compute_min",
+        "allow_missing",
     )  # fmt: skip
 
     strategy = Text(choices=STRATEGIES, metadata={"description": "Default greedy."})
@@ -164,6 +165,9 @@ class PlanFields(Strict):
     reserve_bytes = Integer(metadata={"description": "Bytes kept free on every node."})
     count_activations = Flag()
     use_compute_min = Flag()
+    allow_missing = Flag(
+        metadata={"description": "Plan a checkpoint that lacks tensors of its model; refused otherwise, naming them."}
+    )
     available_nodes = fields.List(
         fields.Nested(NodeIn),
         validate=validate.Length(1, MAX_BODY_NODES),

@@ -26,6 +26,13 @@ function warning(plan) {
   return h("p", {class: "notice", role: "note"}, `The figures marked ≈ rest on an approximate profile: ${plan.approximate.join("; ")}.`);
 }
 
+function lacking(plan) {
+  const lost = plan.missing_tensors;
+  if (lost === undefined || (lost && !lost.length)) return null;
+  return h("p", {class: "notice", role: "note"}, lost === null ? "Whether the checkpoint lacks tensors of its model was not checked."
+    : `The checkpoint lacks ${lost.length} ${lost.length === 1 ? "tensor" : "tensors"} of its model: ${lost.slice(0, 12).join(", ")}${lost.length > 12 ? ", …" : ""}.`);
+}
+
 function strip(plan, tone) {
   const parts = plan.stages.map((stage) => {
     const part = h("div", {class: `part ${tone(stage.node_id)}`, title: `${stage.node_id}: ${ranges(stage.layer_names)}`},
@@ -98,6 +105,7 @@ export function showPlan(element, plan, outcomes) {
   fill(element,
     facts(plan),
     warning(plan),
+    lacking(plan),
     strip(plan, tone),
     h("p", {class: "hint"}, "Layers in order of execution, and below what each node holds of them."),
     h("div", {}, reports.slice(0, 200).map((report) => share(plan, report, tone))),

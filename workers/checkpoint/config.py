@@ -54,6 +54,8 @@ _MAY_BE_ZERO = {
     "num_layers",
     "num_labels",
 }
+#: Where configs say how their weights are packed (MLX: `quantization`).
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")
 _ARCHITECTURE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 
 
@@ -69,9 +71,9 @@ class ModelConfig:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """`quantization_config`, or an empty mapping."""
-        found = self.values.get("quantization_config")
-        return found if isinstance(found, dict) else {}
+        """`quantization_config` or its kin, at the top or in the language model's part; else an empty mapping."""
+        places = (part.get(name) for part in (self.values, self.text) for name in QUANTIZATION)
+        return next((found for found in places if isinstance(found, dict) and found), {})
 
     @property
     def text(self) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
-from planner.profile import Layer, Tensor
+from planner.profile import Layer, Tensor, summed
 
 
 def distinct(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -46,8 +46,8 @@ def with_twins(layers: Sequence[Layer], twins: Sequence[Tensor]) -> list[Layer]:
             found[at],
             tensors=(*found[at].tensors, twin),
             weight_bytes=found[at].weight_bytes + twin.size_bytes,
-            num_params=found[at].num_params + values,
-            active_params=found[at].active_params + values,
+            num_params=summed((found[at].num_params, values)),
+            active_params=summed((found[at].active_params, values)),
         )
     return found
 

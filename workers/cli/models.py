@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner.profile import lacking
 from workers.cli.arguments import adder
 from workers.cli.console import Table, emit, progress, say, shown_bytes, shown_flop, shown_memory, write_document
 
@@ -147,7 +148,7 @@ def _profile_shown(made: ModelProfile) -> list[str | Table]:
             layer.index,
             layer.name,
             layer.layer_type,
-            f"{layer.num_params:,}",
+            "not known" if layer.num_params is None else f"{layer.num_params:,}",
             shown_bytes(layer.weight_bytes),
             shown_memory(layer.kv_cache_bytes),
             shown_flop(layer.compute_required),
@@ -156,13 +157,16 @@ def _profile_shown(made: ModelProfile) -> list[str | Table]:
     ]
     head = ("#", "layer", "type", "parameters", "weights", "KV cache", "compute")
     kind = f"{made.model_type or 'unknown type'}, {made.dtype or 'mixed dtypes'}"
-    size = f"{made.total_params:,} parameters, {shown_bytes(made.total_bytes)}"
+    count = "parameters: not known" if made.total_params is None else f"{made.total_params:,} parameters"
+    beside = f" ({shown_bytes(made.overhead_bytes)} of it beside packed weights)" if made.overhead_bytes else ""
+    size = f"{count}, {shown_bytes(made.total_bytes)}{beside}"
     work = f"{shown_flop(made.total_compute)} for {made.batch_size} × {made.sequence_length} tokens"
     return [
         Table(head, rows, right=("#", *head[3:])),
         "",
         f"{made.model_name} ({kind}) at {made.revision}: {size}, {work}",
         *(f"approximate: {reason}" for reason in made.approximate),
+        *lacking(made.missing_tensors),
     ]
 
 

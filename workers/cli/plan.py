@@ -78,6 +78,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "--reserve", type=size, default=0, metavar="SIZE", help="keep this free on every node, e.g. 2GiB"
     )
     how.add_argument("--count-activations", action="store_true", help="count peak activations as memory, too")
+    how.add_argument("--allow-missing", action="store_true", help="plan a checkpoint that lacks tensors of its model")
     how.add_argument("--compute-min", action="store_true", help="leave out work that kernels skip as masked")
 
     what = command.add_argument_group("what")
@@ -178,6 +179,7 @@ def _options(args: argparse.Namespace, profile: ModelProfile) -> PlanOptions:
         reserve_bytes=args.reserve,
         count_activations=args.count_activations,
         use_compute_min=args.compute_min,
+        allow_missing=args.allow_missing,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import Infeasible
 from planner.plan import Plan
+from planner.profile import lacking
 from workers.cli.console import Table, shown_bytes, shown_flop, shown_memory, shown_rate, shown_seconds
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def plan_shown(plan: Plan) -> list[str | Table]:
         "",
         f"plan {plan.plan_id} of {plan.model_name} ({asked})",
         ", ".join(f"{name} {mark}{shown_seconds(value)}" for name, value in times) + f"; {proof}",
+        *lacking(plan.missing_tensors),
         f"chain: {chain(plan)}",
     ]
 

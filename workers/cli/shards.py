@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.names import check_node_id, split_revision
+from planner.profile import lacking
 from workers.cli.arguments import adder, size
 from workers.cli.console import Table, emit, progress, shown_bytes
 from workers.cli.models import add_part, add_source, checkpoint_of
@@ -116,7 +117,8 @@ def split(args: argparse.Namespace) -> int:
         for file in manifest.files
     ]
     files = Table(("file", "bytes", "digest"), rows, right=("bytes",))
-    emit(args, answer, [files, "", f"{len(manifest.tensors)} tensors in {folder}"])
+    lines = [f"{len(manifest.tensors)} tensors in {folder}", *lacking(manifest.missing_tensors)]
+    emit(args, answer, [files, "", *lines])
     return 0
 
 
@@ -147,6 +149,10 @@ def report_lines(report: VerifyReport) -> list[str]:
     if report.missing_nodes:
         lines.append(f"not given: the shards of {', '.join(report.missing_nodes)}")
     verdict = "everything is right" if report.complete else "what was given is right" if report.ok else "damaged"
+    if report.ok and report.missing_tensors:
+        said = lacking(report.missing_tensors)[0]
+        exact = f"bit-identical to {said.replace(' lacks', ', which lacks', 1)}"
+        verdict = exact if report.complete else f"{verdict}; {said}"
     return [*lines, f"{counts}: {verdict}"]
 
 

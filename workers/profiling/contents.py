@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.dtypes import canonical
-from planner.profile import Layer, Tensor
+from planner.profile import Layer, Tensor, summed
 from workers.checkpoint.base import Checkpoint
 from workers.checkpoint.config import ModelConfig, read_config
 from workers.checkpoint.headers import Headers, read_headers
-from workers.profiling.quantization import Stored, logical_tensors
+from workers.profiling.quantization import about, stored_counts
 from workers.progress import Progress, silent
 
 #: Names of the buffers that checkpoints carry; they cost bytes and are no parameters.
@@ -32,8 +32,9 @@ _BALANCES_OF: Mapping[str | None, tuple[str, ...]] = {
     **dict.fromkeys(("deepseek_v4", "inkling2", "inkling2_text", "inkling_mm_model"), (*_BALANCES, ".gate.bias")),
     **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe", "laguna", "afmoe"), ()),
 }
-NOTHING: Mapping[str, bool] = {}
-_WHOLE_NUMBERS = {"I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64"}
+NOTHING: Mapping[str, int] = {}
+#: Integers that pack nothing.
+_WHOLE_NUMBERS = {"I64", "U64", "BOOL"}
 _FLOATS = {"F32", "F16", "BF16", "F64"}
 
 
@@ -43,28 +44,35 @@ class Contents:
 
     config: ModelConfig
     headers: Headers
-    #: By stored name.
-    logical: Mapping[str, Stored]
+    #: Tensor -> values that it holds, as far as names and shapes tell with certainty; else None.
+    counts: Mapping[str, int | None]
     #: Most common dtype of the weights by bytes.
     dtype: str
 
-    def parameters(self, tensor: Tensor, known: Mapping[str, bool] = NOTHING) -> int:
-        """Parameters that a stored tensor holds: all its values, unless it is a buffer.
+    def parameters(self, tensor: Tensor, known: Mapping[str, int] = NOTHING) -> int | None:
+        """Parameters that a stored tensor holds, none if it is a buffer; None where that is not certain.
 
         Args:
             tensor: Of this checkpoint.
-            known: Logical name -> whether it is a parameter; for other tensors their names decide.
+            known: Tensor -> its parameters, where the model's modules told; for others names and shapes decide.
         """
-        name, stored = tensor.name, self.logical[tensor.name]
+        name, count = tensor.name, self.counts[tensor.name]
+        if name in known:
+            return known[name]
         if name.endswith("weight"):
             is_buffer = len(tensor.shape) == 1 and self._frozen(name)
         else:
-            is_buffer = stored.logical == name and (
+            is_buffer = (
                 name.endswith(_BUFFERS + _BALANCES_OF.get(self.config.model_type, _BALANCES))
-                or (tensor.dtype in _WHOLE_NUMBERS and stored.values <= tensor.size_bytes)
+                or (tensor.dtype in _WHOLE_NUMBERS and count is not None)
                 or self._frozen(name)
             )
-        return stored.values if known.get(stored.logical, not is_buffer) else 0
+        return 0 if is_buffer else count
+
+    def about(self, tensor: Tensor, known: Mapping[str, int] = NOTHING) -> int:
+        """Likewise, with an estimate where it is not certain."""
+        count = self.parameters(tensor, known)
+        return about(tensor, self.config.quantization) if count is None else count
 
     @property
     def float_dtype(self) -> str:
@@ -84,7 +92,7 @@ class Contents:
             name="unused",
             index=index,
             layer_type="unused",
-            num_params=sum(self.parameters(tensor) for tensor in tensors),
+            num_params=summed(self.parameters(tensor) for tensor in tensors),
             weight_bytes=sum(tensor.size_bytes for tensor in tensors),
             tensors=tuple(tensors),
         )
@@ -94,8 +102,8 @@ class Contents:
         module, _, kind = name.rpartition(".")
         return (
             kind in {"weight", "bias"}
-            and f"{module}.running_var" in self.logical
-            and f"{module}.num_batches_tracked" not in self.logical
+            and f"{module}.running_var" in self.counts
+            and f"{module}.num_batches_tracked" not in self.counts
         )
 
 
@@ -113,5 +121,5 @@ def read_contents(checkpoint: Checkpoint, *, progress: Progress = silent) -> Con
         sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = min(sizes, key=lambda name: (-sizes[name], name))
     return Contents(
-        config=config, headers=headers, logical=logical_tensors(headers.tensors, config.quantization), dtype=dtype
+        config=config, headers=headers, counts=stored_counts(headers.tensors, config.quantization), dtype=dtype
     )

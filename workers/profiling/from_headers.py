@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from planner.dtypes import canonical
 from planner.errors import InvalidCheckpoint
-from planner.profile import Layer, Tensor
+from planner.profile import Layer, Tensor, summed
 from workers.checkpoint.config import ModelConfig
 from workers.profiling import rules
 from workers.profiling.contents import NOTHING, Contents
@@ -16,7 +16,7 @@ from workers.profiling.layer_names import Group, Grouping, group_names
 
 #: Architectures that end in a head over the vocabulary.
 _WITH_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining", "WithLMHead")
-_HEAD_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight", "head.weight")
+_HEADS = (".lm_head", ".embed_out", ".output", ".proj_out", ".head")
 #: A head whose own tensors are only these is named for the tied matrix it applies.
 _FINAL_NORMS = {"norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_logits_bias"}
 _TOKEN_EMBEDDINGS = (
@@ -26,14 +26,14 @@ _TOKEN_EMBEDDINGS = (
 
 
 def general_layers(
-    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, bool] = NOTHING
+    contents: Contents, *, kv_dtype: str | None = None, known: Mapping[str, int] = NOTHING
 ) -> tuple[list[Layer], list[str]]:
     """Layers by the checkpoint's own names, their costs at batch 1 and one token by the general rule.
 
     Args:
         contents: The checkpoint's.
         kv_dtype: Dtype of the cached keys and values; default the model's.
-        known: Which tensors are parameters, by logical name, where the model's code told.
+        known: Tensor -> its parameters, where the model's code told.
 
     Returns:
         The layers, and the reasons why their FLOP and KV bytes are approximate.
@@ -41,28 +41,32 @@ def general_layers(
     Raises:
         InvalidCheckpoint: If the config denies layers that the checkpoint has.
     """
-    config, logical = contents.config, contents.logical
-    names: dict[str, int] = {}
-    for stored in logical.values():
-        names[stored.logical] = names.get(stored.logical, 0) + stored.values
+    config = contents.config
+    names = {tensor.name: tensor.size_bytes for tensor in contents.headers.tensors}
     extra = _extra_layers(names, config)
     grouping = group_names({name: size for name, size in names.items() if not name.startswith(extra)})
     check_depth(grouping, config)
     members: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in contents.headers.tensors:
-        members[grouping.of.get(logical[tensor.name].logical, len(grouping.groups))].append(tensor)
+        members[grouping.of.get(tensor.name, len(grouping.groups))].append(tensor)
     cache_dtype = canonical(kv_dtype) if kv_dtype else contents.float_dtype
     assert cache_dtype is not None
     layers = [
         _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known)
         for index, group in enumerate(grouping.groups)
     ]
-    layers = _with_tied_head(layers, contents)
+    layers = _with_tied_head(layers, contents, known)
     if members.get(len(grouping.groups)):
         layers.append(contents.unused_layer(members[len(grouping.groups)], len(layers)))
     reasons = [
         "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
     ]
+    unsure = [tensor for layer in layers for tensor in layer.tensors if contents.parameters(tensor, known) is None]
+    if unsure:
+        reasons.append(
+            f"parameters: not known: only the model's class tells how {len(unsure)} tensors are packed "
+            f"({unsure[0].name}, ...); FLOP as if a packed value took the bits that config.json states, or 4"
+        )
     return layers, reasons
 
 
@@ -104,12 +108,15 @@ def _general_layer(
     *,
     index: int,
     kv_dtype: str,
-    known: Mapping[str, bool],
+    known: Mapping[str, int],
 ) -> Layer:
     config, dtype = contents.config, contents.float_dtype
-    values = [contents.parameters(tensor, known) for tensor in tensors]
+    num_params = summed(contents.parameters(tensor, known) for tensor in tensors)
+    values = [contents.about(tensor, known) for tensor in tensors]
     terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
     share = rules.expert_share(config)
+    shares = [share if rules.is_expert(tensor.name) else 1.0 for tensor in tensors]
+    active = sum(count * each for count, each in zip(values, shares, strict=True))
     kv = None
     if group.number is not None and rules.keeps_cache(group.layer_type, config):
         kv = rules.kv_terms(group.number, config, kv_dtype)
@@ -117,14 +124,10 @@ def _general_layer(
         name=group.name,
         index=index,
         layer_type=group.layer_type,
-        num_params=sum(values),
-        active_params=round(
-            sum(
-                count * (share if rules.is_expert(tensor.name) else 1.0)
-                for tensor, count in zip(tensors, values, strict=True)
-            )
-        ),
+        num_params=num_params,
+        active_params=None if num_params is None else round(active),
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        overhead_bytes=sum(tensor.size_bytes for tensor in tensors if contents.counts[tensor.name] == 0),
         kv_cache_bytes=kv.bytes_at(1, 1) if kv else 0,
         activation_bytes=rules.hidden_bytes(config, dtype),
         compute_required=sum(terms),
@@ -134,7 +137,7 @@ def _general_layer(
     )
 
 
-def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
+def _with_tied_head(layers: Sequence[Layer], contents: Contents, known: Mapping[str, int]) -> list[Layer]:
     """Give a head that has no weights of its own those of the embedding, where the architecture has a head."""
     config = contents.config
     stored = {name: layer for layer in layers for name in (t.name for t in layer.tensors)}
@@ -148,12 +151,12 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
     ]
     # The table of tokens is larger than those of positions and types.
     embedding = max(candidates, key=lambda tensor: tensor.end - tensor.begin, default=None)
-    head_weight = next(
-        (name for name in stored if name.endswith(_HEAD_WEIGHTS) and name not in _TOKEN_EMBEDDINGS), None
-    )
-    if embedding is None or not has_head or flagged is False or head_weight is not None:
+    own_head = any(_parts(name)[0].endswith(_HEADS) and _parts(name)[1] != "bias" for name in stored)
+    if embedding is None or not has_head or flagged is False or own_head:
         return list(layers)
-    count = contents.logical[embedding.name].values
+    count = contents.about(embedding, known)
+    module = embedding.name.removesuffix("weight")
+    tied = [tensor for tensor in stored[embedding.name].tensors if tensor.name.startswith(module)]
     found = [layer for layer in layers if layer.layer_type == "head"]
     if found:
         old = found[-1]
@@ -165,10 +168,16 @@ def _with_tied_head(layers: Sequence[Layer], contents: Contents) -> list[Layer]:
         old,
         name="lm_head" if old.name.rpartition(".")[2] in _FINAL_NORMS else old.name,
         tied_to=stored[embedding.name].name,
-        tied_bytes=embedding.end - embedding.begin,
-        tied_tensors=(embedding.name,),
-        active_params=old.active_params + count,
+        tied_bytes=sum(tensor.size_bytes for tensor in tied),
+        tied_tensors=tuple(tensor.name for tensor in tied),
+        active_params=summed((old.active_params, contents.parameters(embedding, known))),
         compute_terms=terms,
         compute_required=sum(terms),
     )
     return [head if layer is old else layer for layer in layers]
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The module that a tensor lies in, with a dot before it, and the tensor's own name."""
+    path, _, last = name.rpartition(".")
+    return f".{path}", last

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from planner.dtypes import bits, canonical
 from planner.errors import InvalidCheckpoint
 from planner.profile import KvTerms, Layer, Tensor, value
 from workers.profiling.contents import Contents
-from workers.profiling.quantization import Stored
 from workers.profiling.trace import ZERO, Exact, LayerTrace, ModelTrace
 
 
@@ -23,24 +22,21 @@ def exact_layers(
     """
     members: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in contents.headers.tensors:
-        place = trace.tensors.get(contents.logical[tensor.name].logical)
+        place = trace.tensors.get(tensor.name)
         if place is None:
             raise InvalidCheckpoint(f"tensor {tensor.name} is not in the cached trace; remove the cache")
         members[place[0]].append(tensor)
     ties: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for layer, stored_in, name in trace.ties:
         ties[layer].append((stored_in, name))
-    by_logical: dict[str, list[Tensor]] = defaultdict(list)
-    for tensor in contents.headers.tensors if ties else ():
-        by_logical[contents.logical[tensor.name].logical].append(tensor)
+    by_name = {tensor.name: tensor for tensor in contents.headers.tensors} if ties else {}
     layers = [
         _layer(
             traced,
             index,
             tuple(members[index]),
             trace=trace,
-            logical=contents.logical,
-            tied=[(stored_in, by_logical[name]) for stored_in, name in ties[index]],
+            tied=[(stored_in, by_name[name]) for stored_in, name in ties[index]],
             at=(batch_size, min(sequence_length, trace.longest or sequence_length)),
             kv_dtype=kv_dtype,
         )
@@ -57,24 +53,22 @@ def _layer(
     tensors: tuple[Tensor, ...],
     *,
     trace: ModelTrace,
-    logical: Mapping[str, Stored],
-    tied: Sequence[tuple[int, Sequence[Tensor]]],
+    tied: Sequence[tuple[int, Tensor]],
     at: tuple[int, int],
     kv_dtype: str | None,
 ) -> Layer:
     batch, length = at
-    num_params, active = 0, 0.0
+    num_params, active, overhead = 0, 0.0, 0
     for tensor in tensors:
-        stored = logical[tensor.name]
-        _, is_parameter, share = trace.tensors[stored.logical]
-        if is_parameter:
-            num_params += stored.values
-            active += stored.values * share
+        _, values, share, beside = trace.tensors[tensor.name]
+        num_params += values
+        active += values * share
+        overhead += beside * tensor.size_bytes
     kv, width = kv_terms(traced, kv_dtype), kv_bits(traced, kv_dtype)
     kv_bytes = kv.bytes_at(batch, length) if kv else 0
     if counted := traced.exact.get(f"{batch}x{length}"):
         kv_bytes = -(-counted.kv_values * width // 8) + batch * traced.state_bytes
-    tied_values = sum(logical[tensor.name].values for _, stored in tied for tensor in stored)
+    tied_values = sum(trace.tensors[tensor.name][1] for _, tensor in tied)
     flop, parts = flop_at(traced, batch, length)
     return Layer(
         name=traced.name,
@@ -83,6 +77,7 @@ def _layer(
         num_params=num_params,
         active_params=round(active) + tied_values,
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        overhead_bytes=overhead,
         kv_cache_bytes=kv_bytes,
         activation_bytes=round(batch * max(0, value(traced.activation, length))),
         peak_bytes=round(batch * max(0, value(traced.peak, length))),
@@ -99,8 +94,8 @@ def _layer(
         activation_terms=traced.activation,
         peak_terms=traced.peak,
         tied_to=trace.layers[tied[0][0]].name if tied else None,
-        tied_bytes=sum(tensor.end - tensor.begin for _, stored in tied for tensor in stored),
-        tied_tensors=tuple(tensor.name for _, stored in tied for tensor in stored),
+        tied_bytes=sum(tensor.end - tensor.begin for _, tensor in tied),
+        tied_tensors=tuple(tensor.name for _, tensor in tied),
         tensors=tensors,
     )
 

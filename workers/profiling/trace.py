@@ -68,10 +68,13 @@ class ModelTrace:
     """A traced model and where its checkpoint's tensors belong."""
 
     layers: tuple[LayerTrace, ...]
-    #: Logical tensor name -> [layer, 1 if it is a parameter, share of it that one token uses]; -1: no layer's.
-    tensors: Mapping[str, tuple[int, int, float]]
-    #: (layer, layer that stores its weight, logical name of the stored tensor), for weights stored elsewhere.
+    #: Tensor -> [layer (-1: none), parameters that it holds, share of them that one token uses, 1 if it lies beside
+    #: a packed parameter].
+    tensors: Mapping[str, tuple[int, int, float, int]]
+    #: (layer, layer that stores its weight, name of the stored tensor), for weights stored elsewhere.
     ties: tuple[tuple[int, int, str], ...] = ()
+    #: The model's tensors that the checkpoint lacks, as transformers names them.
+    missing: tuple[str, ...] = ()
     #: Tokens that the model takes at most: of a longer sequence it reads so many. None: any number.
     longest: int | None = None
     #: Why something is not exact; empty if all is.
@@ -95,6 +98,7 @@ def to_json(trace: ModelTrace) -> dict[str, Any]:
         ],
         "tensors": {name: list(place) for name, place in trace.tensors.items()},
         "ties": [list(tie) for tie in trace.ties],
+        "missing": list(trace.missing),
         "longest": trace.longest,
         "reasons": list(trace.reasons),
     }
@@ -110,10 +114,11 @@ def from_json(data: Any) -> ModelTrace:
         return ModelTrace(
             layers=tuple(_layer(values) for values in data["layers"]),
             tensors={
-                name: (int(at), int(is_parameter), share)
-                for name, (at, is_parameter, share) in data["tensors"].items()
+                name: (int(at), int(values), share, int(beside))
+                for name, (at, values, share, beside) in data["tensors"].items()
             },
             ties=tuple((int(layer), int(stored), str(name)) for layer, stored, name in data["ties"]),
+            missing=tuple(data["missing"]),
             longest=data["longest"],
             reasons=tuple(data["reasons"]),
         )

@@ -11,20 +11,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from planner.errors import InvalidMetadata
-from workers.checkpoint.config import ModelConfig
+from planner.profile import Tensor
+from workers.checkpoint.config import QUANTIZATION, ModelConfig
 from workers.disk.durable import write_whole
 from workers.profiling.trace import ModelTrace, from_json, to_json
 
 #: Raised whenever a trace's meaning or form changes.
-_FORMAT = 6
+_FORMAT = 7
 #: What a config says that no trace depends on.
-_NOISE = {"_name_or_path", "transformers_version", "auto_map", "quantization_config", "id2label", "label2id"}
+_NOISE = {"_name_or_path", "transformers_version", "auto_map", *QUANTIZATION, "id2label", "label2id"}
+#: Dtypes that pack nothing: which one it is changes no trace.
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class TraceCache:
-    """The cached trace of one config and its tensors' names."""
+    """The cached trace of one config and its tensors."""
 
-    def __init__(self, folder: Path | None, config: ModelConfig, tensors: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path | None, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         self._path = None if folder is None else folder / f"{_key(config, tensors)}.json"
 
     def read(self) -> ModelTrace | None:
@@ -51,13 +54,15 @@ class TraceCache:
         return trace
 
 
-def _key(config: ModelConfig, tensors: Mapping[str, int]) -> str:
-    """A hash of the config, the tensors' names and sizes, and the versions that count."""
+def _key(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the config, the tensors' names, shapes and packing, and the versions that count."""
     values = {name: each for name, each in config.values.items() if name not in _NOISE}
     digest = hashlib.sha256()
     digest.update(json.dumps([_FORMAT, _version("torch"), _version("transformers"), values], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(f"\0{name}\0{tensors[name]}".encode("utf-8", "surrogatepass"))
+        tensor = tensors[name]
+        packing = "" if tensor.dtype in _FLOATS else f"{tensor.dtype} {tensor.size_bytes}"
+        digest.update(f"\0{name}\0{tensor.shape}{packing}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -74,6 +74,7 @@ def finish(
             extras=tuple(files),
             aliases=layout.aliases,
             twins=layout.twins,
+            missing_tensors=plan.missing_tensors,
             unused=layout.unused,
             duplicated=layout.duplicated,
             source_files={

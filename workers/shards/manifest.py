@@ -85,6 +85,8 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
     #: Those of them that are names of tensors in the checkpoint (`.bin` files, in which names may share storage).
     twins: tuple[str, ...] = ()
+    #: The model's tensors that the checkpoint lacks; None: not checked.
+    missing_tensors: tuple[str, ...] | None = None
     #: Tensors that no layer uses.
     unused: tuple[str, ...] = ()
     #: Tensors that another node holds too, because a layer here is tied to them.
@@ -141,6 +143,7 @@ class Manifest:
                 extras=tuple(ShardFile(**file) for file in obj["extras"]),
                 aliases=dict(obj["aliases"]),
                 twins=tuple(obj.get("twins", ())),
+                missing_tensors=None if obj.get("missing_tensors") is None else tuple(obj["missing_tensors"]),
                 unused=tuple(obj["unused"]),
                 duplicated=tuple(obj["duplicated"]),
                 source_files={name: SourceFile(**file) for name, file in obj["source_files"].items()},
@@ -175,7 +178,7 @@ class Manifest:
         digests += [file.sha256 for file in files] + [source.sha256 for source in sources]
         if not set(map(type, digests)) <= {str, type(None)}:
             raise TypeError("a digest is no text")
-        texts = [*self.layers, *self.unused, *self.duplicated, *self.aliases.values()]
+        texts = [*self.layers, *self.unused, *self.duplicated, *self.aliases.values(), *(self.missing_tensors or ())]
         texts += [source.prefix for source in sources]
         texts += [layer for layers in self.nodes.values() for layer in layers]
         texts += [text for tensor in self.tensors for text in (tensor.name, tensor.layer, tensor.dtype)]

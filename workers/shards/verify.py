@@ -45,6 +45,8 @@ class VerifyReport:
     files: int
     tensors: int
     bytes: int
+    #: Tensors of the model that the checkpoint itself lacks.
+    missing_tensors: tuple[str, ...] = ()
     #: Nodes of the plan whose shard is not among those given.
     missing_nodes: tuple[str, ...] = ()
     #: Checkpoint files put together again from all shards -> sha256 of the result.
@@ -142,6 +144,7 @@ def verify(
         files=sum(len(manifest.files) for _, manifest in shards),
         tensors=sum(len(manifest.tensors) for _, manifest in shards),
         bytes=total,
+        missing_tensors=tuple(sorted({name for _, m in shards for name in m.missing_tensors or ()})),
         missing_nodes=missing,
         rebuilt=rebuilt,
         proven=tuple(sorted(proven)),

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent / "checkpoints"
-_BITS = {
+#: dtype -> bits of an element.
+BITS = {
     "F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16, "I16": 16, "U16": 16,
     "U8": 8, "I8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
 }  # fmt: skip
@@ -73,7 +74,7 @@ def write_zeros(path: Path, tensors: Mapping[str, Sequence[Any]]) -> None:
     """
     header, end = {}, 0
     for tensor, (dtype, shape) in tensors.items():
-        size = prod(shape) * _BITS[dtype] // 8
+        size = prod(shape) * BITS[dtype] // 8
         header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(header, separators=(",", ":")).encode()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
+
+from planner.profile import Tensor
 
 
 def _causal(model_type: str, architecture: str, **values: Any) -> dict[str, Any]:
@@ -563,3 +566,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **_sizes(2048, 10944, 27, 16, 16, 102400),
     ),
 }
+
+
+def as_stored(model: Any) -> dict[str, Tensor]:
+    """A model's own parameters as a checkpoint would hold them, tied ones once."""
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    return {
+        name: Tensor(name=name, file="model.safetensors", dtype="F32", shape=shape, begin=0, end=4 * prod(shape))
+        for name, shape in shapes.items()
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.depth import depth
-from support.models.architectures import PUBLISHED
+from support.models.architectures import PUBLISHED, as_stored
 from torch.fx.experimental import symbolic_shapes
 
 from workers.checkpoint.config import ModelConfig
@@ -66,8 +66,7 @@ def traces(names: list[str]) -> dict[str, Any]:
     for name in names:
         values = PUBLISHED[name]
         config = ModelConfig(values=values, model_type=values["model_type"], architecture=values["architectures"][0])
-        sizes = {each: parameter.numel() for each, parameter in build(config).named_parameters()}
-        made[name] = to_json(trace(config, sizes))
+        made[name] = to_json(trace(config, as_stored(build(config))))
     return made
 
 

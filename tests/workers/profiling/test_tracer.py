@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from support.depth import DEEP, some
-from support.models.architectures import PUBLISHED
+from support.models.architectures import PUBLISHED, as_stored
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from planner.profile import Tensor
 from workers.checkpoint.config import ModelConfig
 from workers.profiling.from_trace import flop_at
 from workers.profiling.layer_parts import part_of
@@ -115,8 +116,8 @@ def reference(values: dict[str, Any], batch: int, length: int) -> tuple[dict[str
     return paths, counter.get_total_flops()
 
 
-def names_of(values: dict[str, Any]) -> dict[str, int]:
-    return {name: each.numel() for name, each in built(values).named_parameters()}
+def names_of(values: dict[str, Any]) -> dict[str, Tensor]:
+    return as_stored(built(values))
 
 
 def parts_of(layer: LayerTrace, paths: Mapping[str, int]) -> dict[str, int]:
@@ -333,10 +334,10 @@ def test_total_and_active_parameters_are_the_published_ones(name: str) -> None:
     names = names_of(PUBLISHED[name])
     traced = trace(config_of(PUBLISHED[name]), names, sequence_length=64)
     all_parameters, active = _STATED[name]
-    assert sum(names.values()) / 1e9 == pytest.approx(all_parameters, rel=0.01)
-    used = sum(size * traced.tensors[tensor][2] for tensor, size in names.items())
+    assert sum(values for _, values, _, _ in traced.tensors.values()) / 1e9 == pytest.approx(all_parameters, rel=0.01)
+    used = sum(values * share for _, values, share, _ in traced.tensors.values())
     # Publishers count the embedding table or leave it out; both stay within its size.
-    table = max(size for tensor, size in names.items() if "embed" in tensor)
+    table = max(values for tensor, (_, values, _, _) in traced.tensors.items() if "embed" in tensor)
     assert active * 0.98e9 <= used <= active * 1.02e9 + table
 
 

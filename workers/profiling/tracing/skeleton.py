@@ -16,7 +16,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from workers.checkpoint.config import ModelConfig
+from workers.checkpoint.config import QUANTIZATION, ModelConfig
 
 #: Tried in this order where `architectures` names no class that transformers has.
 _FALLBACKS = (
@@ -30,8 +30,10 @@ _FALLBACKS = (
 class NotTraceable(Exception):
     """Why a model cannot be counted exactly; the text becomes an entry of `ModelProfile.approximate`."""
 
-    #: Whether each tensor is a parameter, by logical name, as far as the model that cannot be run tells.
-    known: Mapping[str, bool] = {}
+    #: Parameters that each stored tensor holds, as far as the model that cannot be run tells.
+    known: Mapping[str, int] = {}
+    #: The model's tensors that the checkpoint lacks; None: not known.
+    missing: tuple[str, ...] | None = None
 
 
 def build(config: ModelConfig) -> PreTrainedModel:
@@ -59,7 +61,7 @@ def _build(config: ModelConfig, model_type: str) -> PreTrainedModel:
     values = {
         key: value
         for key, value in config.values.items()
-        if key not in {"model_type", "quantization_config", "auto_map", "_attn_implementation", "attn_implementation"}
+        if key not in {"model_type", *QUANTIZATION, "auto_map", "_attn_implementation", "attn_implementation"}
     }
     described = transformers.CONFIG_MAPPING[model_type].from_dict(values)
     model_class = _model_class(config, described)

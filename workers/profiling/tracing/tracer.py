@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from planner.profile import Tensor
 from workers.checkpoint.config import ModelConfig
 from workers.collector import uncollected
 from workers.profiling.layer_names import Grouping, group_names
@@ -26,7 +27,8 @@ from workers.profiling.tracing.inputs import longest, make_inputs
 from workers.profiling.tracing.kv_cache import read_layer
 from workers.profiling.tracing.masks import EVERYTHING, Sight
 from workers.profiling.tracing.module_tree import Tree, look_through
-from workers.profiling.tracing.names import Place, Renamer, check_sizes, check_stacks, place_tensors
+from workers.profiling.tracing.names import Renamer
+from workers.profiling.tracing.places import Places, check_stacks
 from workers.profiling.tracing.polynomials import Pass, agrees, fit_layer, mask_terms
 from workers.profiling.tracing.repeats import count
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
@@ -48,13 +50,13 @@ _LOCK = threading.Lock()
 
 
 def trace(
-    config: ModelConfig, tensors: Mapping[str, int], *, batch_size: int = 1, sequence_length: int = 512
+    config: ModelConfig, tensors: Mapping[str, Tensor], *, batch_size: int = 1, sequence_length: int = 512
 ) -> ModelTrace:
     """Trace the model of `config`.
 
     Args:
         config: The checkpoint's.
-        tensors: Logical names of the checkpoint's tensors -> values they hold (0: not to be checked).
+        tensors: The checkpoint's, by name.
         batch_size: Where layers that no polynomial describes are counted.
         sequence_length: Likewise.
 
@@ -67,13 +69,14 @@ def trace(
         return _trace(config, tensors, batch_size, sequence_length)
 
 
-def _trace(config: ModelConfig, tensors: Mapping[str, int], batch_size: int, sequence_length: int) -> ModelTrace:
+def _trace(config: ModelConfig, tensors: Mapping[str, Tensor], batch_size: int, sequence_length: int) -> ModelTrace:
     tracer = _Tracer(config)
     places = tracer.place(tensors)
     try:
         return tracer.run(places, batch_size, sequence_length)
     except NotTraceable as error:
-        error.known = {name: each.parameter is not None for name, each in places.items() if each.layer >= 0}
+        error.known = {name: each.values for name, each in places.of.items() if each.layer >= 0}
+        error.missing = places.missing()
         raise
 
 
@@ -93,15 +96,14 @@ class _Tracer:
         self.parts: dict[tuple[int, str], str] = {}
         self.subject = Subject(self.tree, self.layer_of)
 
-    def place(self, tensors: Mapping[str, int]) -> dict[str, Place]:
+    def place(self, tensors: Mapping[str, Tensor]) -> Places:
         """Where each tensor belongs, checked."""
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
-        places = place_tensors(self.tree, tensors, self.grouping, self.layer_of, rename)
+        places = Places(self.tree, tensors, self.grouping, self.layer_of, rename)
         check_stacks(self.tree, tensors, places, self.grouping, rename)
-        check_sizes(self.parameters, tensors, places)
         return places
 
-    def run(self, places: Mapping[str, Place], batch_size: int, sequence_length: int) -> ModelTrace:
+    def run(self, places: Places, batch_size: int, sequence_length: int) -> ModelTrace:
         """Count, at several batch sizes and lengths."""
         limit = longest(self.model)
         fits, looping = self._fits(sequence_length, limit)
@@ -132,6 +134,7 @@ class _Tracer:
             layers=tuple(layers[at] for at in order),
             tensors=self._tensors(places, position, fits[0]),
             ties=self._ties(places, position),
+            missing=places.missing(),
             longest=limit,
             reasons=tuple(reasons),
         )
@@ -320,26 +323,30 @@ class _Tracer:
         return []
 
     def _tensors(
-        self, places: Mapping[str, Place], position: Mapping[int, int], counted: Pass
-    ) -> dict[str, tuple[int, int, float]]:
-        """Where each tensor belongs in the trace, whether it is a parameter, and what share of it a token uses."""
+        self, places: Places, position: Mapping[int, int], counted: Pass
+    ) -> dict[str, tuple[int, int, float, int]]:
+        """Where each tensor belongs in the trace, its parameters, what share a token uses, whether it lies beside."""
         tokens = counted.batch_size * counted.sequence_length
         owners: dict[int, str] = {}
         found = {}
-        for name, place in places.items():
-            share, is_parameter = 1.0, place.parameter is not None
-            if place.parameter is not None:
+        for name, place in places.of.items():
+            share, values = 1.0, place.values
+            if place.parameter is not None and values:
                 rows, there = counted.counts.gathered.get(place.parameter, (0, 0))
                 if there:
                     share = min(1.0, rows / tokens / there)
                 # A tied weight that is stored twice counts once, unless the config says that it is not tied.
                 owner = owners.setdefault(id(self.parameters[place.parameter]), place.parameter)
-                is_parameter = owner == place.parameter or self.config.flag("tie_word_embeddings") is False
-            found[name] = (position.get(place.layer, -1), int(is_parameter), share)
+                if owner != place.parameter and self.config.flag("tie_word_embeddings") is not False:
+                    values = 0
+            found[name] = (position.get(place.layer, -1), values, share, int(place.beside))
         return found
 
-    def _ties(self, places: Mapping[str, Place], position: Mapping[int, int]) -> tuple[tuple[int, int, str], ...]:
-        stored = {place.parameter: name for name, place in places.items() if place.parameter is not None}
+    def _ties(self, places: Places, position: Mapping[int, int]) -> tuple[tuple[int, int, str], ...]:
+        stored: dict[str, list[str]] = defaultdict(list)
+        for name, place in places.of.items():
+            if place.parameter is not None:
+                stored[place.parameter].append(name)
         by_identity: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.parameters.items():
             by_identity[id(parameter)].append(name)
@@ -350,7 +357,7 @@ class _Tracer:
             for name in names:
                 mine = self.grouping.of.get(name)
                 if name not in stored and mine is not None and its is not None and mine != its:
-                    ties.add((position[mine], position[its], stored[holder]))
+                    ties.update((position[mine], position[its], tensor) for tensor in stored[holder])
         return tuple(sorted(ties))
 
 
