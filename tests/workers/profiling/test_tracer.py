@@ -300,8 +300,8 @@ DEEPSEEK_V4 = {
 
 def test_a_name_that_the_module_tree_knows_is_kept_where_its_renaming_is_unknown() -> None:
     traced = trace(config_of(DEEPSEEK_V4), names_of(DEEPSEEK_V4))
-    at, is_parameter, share = traced.tensors["model.norm.weight"]
-    assert (traced.layers[at].layer_type, is_parameter, share) == ("head", 1, 1.0)
+    at, values, share, beside = traced.tensors["model.norm.weight"]
+    assert (traced.layers[at].layer_type, values, share, beside) == ("head", DEEPSEEK_V4["hidden_size"], 1.0, 0)
 
 
 def test_a_layer_whose_weights_are_all_tied_need_not_be_stored() -> None:

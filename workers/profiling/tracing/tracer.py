@@ -350,7 +350,7 @@ class _Tracer:
         by_identity: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.parameters.items():
             by_identity[id(parameter)].append(name)
-        ties = set()
+        ties: set[tuple[int, int, str]] = set()
         for names in by_identity.values():
             holder = next((name for name in names if name in stored), "")
             its = self.grouping.of.get(holder)
