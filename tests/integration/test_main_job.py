@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hub.server import TestHub
+from support.cases import make as cases
 from support.checkpoints import checkpoint, copy_of
 from support.running import Service, until
 
@@ -114,6 +115,24 @@ def test_process_after_request_and_process_that_waits_for_it(hub: TestHub, servi
     again = done(service, jobs.submit_process("tester/waits", options={"strategy": "pipeline"})["job_id"])
     assert again["job_id"] != first["job_id"]
     assert again["result"]["plan_id"] == first["result"]["plan_id"]
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_planned_only_if_allowed(
+    hub: TestHub, service: Service, tmp_path: Path
+) -> None:
+    lost = "model.layers.1.mlp.up_proj.weight"
+    cases.make("missing-one-tensor", tmp_path)
+    hub.add_repo("tester/less", tmp_path)
+    jobs = service.jobs()
+    view = finished(service, jobs.submit_request("tester/less", process={})["job_id"])
+    assert view["state"] == "failed"
+    assert f"the checkpoint lacks 1 tensor of its model: {lost};" in view["error"]["message"]
+    assert view["result"]["metadata"]["missing_tensors"] == [lost]
+    view = done(service, jobs.submit_process("tester/less", options={"allow_missing": True})["job_id"])
+    assert jobs.plan(view["result"]["plan_id"])["missing_tensors"] == [lost]
+    folders = [service.shards(node_id, view["result"]["plan_id"]) for node_id in view["result"]["node_ids"]]
+    report = verify(folders, checkpoint=resolve("tester/less"))
+    assert (report.complete, report.missing_tensors) == (True, (lost,))
 
 
 def test_a_variant_is_a_model_of_its_own_from_request_to_shards(

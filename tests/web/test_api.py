@@ -364,6 +364,18 @@ def test_a_preview_takes_the_dtype_of_the_cache_and_finds_the_longest_context(cl
     assert "with max_context plans at most 20,000" in error_of(client.post("/api/plans/preview", json=body))["error"]
 
 
+def test_a_preview_of_a_checkpoint_that_lacks_tensors_needs_leave(client: FlaskClient) -> None:
+    body = with_a_cache()
+    body["metadata"]["missing_tensors"] = ["layers.2.up.weight"]
+    answer = client.post("/api/plans/preview", json=body)
+    assert answer.status_code == 422
+    assert "the checkpoint lacks 1 tensor of its model: layers.2.up.weight;" in error_of(answer)["error"]
+    assert error_of(answer)["details"]["missing_tensors"] == ["layers.2.up.weight"]
+    allowed = client.post("/api/plans/preview", json={**body, "allow_missing": True})
+    assert allowed.status_code == 200, allowed.get_data(as_text=True)
+    assert allowed.get_json()["missing_tensors"] == ["layers.2.up.weight"]
+
+
 def test_a_preview_takes_links_as_a_matrix(client: FlaskClient) -> None:
     # 2 s from a to b, 1 s back: the chain begins at b.
     matrix = {"latency_s": [[None, 2.0], [1.0, None]], "bytes_per_s": None}

@@ -167,12 +167,14 @@ def test_a_plan_is_compared_on_what_it_was_made_for(page: Page, server: Server) 
 def test_an_approximate_plan_says_so_at_every_figure(page: Page, server: Server) -> None:
     plan = _planned(server, {"model_name": "tiny/bert"})
     guessed = plan | {"approximate": ["FLOP by the general rule"], "predicted": plan["predicted"] | {"exact": True}}
+    guessed["missing_tensors"] = ["bert.pooler.dense.weight"]
     page.route(f"**/api/plans/{plan['plan_id']}", lambda route: route.fulfill(json=guessed))
     page.goto(server.url)
     _show(page, plan)
     text = page.locator("#plan").inner_text()
     assert "proven" not in text
     assert "rest on an approximate profile: FLOP by the general rule" in text
+    assert "lacks 1 tensor of its model: bert.pooler.dense.weight." in text
     figures = [
         *page.locator("#plan .facts dd").all_inner_texts()[2:],
         *page.locator("#plan .gauge span:last-child").all_inner_texts(),

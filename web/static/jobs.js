@@ -2,6 +2,7 @@
 
 import {bar, chip, fill, h} from "./dom.js";
 import {ago, progress, seconds} from "./format.js";
+import {lacking} from "./plan.js";
 
 const ENDED = new Set(["done", "failed", "cancelled"]);
 export const ended = (job) => ENDED.has(job.state);
@@ -43,5 +44,6 @@ export function showJob(element, job, {cancel, plan}) {
       ended(job) ? null : h("button", {class: "quiet", type: "button", "data-key": "cancel", click: cancel}, "Cancel"),
       planId ? h("button", {class: "quiet", type: "button", "data-key": "plan", click: () => plan(planId)}, "Show its plan") : null),
     job.error && !(job.steps || []).some((step) => step.error && step.error.message === job.error.message) ? h("p", {class: "error", role: "alert"}, job.error.message) : null,
+    lacking(((job.result || {}).metadata || {}).missing_tensors),
     h("ol", {class: "steps"}, (job.steps || []).map(stepRow)));
 }

@@ -26,8 +26,8 @@ function warning(plan) {
   return h("p", {class: "notice", role: "note"}, `The figures marked ≈ rest on an approximate profile: ${plan.approximate.join("; ")}.`);
 }
 
-function lacking(plan) {
-  const lost = plan.missing_tensors;
+/** What is said of the tensors that a checkpoint lacks; nothing if it has all. */
+export function lacking(lost) {
   if (lost === undefined || (lost && !lost.length)) return null;
   return h("p", {class: "notice", role: "note"}, lost === null ? "Whether the checkpoint lacks tensors of its model was not checked."
     : `The checkpoint lacks ${lost.length} ${lost.length === 1 ? "tensor" : "tensors"} of its model: ${lost.slice(0, 12).join(", ")}${lost.length > 12 ? ", …" : ""}.`);
@@ -105,7 +105,7 @@ export function showPlan(element, plan, outcomes) {
   fill(element,
     facts(plan),
     warning(plan),
-    lacking(plan),
+    lacking(plan.missing_tensors),
     strip(plan, tone),
     h("p", {class: "hint"}, "Layers in order of execution, and below what each node holds of them."),
     h("div", {}, reports.slice(0, 200).map((report) => share(plan, report, tone))),

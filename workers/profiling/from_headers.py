@@ -64,7 +64,7 @@ def general_layers(
     unsure = [tensor for layer in layers for tensor in layer.tensors if contents.parameters(tensor, known) is None]
     if unsure:
         reasons.append(
-            f"parameters: not known: only the model's class tells how {len(unsure)} tensors are packed "
+            f"parameters not known: only the model's class tells how {len(unsure)} tensors are packed "
             f"({unsure[0].name}, ...); FLOP as if a packed value took the bits that config.json states, or 4"
         )
     return layers, reasons
@@ -115,6 +115,7 @@ def _general_layer(
     values = [contents.about(tensor, known) for tensor in tensors]
     terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
     share = rules.expert_share(config)
+    beside = [tensor.size_bytes for tensor in tensors if contents.counts[tensor.name] == 0]
     shares = [share if rules.is_expert(tensor.name) else 1.0 for tensor in tensors]
     active = sum(count * each for count, each in zip(values, shares, strict=True))
     kv = None
@@ -127,7 +128,7 @@ def _general_layer(
         num_params=num_params,
         active_params=None if num_params is None else round(active),
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        overhead_bytes=sum(tensor.size_bytes for tensor in tensors if contents.counts[tensor.name] == 0),
+        overhead_bytes=0 if num_params is None else sum(beside),
         kv_cache_bytes=kv.bytes_at(1, 1) if kv else 0,
         activation_bytes=rules.hidden_bytes(config, dtype),
         compute_required=sum(terms),

@@ -49,6 +49,7 @@ OTHERS = {
     "a layer's cost": lambda: plan(
         replace(model(), layers=(replace(model().layers[0], num_params=7), *model().layers[1:]))
     ),
+    "what it lacks": lambda: plan(model(missing_tensors=("x",)), allow_missing=True),
     "how exact it is": lambda: plan(model(approximate=("by rule",))),
     "a node's load": lambda: plan(cluster=changed_cluster(load=0.01)),
     "a node more": lambda: plan(cluster=planning.cluster([3, 2, 1, 1e-9])),

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.cluster import Cluster, Link, Node
-from planner.errors import InvalidInput, InvalidMetadata
+from planner.errors import InvalidCheckpoint, InvalidInput, InvalidMetadata
 from planner.explain.words import explain
-from planner.plan import Plan, PlanOptions
+from planner.plan import PHASES, Plan, PlanOptions
 from planner.profile import KvTerms, Layer, MaskTerms, ModelProfile, Tensor
+from planner.replan.replanner import replan
 from planner.strategies.make import make_plan
 from planner.wire import read as wire
 
@@ -132,6 +133,39 @@ def test_a_plan_says_what_it_was_made_for_and_what_its_figures_rest_on() -> None
     assert wire.plan_from_json(old) == replace(plan, approximate=(), cluster=None, options=None)
 
 
+def test_a_checkpoint_that_lacks_tensors_is_planned_only_if_allowed_and_its_plan_says_so() -> None:
+    lost = tuple(f"model.layers.{number}.mlp.up_proj.weight" for number in range(14))
+    lacking = replace(profile(9), missing_tensors=lost)
+    assert wire.profile_from_json(through_text(wire.profile_to_json(lacking))) == lacking
+    with pytest.raises(InvalidCheckpoint) as error:
+        make_plan(lacking, cluster())
+    assert f"the checkpoint lacks 14 tensors of its model: {', '.join(lost[:12])} and 2 more;" in str(error.value)
+    assert "--allow-missing" in str(error.value)
+    assert error.value.details["missing_tensors"] == list(lost)
+    plan = make_plan(lacking, cluster(), PlanOptions(allow_missing=True))
+    assert wire.plan_from_json(through_text(wire.plan_to_json(plan))) == plan
+    assert plan.missing_tensors == lost
+    assert f"The checkpoint lacks 14 tensors of its model: {lost[0]}" in explain(plan)
+    # Re-planned with nothing asked it stays allowed.
+    assert replan(plan, lacking, cluster()).plan.missing_tensors == lost
+    unchecked = make_plan(profile(9), cluster())
+    assert unchecked.missing_tensors is None
+    assert "Missing tensors: not checked" in explain(unchecked)
+    whole = make_plan(replace(profile(9), missing_tensors=()), cluster())
+    assert (whole.missing_tensors, "lacks" in explain(whole), "checked" in explain(whole)) == ((), False, False)
+
+
+def test_parameters_that_are_not_known_come_back_so_and_are_planned() -> None:
+    unknown = layer(0, num_params=None, active_params=None, overhead_bytes=7)
+    made = replace(profile(4), layers=(unknown, *profile(4).layers[1:]))
+    obj = through_text(wire.profile_to_json(made))
+    assert (obj["total_params"], obj["layers"][0]["num_params"]) == (None, None)
+    assert obj["overhead_bytes"] == made.overhead_bytes >= 7
+    assert wire.profile_from_json(obj) == made
+    for phase in PHASES:
+        assert make_plan(made, cluster(), PlanOptions(phase=phase)).total_layers == 4
+
+
 def test_options_come_back_equal_and_defaults_are_left_out() -> None:
     options = PlanOptions(
         strategy="pipeline",
@@ -145,6 +179,7 @@ def test_options_come_back_equal_and_defaults_are_left_out() -> None:
         reserve_bytes=7,
         count_activations=True,
         use_compute_min=True,
+        allow_missing=True,
     )
     assert wire.options_from_json(through_text(wire.options_to_json(options))) == options
     assert wire.options_to_json(PlanOptions()) == {}
@@ -213,7 +248,7 @@ def test_williw_metadata_is_planned_as_it_stands() -> None:
     assert read.unit == "tensor"
     assert [item.index for item in read.layers] == [0, 1, 2]
     assert [item.weight_bytes for item in read.layers] == [50257 * 768 * 4, 24, 0]
-    assert [item.num_params for item in read.layers] == [38597376, 12, 0]
+    assert [item.num_params for item in read.layers] == [38597376, 12, None]
     assert [item.layer_type for item in read.layers] == ["embedding", "unknown", "unknown"]
     assert read.total_compute == 77194776.5
     plan = make_plan(read, cluster())

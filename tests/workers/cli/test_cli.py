@@ -18,6 +18,7 @@ import pytest
 import torch
 from hub.server import TestHub
 from safetensors.torch import load_file
+from support.cases import make as cases
 from support.checkpoints import copy_of
 
 from workers.cli import main
@@ -508,6 +509,39 @@ def test_shards_are_cut_verified_and_merged_to_the_same_bytes(fairshard: Shell) 
     done = fairshard("verify", *folders, "--source", "m", rc=1)
     assert damaged.name in done.stdout
     assert "damaged" in done.stdout
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_said_to_everywhere(fairshard: Shell) -> None:
+    cases.make("missing-one-tensor", fairshard.folder / "less")
+    said = "the checkpoint lacks 1 tensor of its model: model.layers.1.mlp.up_proj.weight"
+    assert said in fairshard("profile", "less").stdout
+    refused = fairshard("plan", "less", "--nodes", "nodes.yaml", rc=1)
+    assert f"{said}; to plan it all the same, give --allow-missing" in refused.stderr
+    allowed = ("--allow-missing", "--strategy", "equal", "--output", "plan.json")
+    assert said in fairshard("plan", "less", "--nodes", "nodes.yaml", *allowed).stdout
+    folders = []
+    for node in ("fast", "slow"):
+        done = fairshard("split", "less", "--plan", "plan.json", "--node", node, "--output", "shards")
+        assert said in done.stdout
+        folders.append(next((fairshard.folder / "shards").glob(f"*/{node}")).as_posix())
+    assert (
+        "bit-identical to the checkpoint, which lacks 1 tensor of its model: model.layers.1.mlp.up_proj.weight"
+        in fairshard("verify", *folders, "--source", "less").stdout
+    )
+    assert f"what was given is right; {said}" in fairshard("verify", folders[0]).stdout
+    # Without the class nobody looked, and that is said.
+    assert "missing tensors: not checked" in fairshard("profile", "less", "--no-compute").stdout
+    assert "missing tensors: not checked" in fairshard("plan", "less", "--no-compute", "--nodes", "nodes.yaml").stdout
+
+
+def test_parameters_that_are_not_certain_are_said_to_be_not_known(fairshard: Shell) -> None:
+    cases.make("quant-mlx4", fairshard.folder / "mlx")
+    shown = fairshard("profile", "mlx").stdout
+    assert "426,624 parameters, 267.5 kB (53.25 kB of it beside packed weights)" in shown
+    shown = fairshard("profile", "mlx", "--no-compute").stdout
+    assert "parameters: not known, 267.5 kB" in shown
+    assert "426" not in shown
+    fairshard("plan", "mlx", "--no-compute", "--nodes", "nodes.yaml")
 
 
 def test_a_plan_is_only_for_its_own_model_revision_and_nodes(fairshard: Shell) -> None:

@@ -50,6 +50,7 @@ def test_every_tensor_is_in_one_layer_and_every_layer_has_its_own(name: str) -> 
         config = transformers.AutoConfig.from_pretrained(folder)
         model, info = getattr(transformers, config.architectures[0]).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
+    assert profile.missing_tensors == ()
     # Without the model's code, too: the buffers that its checkpoint carries are told by their names.
     assert generate(open_folder(folder), compute=False).total_params == profile.total_params
     # What the loaded model holds below a layer's name, tied weights once, is what the profile says that it has.
