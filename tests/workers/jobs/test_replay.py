@@ -20,12 +20,6 @@ from workers.ledger.steps import Claimed
 from workers.settings import QueueSettings, Settings
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
 class Web:
     """The jobs of a web process, over a Redis that can be wiped."""
 

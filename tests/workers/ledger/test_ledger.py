@@ -14,12 +14,6 @@ from workers.ledger.ledger import Ledger
 from workers.ledger.steps import Claimed
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
 @pytest.fixture
 def clocked(server: RedisProcess) -> Iterator[Clocked]:
     with server.client() as client:

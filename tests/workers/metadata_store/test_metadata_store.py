@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,12 +24,6 @@ from workers.network.retry import RetryPolicy
 
 QUICK = RetryPolicy(attempts=4, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)
 REPO = "own/meta"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
 
 
 @pytest.fixture(params=["folder", "hub", "redis"])

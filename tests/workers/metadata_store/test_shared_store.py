@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-from support.running import RedisProcess
 
 from planner.errors import NodeFailure, NotFound, Unavailable
 from workers.metadata_store.folder import FolderStore
 from workers.metadata_store.shared import SharedStore
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
-@pytest.fixture
-def client(server: RedisProcess) -> Iterator[redis.Redis]:
-    with server.client() as client:
-        client.flushall()
-        yield client
 
 
 class Keeper(SharedStore):

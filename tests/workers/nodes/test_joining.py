@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,6 @@ from workers.service.tokens import Tokens
 from workers.settings import QueueSettings, Settings
 
 SETTINGS = Settings.from_env({"NODE_ID": "a"})
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
 
 
 @pytest.fixture
@@ -136,8 +129,8 @@ def test_tokens_are_made_by_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert make_authority(tmp_path / "other").join_key != key
 
 
-def test_the_registry_lists_nodes_that_joined(redis: RedisProcess, authority: Authority) -> None:
-    with redis.client() as client:
+def test_the_registry_lists_nodes_that_joined(server: RedisProcess, authority: Authority) -> None:
+    with server.client() as client:
         client.flushall()
         registry = Registry(client, joining=_verifier(authority))
         Registry(client, joining=_node(authority, "a")).announce({"node_id": "a", "instance": "1"})
@@ -152,16 +145,16 @@ def test_the_registry_lists_nodes_that_joined(redis: RedisProcess, authority: Au
         assert sorted(Registry(client).alive_ids()) == ["a", "b", "c"]  # they were there to be believed
 
 
-def test_a_squatter_does_not_keep_a_node_out(redis: RedisProcess, authority: Authority) -> None:
-    with redis.client() as client:
+def test_a_squatter_does_not_keep_a_node_out(server: RedisProcess, authority: Authority) -> None:
+    with server.client() as client:
         client.flushall()
         Registry(client).announce({"node_id": "a", "instance": "squatter"})
         Registry(client, joining=_node(authority, "a")).announce({"node_id": "a", "instance": "true"})
         assert [info["instance"] for info in Registry(client, joining=_verifier(authority)).alive()] == ["true"]
 
 
-def test_an_old_announcement_keeps_no_dead_node_alive(redis: RedisProcess, authority: Authority) -> None:
-    with redis.client() as client:
+def test_an_old_announcement_keeps_no_dead_node_alive(server: RedisProcess, authority: Authority) -> None:
+    with server.client() as client:
         client.flushall()
         Registry(client, joining=_node(authority, "a"), ttl_s=60).announce({"node_id": "a", "instance": "1"})
         said = str(client.get("fairshard:node:a"))
@@ -184,9 +177,9 @@ def _ledger(client: Any) -> tuple[Ledger, str]:
 
 @pytest.mark.parametrize("thief", [None, "b", "a"])
 def test_a_step_counts_only_if_its_own_node_did_it(
-    redis: RedisProcess, authority: Authority, thief: str | None
+    server: RedisProcess, authority: Authority, thief: str | None
 ) -> None:
-    with redis.client() as client:
+    with server.client() as client:
         ledger, job_id = _ledger(client)
         # Whoever has Redis' password can claim and commit; what comes of it is another matter.
         theirs = Joining() if thief is None else _node(authority, thief)
@@ -216,9 +209,9 @@ def test_what_a_local_redis_is(url: str, expected: bool) -> None:
     assert is_local(url) is expected
 
 
-def test_a_payload_that_unfolds_without_end_is_refused(redis: RedisProcess) -> None:
+def test_a_payload_that_unfolds_without_end_is_refused(server: RedisProcess) -> None:
     """Whoever has Redis' password may have put it there."""
-    settings = Settings.from_env({"REDIS_URL": redis.url, "NODE_ID": "a"})
+    settings = Settings.from_env({"REDIS_URL": server.url, "NODE_ID": "a"})
     services = Services(settings=settings, queue=QueueSettings())
     services.put_payload("job", "profile", {"a": 1})
     assert services.get_payload("job", "profile") == {"a": 1}
@@ -228,8 +221,8 @@ def test_a_payload_that_unfolds_without_end_is_refused(redis: RedisProcess) -> N
         services.get_payload("job", "profile")
 
 
-def test_a_fingerprint_tells_tokens_apart_and_needs_the_key(redis: RedisProcess) -> None:
-    with redis.client() as client:
+def test_a_fingerprint_tells_tokens_apart_and_needs_the_key(server: RedisProcess) -> None:
+    with server.client() as client:
         one, two = (Tokens(client, key=Fernet.generate_key()) for _ in range(2))
     assert one.fingerprint("hf_a") == one.fingerprint("hf_a")
     assert len({one.fingerprint("hf_a"), one.fingerprint("hf_b"), two.fingerprint("hf_a")}) == 3

@@ -22,12 +22,6 @@ from workers.service.tokens import Tokens, secret_key
 from workers.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
 @pytest.fixture
 def clocked(server: RedisProcess) -> Iterator[Clocked]:
     with server.client() as client:

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,12 +19,6 @@ from workers.progress import stoppable, wait
 from workers.queue import claims
 from workers.queue.claims import Claim, run_step
 from workers.transfer.threads import ThreadGroup
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
 
 
 def asked_to_wait(_: Claim) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import redis
 from hub.server import TestHub
-from support.running import RedisProcess
 
 from planner.errors import AccessDenied, NotFound, Unavailable
 from planner.wire.documents import dumps
@@ -26,19 +24,6 @@ from workers.service.plans import Plans
 
 REPO = "own/meta"
 QUICK = RetryPolicy(attempts=2, first_s=0.01, longest_s=0.05, connect_s=5, stall_s=5)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
-@pytest.fixture
-def client(server: RedisProcess) -> Iterator[redis.Redis]:
-    with server.client() as client:
-        client.flushall()
-        yield client
 
 
 @dataclass
