@@ -101,8 +101,10 @@ def flipped(hub: TestHub, service: Service) -> Callable[..., Any]:
 
 
 def assert_right(folder: Path) -> None:
-    everything = raw_tensors(checkpoint("llama"))
-    assert raw_tensors(folder) == {t.name: everything[t.name] for t in read_manifest(folder).tensors}
+    everything, found = raw_tensors(checkpoint("llama")), raw_tensors(folder)
+    wanted = [tensor.name for tensor in read_manifest(folder).tensors]
+    # Names alone: pytest takes minutes over what differs in megabytes, and some of these tests want it to fail.
+    assert found.keys() == set(wanted) and not [name for name in wanted if found[name] != everything[name]]
 
 
 def test_what_an_earlier_plan_found_on_another_node_finds_a_wrong_byte(
