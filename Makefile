@@ -7,8 +7,8 @@ MODEL ?=
 #: Where the service keeps its data, and its port (demo: any free one).
 DATA ?= .fairshard
 PORT ?= 8080
-#: Parallel test processes: one more than two cores, since tests of services mostly wait.
-JOBS ?= 3
+#: Parallel test processes: two for each of two cores, since tests of services mostly wait.
+JOBS ?= 4
 
 .PHONY: help install install-dev demo up test test-deep quick chaos lint format docs bench clean
 

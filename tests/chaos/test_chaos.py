@@ -35,6 +35,7 @@ def test_nothing_is_lost_in_chaos(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.timeout(400)
 def test_a_rolling_restart_of_all_roles_under_load_loses_nothing(tmp_path: Path) -> None:
     rolling = RollingRestart(tmp_path, seed=8, jobs=12, seconds=12)

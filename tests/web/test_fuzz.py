@@ -60,7 +60,7 @@ def _schemathesis(server: Server, token: str, directory: Path) -> None:
     # DELETE cancels a job, and a cancelled job can be looked at like any that ended. That a deleted plan is gone is
     # tested beside the workers that delete it.
     command += ["run", f"{server.url}/openapi.json", "--checks", "all", "--exclude-checks", "use_after_free"]
-    command += ["--header", f"Authorization: Bearer {token}", "--max-examples", depth("8", "40"), "--seed", "7"]
+    command += ["--header", f"Authorization: Bearer {token}", "--max-examples", depth("4", "40"), "--seed", "7"]
     run = subprocess.run(
         [*command, "--continue-on-failure", "--no-color"], cwd=directory, capture_output=True, text=True, check=False,
         timeout=depth(280, 880),

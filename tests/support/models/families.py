@@ -162,36 +162,24 @@ TYPICAL = frozenset(
         "phi3",  # fused projections
         "gpt2_hub",  # transposed weights, learned positions, masks as buffers, names of the base model
         "bloom",  # positions as a bias
-        "falcon",  # one key head for all, attention beside the MLP
         "mixtral",  # experts
         "deepseek_v3",  # latent attention, dense first layers, shared experts
         "gpt_oss",  # sinks
-        "deepseek_v4",  # compressed attention
         "gemma4",  # layers that share a cache, inputs for each layer
-        "ernie4_5_moe",  # a buffer's name that is a parameter's
-        "minimax",  # linear attention with buffers of its own
-        "qwen3_next",  # a chunked delta rule
-        "mamba",  # a loop over tokens
         "mamba2",  # a chunked scan
-        "jamba",  # attention and states by turns
         "lfm2_moe",  # convolutions
-        "recurrent_gemma",  # states that modules keep themselves
-        "albert",  # one layer run many times
         "bert_mlm",  # an encoder
-        "deberta_v2",  # relative positions
         "modernbert",  # windows to both sides
         "t5",  # encoder and decoder
         "whisper",  # sound
-        "clip",  # two towers
-        "llava",  # pictures before text
         "qwen2_5_vl",  # windows in a picture
     }
 )
 
 
-def families(*, without: Collection[str] = (), slow: Collection[str] = ()) -> list[Any]:
-    """The names as a test's parameters: the typical that are not `slow` in every run, all in the deep one."""
-    return some((name for name in NAMES if name not in without), shallow=TYPICAL - set(without) - set(slow))
+def families(*, without: Collection[str] = ()) -> list[Any]:
+    """The names as a test's parameters: the typical in every run, all in the deep one."""
+    return some((name for name in NAMES if name not in without), shallow=TYPICAL - set(without))
 
 
 @functools.cache

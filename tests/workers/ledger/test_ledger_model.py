@@ -469,7 +469,7 @@ class LedgerMachine(RuleBasedStateMachine):
 @pytest.mark.search
 @pytest.mark.timeout(depth(300, 1200))
 def test_no_interleaving_loses_or_doubles_a_job(tmp_path: Path) -> None:
-    examples = int(os.environ.get("LEDGER_EXAMPLES", depth("60", "1000")))
+    examples = int(os.environ.get("LEDGER_EXAMPLES", depth("30", "1000")))
     with RedisProcess(tmp_path) as process:
         _server[:] = [process]
         run_state_machine_as_test(

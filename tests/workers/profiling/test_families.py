@@ -152,8 +152,8 @@ def test_a_model_that_cannot_be_run_still_tells_its_parameters_from_its_buffers(
 
 
 def test_kv_dtype_shrinks_keys_and_values_but_no_state() -> None:
-    wide = profiled("jamba")
-    folder = open_folder(folder_of("jamba"))
+    wide = profiled("lfm2_moe")
+    folder = open_folder(folder_of("lfm2_moe"))
     narrow = generate(folder, batch_size=BATCH, sequence_length=LENGTH, kv_dtype="float8_e4m3fn")
     for one, other in zip(wide.layers, narrow.layers, strict=True):
         assert one.kv_terms is None or other.kv_terms is not None

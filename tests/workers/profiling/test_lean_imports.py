@@ -91,6 +91,7 @@ def test_a_lean_process_traces_the_same_and_imports_none_of_it() -> None:
     assert made == json.loads(json.dumps(traces(list(names))))
 
 
+@pytest.mark.deep
 def test_what_else_is_asked_of_a_stand_in_the_real_module_answers() -> None:
     run(_MORE)
 

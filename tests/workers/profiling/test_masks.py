@@ -77,7 +77,7 @@ def real_pairs(name: str, length: int) -> _Pairs:
     return pairs
 
 
-@pytest.mark.parametrize("name", families(without=_LEFT_OUT, slow={"jamba", "minimax"}))
+@pytest.mark.parametrize("name", families(without=_LEFT_OUT))
 def test_the_least_compute_is_that_of_the_pairs_with_weight(name: str) -> None:
     profile = generate(open_folder(folder_of(name)), batch_size=BATCH, sequence_length=LENGTH)
     length = min(LENGTH, profile.longest_sequence or LENGTH)

@@ -479,6 +479,7 @@ print(json.dumps(sizes))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.deep
 def test_one_process_profiles_many_models_without_growing() -> None:
     sizes = run(_GROWTH, str(checkpoints.checkpoint("llama")))
     assert sizes[3][0] - sizes[1][0] < 8 * 2**20, sizes

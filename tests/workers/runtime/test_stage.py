@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import NAMES, checkpoint, minilm
+from support.depth import some
 from support.stage_cases import assert_equal, chain, contiguous, cut, example, scattered, tensors, whole
 
 from planner.errors import Conflict, InvalidCheckpoint, InvalidInput, NotFound
@@ -32,9 +33,11 @@ DECODERS = (
     "gemma2",
 )
 OTHERS = ("gemma3", "phi3", "gpt2", "gpt2_hub", "bert", "bert_mlm", "t5", "bart", "mamba2")
+#: For `make test`: the others are built of the same.
+TYPICAL = {"llama_tied", "deepseek_v3", "gemma3", "gpt2_hub", "bert_mlm", "t5", "mamba2"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, shallow=TYPICAL))
 def test_a_chain_of_stages_is_the_whole_model_bit_for_bit(name: str, tmp_path: Path) -> None:
     stages = [load_stage(shard) for shard in cut(checkpoint(name), tmp_path, contiguous, 3, exact=True)]
     model = whole(checkpoint(name))
@@ -46,7 +49,7 @@ def test_a_chain_of_stages_is_the_whole_model_bit_for_bit(name: str, tmp_path: P
         assert ran == ["n0", "n1", "n2"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5", "bart", "mamba2"])
+@pytest.mark.parametrize("name", some(["llama", "gemma3", "bert", "t5", "bart", "mamba2"], shallow={"gemma3", "t5"}))
 def test_layers_dealt_out_like_cards_still_make_the_model(name: str, tmp_path: Path) -> None:
     stages = [load_stage(shard) for shard in cut(checkpoint(name), tmp_path, scattered, 3)]
     model = whole(checkpoint(name))
@@ -159,7 +162,7 @@ def test_the_real_minilm_in_three_stages_gives_its_own_embeddings(tmp_path: Path
     assert sum(held) < 91e6 + 3 * 10_000, "each weight is held once, and what is not held takes no memory"
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+@pytest.mark.parametrize("name", some(["llama", "t5", "bert"], shallow={"llama"}))
 @pytest.mark.parametrize("parts", [1, 2, 6])
 def test_one_stage_or_many(name: str, parts: int, tmp_path: Path) -> None:
     stages = [load_stage(shard) for shard in cut(checkpoint(name), tmp_path, contiguous, parts)]
@@ -303,6 +306,7 @@ def test_the_example_runs_each_stage_in_its_own_process(tmp_path: Path) -> None:
     assert "equal to the whole model, bit for bit" in ran.stdout
 
 
+@pytest.mark.deep
 def test_the_example_compares_with_a_model_that_keeps_no_cache_either(tmp_path: Path) -> None:
     """Jamba without an attention layer cannot make the cache that it asks for; its stages make none."""
     import transformers
