@@ -109,3 +109,10 @@ class Cancelled(FairshardError):
     """The job was cancelled."""
 
     code = "cancelled"
+
+
+def from_code(code: str, message: str, *, details: Mapping[str, Any] | None = None) -> FairshardError | None:
+    """The error that another process named by its `code`; None where there is none of this code here."""
+    kinds = (kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, FairshardError))
+    kind = next((kind for kind in kinds if kind.code == code and kind is not FairshardError), None)
+    return None if kind is None else kind(message, details=details)

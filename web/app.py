@@ -14,6 +14,8 @@ from planner.errors import InvalidInput
 from web import audit, errors, guard, limits, metrics
 from web.auth import Tokens, is_loopback
 from web.replayer import Replayer
+from web.runs import openai
+from web.runs import plans as plan_runs
 from web.schemas import ids, openapi
 from web.services import Services, install
 from web.views import batches, docs, health, jobs, nodes, page, plans, process, requests
@@ -51,9 +53,10 @@ def create_app(settings: Settings | None = None, **overrides: Any) -> Flask:
     audit.init_app(app)
     api = openapi.init_app(app)
     ids.init_app(app, api)
-    for noun in (requests, process, plans, jobs, batches, nodes, health):
+    for noun in (requests, process, plans, plan_runs, jobs, batches, nodes, health):
         api.register_blueprint(noun.blp)
     openapi.finish(api)
+    openai.init_app(app)
     docs.init_app(app)
     page.init_app(app)
     if background:

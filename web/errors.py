@@ -91,11 +91,25 @@ def payload(error: Refused) -> Response:
     if setting in LIMITS:
         g.limit = setting  # for web.metrics
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    response = jsonify({"error": text, "code": error.name, "details": dict(error.details)})
-    response.status_code = error.status
+    if request.path.startswith("/v1/"):
+        response = _for_openai(text, error)
+    else:
+        response = jsonify({"error": text, "code": error.name, "details": dict(error.details)})
+        response.status_code = error.status
     if error.status in RETRY_AFTER_S:
         response.headers["Retry-After"] = str(RETRY_AFTER_S[error.status])
     response.headers.update(error.headers)
+    return response
+
+
+def _for_openai(text: str, error: Refused) -> Response:
+    """The error in the form of OpenAI's API, whose clients tell errors apart by it."""
+    status = 400 if error.status == 422 else error.status
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    said = {"message": text, "type": kind, "param": error.details.get("param"), "code": error.name}
+    response = jsonify({"error": said})
+    response.status_code = status
     return response
 
 

@@ -11,6 +11,7 @@ JOB_ID = "job_id"
 PLAN_ID = "plan_id"
 BATCH_ID = "batch_id"
 INVITATION_ID = "invitation_id"
+RUN_ID = "run_id"
 
 
 class _Id(BaseConverter):
@@ -25,7 +26,7 @@ def _schema(converter: BaseConverter) -> dict[str, Any]:
 
 def init_app(app: Flask, api: Any) -> None:
     """Know the ids in the routes of `app` and in the document."""
-    for name in (JOB_ID, PLAN_ID, BATCH_ID, INVITATION_ID):
+    for name in (JOB_ID, PLAN_ID, BATCH_ID, INVITATION_ID, RUN_ID):
         kind = type(name, (_Id,), {})
         app.url_map.converters[name] = kind
         api.register_converter(kind, _schema)

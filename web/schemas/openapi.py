@@ -21,6 +21,7 @@ from planner.wire.fields import unknown_field
 from web.errors import Refused
 from web.schemas import fields as own
 from web.schemas.answers import ErrorOut
+from web.schemas.runs import SOURCES
 from web.services import services_of
 
 #: What holds of every call; in Markdown, for the document, Swagger UI and docs/api.md.
@@ -228,4 +229,5 @@ def finish(api: Api) -> None:
     schemas = api.spec.components.schemas
     schemas.pop("PaginationMetadata", None)  # flask-smorest's; nothing here uses its pages
     schemas["NodeIn"]["anyOf"] = [{"required": ["node_id"]}, {"required": ["id"]}]
+    schemas["RunIn"]["oneOf"] = [{"required": [name]} for name in SOURCES]
     schemas["PreviewIn"]["oneOf"] = [{"required": ["model_name"]}, {"required": ["metadata"]}]

@@ -1,17 +1,20 @@
-"""fairshard submit, jobs, nodes, delete: talking to the service."""
+"""fairshard submit, jobs, nodes, run, chat, deploy, undeploy, delete: talking to the service."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import Infeasible, InvalidInput, NotFound
+from planner.errors import FairshardError, Infeasible, InvalidInput, NodeFailure, NotFound, Unavailable, from_code
 from workers.cli.arguments import adder, assignment
-from workers.cli.console import Table, emit, far, say, shown_bytes
+from workers.cli.console import Table, emit, far, harmless, say, shown_bytes
 from workers.cli.models import add_part
 
 if TYPE_CHECKING:
@@ -35,6 +38,19 @@ _NODES = """\
 examples:
   fairshard nodes                     their names, what they offer, what they do now
   fairshard nodes --json
+"""
+_RUN = """\
+examples:
+  fairshard run owner/name --prompt "Once upon a time"        by the model's newest plan, over its nodes
+  fairshard run owner/name --prompt Hello --json              with token ids and timings
+"""
+_CHAT = """\
+examples:
+  fairshard chat owner/name           Ctrl-C stops an answer, Ctrl-D ends
+"""
+_DEPLOY = """\
+examples:
+  fairshard deploy owner/name         the nodes of its newest plan load it, until fairshard undeploy owner/name
 """
 _DELETE = """\
 example:
@@ -70,15 +86,39 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
     add("nodes", nodes, "list the nodes that are alive", _NODES)
 
+    command = add("run", run, "run a plan: text in, text out", _RUN)
+    command.add_argument("plan", metavar="PLAN|MODEL", help="a plan's id, or owner/name for its newest plan")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what the model goes on from")
+    _add_run_options(command)
+
+    command = add("chat", chat, "talk with a model", _CHAT)
+    command.add_argument("plan", metavar="MODEL|PLAN", help="owner/name, or a plan's id")
+    command.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _add_run_options(command)
+
+    for name, does, about in (
+        ("deploy", deploy, "load a plan, and keep it loaded"),
+        ("undeploy", undeploy, "let go"),
+    ):
+        command = add(name, does, f"have a plan's nodes {about}", _DEPLOY)
+        command.add_argument("plan", metavar="MODEL|PLAN", help="owner/name, or a plan's id")
+
     command = add("delete", delete, "delete a plan, and its shards on the nodes", _DELETE)
     command.add_argument("plan_id", metavar="PLAN", help="the plan's id")
 
 
-def _client() -> Client:
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tokens", type=int, metavar="N", help="new tokens at most (default 256)")
+    command.add_argument("--temperature", type=float, metavar="T", help="0 (default): the likeliest token each time")
+    command.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest of so much together")
+    command.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
+
+
+def _client(*, timeout_s: float = 60.0) -> Client:
     from workers.network.api_client import Client
     from workers.settings import ClientSettings
 
-    return Client(ClientSettings.from_env())
+    return Client(ClientSettings.from_env(), timeout_s=timeout_s)
 
 
 def _hub_token() -> dict[str, str]:
@@ -245,6 +285,100 @@ def nodes(args: argparse.Namespace) -> int:
         answer["nodes"] += more
     none = "no node is alive (fairshard node starts one)"
     emit(args, answer, [nodes_table(answer["nodes"])] if answer["nodes"] else [none])
+    return 0
+
+
+#: A service that says nothing for so long is gone: a stream says every ten seconds that it is there.
+_RUN_S = 150.0
+
+
+def _plan_id(client: Client, name: str) -> str:
+    """The plan that a person means: an id, or a model's newest."""
+    if re.fullmatch("[0-9a-f]{8,64}", name):
+        return name
+    return str(client.call("POST", "/api/get-plan", {"model_name": name, "node_id": "cli"})["plan_id"])
+
+
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = {"tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
+    return {name: getattr(args, of) for of, name in names.items() if getattr(args, of) is not None}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fairshard run."""
+    client = _client(timeout_s=_RUN_S)
+    path = f"/api/plans/{_plan_id(client, args.plan)}/runs"
+    result = _streamed(args, client, path, {"prompt": args.prompt, **_run_options(args)}, quiet=args.json)
+    emit(args, result)  # with --json; else it is shown already
+    times = result["timings"]
+    speed = f", then {times['decode_s_per_token'] * 1000:.1f} ms each" if times["decode_s_per_token"] else ""
+    took = f"loaded in {times['load_s']:.1f} s, the first after {times['prefill_s'] * 1000:.0f} ms{speed}"
+    say(args, f"{len(result['token_ids'][0])} tokens: {took}")
+    return 0
+
+
+def _streamed(
+    args: argparse.Namespace, client: Client, path: str, body: Mapping[str, Any], *, quiet: bool = False
+) -> dict[str, Any]:
+    """Show what a run says as it comes; how it ended."""
+    for name, said in client.events("POST", path, {**body, "stream": True}):
+        if name == "loading":
+            say(args, "the nodes load the model ...")
+        elif name == "tokens" and not quiet:
+            print(harmless("".join(said["text"])), end="", flush=True)
+        elif name == "ended":
+            print(end="" if quiet else "\n")
+            return _well_ended(said)
+    raise Unavailable("the service hung up before the run ended")
+
+
+def _well_ended(said: Mapping[str, Any]) -> dict[str, Any]:
+    if said["state"] == "done":
+        return dict(said)
+    error = said.get("error") or {"code": "cancelled", "message": f"the run is {said['state']}"}
+    raise from_code(error["code"], error["message"], details=error.get("details")) or NodeFailure(error["message"])
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Fairshard chat."""
+    client = _client(timeout_s=_RUN_S)
+    path = f"/api/plans/{_plan_id(client, args.plan)}/runs"
+    history = [{"role": "system", "content": args.system}] if args.system else []
+    say(args, "Ctrl-C stops an answer, Ctrl-D ends.")
+    while True:
+        try:
+            if line := input("> " if sys.stdin.isatty() else "").strip():
+                asked = [*history, {"role": "user", "content": line}]
+                result = _streamed(args, client, path, {"messages": asked, **_run_options(args)})
+                history = [*asked, {"role": "assistant", "content": result["text"]}]
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return 0
+        except FairshardError as error:
+            if not sys.stdin.isatty():
+                raise
+            say(args, f"fairshard chat: {error}")
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Fairshard deploy."""
+    client = _client(timeout_s=_RUN_S)
+    plan_id = _plan_id(client, args.plan)
+    answer = client.call("POST", f"/api/plans/{plan_id}/deployment", headers={"Prefer": "wait=120"})
+    while answer["state"] not in _ENDED:
+        time.sleep(0.5)
+        answer = client.call("GET", f"/api/runs/{answer['run_id']}")
+    rows = [(node_id, shown_bytes(taken)) for node_id, taken in _well_ended(answer)["nodes"].items()]
+    emit(args, answer, [f"plan {plan_id} is loaded", Table(("node", "weights"), rows, right=("weights",))])
+    return 0
+
+
+def undeploy(args: argparse.Namespace) -> int:
+    """Fairshard undeploy."""
+    client = _client()
+    answer = client.call("DELETE", f"/api/plans/{_plan_id(client, args.plan)}/deployment")
+    emit(args, answer, [f"plan {answer['plan_id']} is no longer kept loaded"])
     return 0
 
 

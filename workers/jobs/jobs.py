@@ -21,6 +21,7 @@ from workers.jobs.replay import replay
 from workers.ledger.connection import eviction, reachable
 from workers.ledger.steps import ENDED
 from workers.ledger.views import accepted_view
+from workers.runner.runs import Runs
 from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
 
@@ -91,6 +92,11 @@ class Jobs:
     def batches(self) -> Batches:
         """Many requests in one call."""
         return Batches(self._services, self._journal, intake=self._intake)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Plans that run."""
+        return Runs(self._services)
 
     def submit_request(
         self,

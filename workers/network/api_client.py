@@ -11,18 +11,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from planner import errors
-from planner.errors import FairshardError, Unavailable
+from planner.errors import FairshardError, InvalidInput, Unavailable, from_code
 from workers.settings import ClientSettings
 
 #: Bytes of an answer that are read; a plan of 10,000 layers takes 2 MB.
 _MAX_ANSWER_BYTES = 256 * 2**20
-
-_BY_CODE: Mapping[str, type[FairshardError]] = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, FairshardError) and kind is not FairshardError
-}
 
 
 class Client:
@@ -52,33 +45,66 @@ class Client:
             Unavailable: If the service cannot be reached, or answers what no fairshard answers.
         """
         url = self._settings.url + path
-        sent = {"Accept": "application/json", **(headers or {})}
-        if self._settings.token:
-            sent["Authorization"] = f"Bearer {self._settings.token}"
-        data = None
-        if body is not None:
-            data = json.dumps(body).encode()
-            sent["Content-Type"] = "application/json"
-        request = urllib.request.Request(url, data=data, headers=sent, method=method)  # noqa: S310  (http(s) alone)
+        request = self._request(method, path, body, {"Accept": "application/json", **(headers or {})})
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:  # noqa: S310
+            with self._answered(request) as response:
                 text = response.read(_MAX_ANSWER_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _said(error.code, error.read(2**20), url) from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise Unavailable(
-                f"no answer from {self._settings.url} ({reason}); is the service up (fairshard up), "
-                "and does FAIRSHARD_URL name it?",
-                details={"url": self._settings.url},
-            ) from None
+        except (http.client.HTTPException, OSError) as error:
+            raise self._no_answer(error) from None
         try:
             return json.loads(text) if text else {}
         except ValueError:
             raise Unavailable(
                 f"{url} answered something that is not JSON; does FAIRSHARD_URL name a fairshard?"
             ) from None
+
+    def events(self, method: str, path: str, body: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The server-sent events that `method path` answers, as (name, data); to stop means to hang up.
+
+        Raises:
+            FairshardError: As `call`.
+        """
+        name = ""
+        try:
+            with self._answered(self._request(method, path, body, {"Accept": "text/event-stream"})) as response:
+                for line in response:
+                    key, _, value = line.decode().rstrip("\r\n").partition(": ")
+                    if key == "event":
+                        name = value
+                    elif key == "data":
+                        yield name, json.loads(value)
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise self._no_answer(error) from None
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
+    ) -> urllib.request.Request:
+        sent = dict(headers)
+        if self._settings.token:
+            sent["Authorization"] = f"Bearer {self._settings.token}"
+        data = None
+        if body is not None:
+            data = json.dumps(body).encode()
+            sent["Content-Type"] = "application/json"
+        url = self._settings.url + path
+        return urllib.request.Request(url, data=data, headers=sent, method=method)  # noqa: S310  (http(s) alone)
+
+    def _answered(self, request: urllib.request.Request) -> Any:
+        try:
+            return urllib.request.urlopen(request, timeout=self._timeout_s)  # noqa: S310  (http(s) alone)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _said(error.code, error.read(2**20), request.full_url) from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: Exception) -> Unavailable:
+        reason = getattr(error, "reason", error)
+        return Unavailable(
+            f"no answer from {self._settings.url} ({reason}); is the service up (fairshard up), "
+            "and does FAIRSHARD_URL name it?",
+            details={"url": self._settings.url},
+        )
 
     def follow(self, job_id: str, *, pause: Callable[[], None] = lambda: time.sleep(0.5)) -> Iterator[dict[str, Any]]:
         """The job again and again, until it has ended; a service that restarts meanwhile is waited for.
@@ -113,5 +139,6 @@ def _said(status: int, text: bytes, url: str) -> FairshardError:
         details = dict(answer.get("details") or {})
     except (ValueError, TypeError, KeyError):
         return Unavailable(f"{url} answered {status} and no reason; does FAIRSHARD_URL name a fairshard?")
-    kind = _BY_CODE.get(code) or (Unavailable if status >= 500 else errors.InvalidInput)
-    return kind(message, details={**details, "status": status})
+    details |= {"status": status}
+    other = Unavailable if status >= 500 else InvalidInput
+    return from_code(code, message, details=details) or other(message, details=details)

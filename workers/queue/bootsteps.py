@@ -137,6 +137,9 @@ class Presence:
         if PLANNER in queues:
             beats += [services.registry.announce_planner, services.keep]
         if node_queue(services.settings.node_id) in queues:
+            from workers.runner.herald import Herald
+
+            self._peers.enter_context(Herald(services))
             beats += [self._node(services), lambda: sweep_up(services)]
         for beat in beats:
             _once(beat)

@@ -100,6 +100,19 @@ class Session:
                 raise
             return answer if isinstance(answer, Handoff) else {"logits": answer["logits"][:, -1:].contiguous()}
 
+    def arrive(self, step: Handoff) -> Flow:
+        """Begin the pass, unless it has begun here; run nothing: whoever wants to check what came sees what is due.
+
+        Raises:
+            Conflict, InvalidInput: As `step`.
+        """
+        with self._stage.lock:
+            if self._over is not None:
+                raise Conflict(f"the session is over: {self._over}")
+            self._arrive(step)
+            assert self._flow is not None
+            return self._flow
+
     def rehearse(self, step: Handoff) -> dict[str, Tensor]:
         """Trace the pass, run nothing; zeros for the logits."""
         with self._stage.lock:

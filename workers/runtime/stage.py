@@ -82,9 +82,17 @@ class Stage(nn.Module):
             InvalidInput: If the model cannot be divided for such inputs.
         """
         with self.lock:
-            arguments = whole_arguments(step.inputs, step.settings)
-            flow = self.flow((_shapes(step.inputs), repr(sorted(step.settings.items()))), arguments)
-            return self.visit(flow, step, arguments)
+            return self.visit(self.arrive(step), step, whole_arguments(step.inputs, step.settings))
+
+    def arrive(self, step: Handoff) -> Flow:
+        """The data flow of a pass without a session; runs nothing.
+
+        Raises:
+            InvalidInput: If the model cannot be divided for such inputs.
+        """
+        with self.lock:
+            key = (_shapes(step.inputs), repr(sorted(step.settings.items())))
+            return self.flow(key, whole_arguments(step.inputs, step.settings))
 
     def visit(
         self, flow: Flow, step: Handoff, arguments: Mapping[str, Any], caches: tuple[RealCache, Any] | None = None

@@ -2,11 +2,13 @@
 
 from workers.settings.environment import check_environment, child_env, completing, settings_in_force
 from workers.settings.groups import ClientSettings, HubSettings, QueueSettings, Settings, WebSettings
+from workers.settings.running import RunSettings
 
 __all__ = [
     "ClientSettings",
     "HubSettings",
     "QueueSettings",
+    "RunSettings",
     "Settings",
     "WebSettings",
     "check_environment",

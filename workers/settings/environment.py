@@ -9,9 +9,10 @@ from typing import Any
 
 from planner.errors import InvalidInput
 from workers.settings.groups import ClientSettings, HubSettings, QueueSettings, Settings, WebSettings
+from workers.settings.running import RunSettings
 from workers.settings.variables import Variable
 
-_GROUPS = (Settings, HubSettings, QueueSettings, WebSettings, ClientSettings)
+_GROUPS = (Settings, HubSettings, QueueSettings, RunSettings, WebSettings, ClientSettings)
 #: Not ours to read: docker-compose.yml's, which honcho hands on from the same .env.
 _OTHERS = frozenset({"FAIRSHARD_PORT"})
 _TESTS = "FAIRSHARD_TEST_"
