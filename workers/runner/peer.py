@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import socket
 import threading
 import time
 import urllib.parse
@@ -91,10 +90,6 @@ class Peer:
     def _begin(
         self, connection: http.client.HTTPConnection, method: str, path: str, pieces: Sequence[bytes], kind: str
     ) -> http.client.HTTPResponse:
-        if connection.sock is None:
-            connection.connect()
-            assert connection.sock is not None
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.putrequest(method, path, skip_accept_encoding=True)
         for name, value in self._headers.items():
             connection.putheader(name, value)

@@ -68,7 +68,7 @@ class Group:
             self.nodes[manifest.node_id] = Node(sessions, server.__enter__())
 
     def open(self, run_id: str, *, more: int = 20, urls: Mapping[str, str] | None = None) -> Part:
-        asked = {"start": "n0", "batch": 1, "prompt": PROMPT.shape[1], "more": more, "padded": False}
+        asked: dict[str, Any] = {"start": "n0", "batch": 1, "prompt": PROMPT.shape[1], "more": more, "padded": False}
         parts = {name: node.sessions.make(run_id, self.plan_id, **asked) for name, node in self.nodes.items()}
         table = {name: described(part.loaded, self.nodes[name].server.url) for name, part in parts.items()}
         for name, url in (urls or {}).items():

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "FAIRSHARD_DISK_QUOTA": (["1000"], ["0", "1.5", "-1", "all"]),
     "FAIRSHARD_PEER_URL": (["http://10.0.0.1:8090"], ["10.0.0.1:8090", "https://h", "http://", "http://h:99999"]),
     "FAIRSHARD_PEER_TOKEN": (["abc"], ["a b"]),
+    "FAIRSHARD_RUN_URL": (["http://10.0.0.1:8091"], ["10.0.0.1:8091", "https://h"]),
     "FAIRSHARD_JOIN_KEY": (["open", "A" * 43], ["closed", "A" * 42, "OPEN"]),
     "FAIRSHARD_JOIN_TOKEN": ([TOKEN], ["token", "fsj_"]),
     "FAIRSHARD_LEAN": (["0", "1", "off", "true"], ["2", "maybe"]),
