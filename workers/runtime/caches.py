@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import EncoderDecoderCache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerationMixin
 
+from planner.errors import InvalidInput
 from workers.profiling.tracing.kv_cache import read_layer
 
 
@@ -33,11 +36,32 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
 
 
+def check_generates(model: Any, name: str) -> None:
+    """Refuse a model that cannot generate text in stages; its weights need not be there.
+
+    Raises:
+        InvalidInput: If it generates no text, does so in a way of its own, or keeps what it read in a way of its own.
+    """
+    if not model.can_generate() or cache_argument(model) is None:
+        raise InvalidInput(f"{name} ({type(model).__name__}) generates no text; its output can be asked for instead")
+    if type(model).generate is not GenerationMixin.generate:
+        raise InvalidInput(
+            f"{name} cannot generate in stages: {type(model).__name__} does so in a way of its own, not in "
+            f"transformers' common one"
+        )
+    if make_cache(model) is None:
+        raise InvalidInput(
+            f"{name} cannot generate in stages: {type(model).__name__} keeps what it has read in a cache of its own "
+            f"kind"
+        )
+
+
 def make_cache(model: Any) -> Any:
-    """An empty cache as `generate` makes it for `model`."""
-    config = model.config.get_text_config(decoder=True)
-    own = DynamicCache(config=config)
-    return EncoderDecoderCache(own, DynamicCache(config=config)) if model.config.is_encoder_decoder else own
+    """An empty cache as `generate` makes it for `model`; None if it leaves that to the model."""
+    made: dict[str, Any] = {}
+    settings = GenerationConfig(use_cache=True)  # type: ignore[no-untyped-call]
+    model._prepare_cache_for_generation(settings, made, GenerationMode.GREEDY_SEARCH, 1, 1)  # noqa: SLF001
+    return made.get(str(cache_argument(model)))
 
 
 def cache_parts(cache: Any) -> tuple[Any, ...]:
@@ -120,8 +144,12 @@ def _plain(layer: Any) -> Iterator[Any]:
 def advance(layer: Any, tokens: int) -> None:
     """Tell a layer without memory that `tokens` more went by."""
     if isinstance(layer, CacheLayerMixin):
-        nothing = torch.empty(1, 1, tokens, 1, device="meta")
-        layer.update(nothing, nothing)
+        # What `update` would leave, at a hundredth of the time: torch joins meta tensors in Python.
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length += tokens
+        length = tokens + (0 if layer.keys is None else layer.keys.shape[-2])
+        layer.keys = layer.values = torch.empty(1, 1, length, 1, device="meta")
+        layer.is_initialized = True
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
 

@@ -30,8 +30,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from planner.errors import InvalidInput
-from workers.runtime.caches import Clock, cache_argument
+from planner.errors import Conflict, InvalidInput
+from workers.runtime.caches import Clock, cache_argument, check_generates
 from workers.runtime.payload import Handoff
 from workers.runtime.session import Session
 from workers.runtime.stage import Stage
@@ -59,7 +59,7 @@ def generate(stage: Stage, send: Send, inputs: Mapping[str, Tensor], **options: 
     return Driver(stage, send).generate(inputs, **options)
 
 
-def prepare(stage: Stage, *, batch: int, length: int, padded: bool = False) -> None:
+def prepare(stage: Stage, *, batch: int, length: int, padded: bool = False) -> str:
     """Trace what a prompt of this shape will ask of `stage`, and a token after it, so that the first pass need not.
 
     Args:
@@ -68,15 +68,19 @@ def prepare(stage: Stage, *, batch: int, length: int, padded: bool = False) -> N
         length: Tokens of each.
         padded: Whether they are of unequal length, with padding before the shorter ones.
 
+    Returns:
+        Path of the module that runs first: a pass begins at a node that holds it.
+
     Raises:
         InvalidInput: If the model cannot generate in stages.
     """
-    session = Session(stage, batch=batch, length=length + 1)
+    session = Session(stage, batch=batch, length=length + 2)
     ids = torch.ones(batch, length, dtype=torch.long)
     mask = torch.ones_like(ids)
     if padded:
         mask[0, 0] = 0
     generate(stage, session.rehearse, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=2, endless=True)
+    return session.first_module
 
 
 class Driver:
@@ -85,13 +89,15 @@ class Driver:
     def __init__(self, stage: Stage, send: Send) -> None:
         self._stage, self._send = stage, send
         self._argument = cache_argument(stage.model)
-        if self._argument is None or not stage.model.can_generate():
-            raise InvalidInput(f"{stage.manifest.model_name} generates no text")
+        check_generates(stage.model, stage.manifest.model_name)
         self._clock = Clock(stage.model)
         self._defaults: Any = stage.model.generation_config
         self._number = 0
         self._inputs: dict[str, Tensor] = {}
         self._prompt: Tensor | None = None
+        self._busy = False
+        #: Tokens of each sequence that went along the chain, and that are to have gone when the next pass is done.
+        self._fed, self._due = 0, 0
         #: The model's code with a forward that goes along the chain; everything else is shared with the stage.
         self._model: Any = copy.copy(stage.model)
 
@@ -112,7 +118,7 @@ class Driver:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int | None = None,
+        seed: int | torch.Generator | None = None,
         stop: Sequence[str] = (),
         tokenizer: Any = None,
         on_token: OnToken | None = None,
@@ -128,25 +134,33 @@ class Driver:
             temperature: 0 takes the likeliest token each time.
             top_p: Draw only among the likeliest tokens that together are so probable.
             top_k: Draw only among so many of the likeliest tokens; 0: among all.
-            seed: The same seed draws the same tokens, whatever else runs in the process.
+            seed: The same seed draws the same tokens, whatever else runs in the process; a generator is drawn from
+                as it is, and left where the last token left it.
             stop: Texts at which a sequence ends; needs the tokenizer.
             tokenizer: The model's.
-            on_token: See `OnToken`. What it raises ends the generation.
+            on_token: See `OnToken`. What it raises ends the session, too; a sequence that it ends can be continued.
             logits: Give the logits of each token, too.
             endless: Let no token end a sequence.
 
         Raises:
+            Conflict: If an earlier answer failed, or is being made.
             InvalidInput: If ids are out of the vocabulary, or there are more tokens than the model's context has.
         """
         ids = inputs["input_ids"]
         self._check(ids, max_new_tokens)
+        if self._busy:
+            raise Conflict("an answer of this session failed or is being made; begin a new session")
+        self._busy = True
         given: dict[str, Any] = dict(inputs)
-        encodes = self._model.config.is_encoder_decoder
-        if encodes:
+        if self.token_ids is not None:
+            given |= self._continued(inputs)
+            ids = given["input_ids"]
+        self._due = ids.shape[1]
+        if self._model.config.is_encoder_decoder:
             # It is run in the first pass; `generate` itself needs not know its output.
             hollow = torch.zeros((), dtype=torch.float32).expand(*ids.shape, 1)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=hollow)
-            self._prompt = ids
+            self._prompt, self._due = ids, 1
         given[str(self._argument)] = self._clock.cache
         watch = _Watcher(ids.shape[0], self._ends(endless), stop, tokenizer, on_token)
         processors = LogitsProcessorList(_warpers(temperature, top_k, top_p, seed))
@@ -157,8 +171,24 @@ class Driver:
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         self.token_ids = made.sequences
+        if self._prompt is None:
+            # A sequence that ended before the others is padded; later prompts must not see that.
+            said = watch.mask(made.sequences.shape[1] - ids.shape[1])
+            self._seen = torch.cat([given_mask(given, ids), said], dim=1)
+        self._busy = False
         stacked = torch.stack(made.logits, dim=1) if logits else None
         return Generated(token_ids=watch.token_ids, finish_reasons=watch.reasons, logits=stacked)
+
+    def _continued(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tokens so far and the new prompt's: `generate` leaves out what the cache has."""
+        if self._model.config.is_encoder_decoder:
+            raise InvalidInput("a model with an encoder reads one prompt; begin a new session for the next")
+        assert self.token_ids is not None
+        ids = inputs["input_ids"]
+        if ids.shape[0] != self.token_ids.shape[0]:
+            raise InvalidInput(f"{ids.shape[0]} sequences cannot continue {self.token_ids.shape[0]}")
+        mask = torch.cat([self._seen, given_mask(inputs, ids)], dim=1)
+        return {"input_ids": torch.cat([self.token_ids, ids], dim=1), "attention_mask": mask}
 
     def _settings(self, max_new_tokens: int, endless: bool, logits: bool) -> Any:
         settings = copy.deepcopy(self._defaults)
@@ -167,6 +197,8 @@ class Driver:
             use_cache=True, max_new_tokens=max_new_tokens, max_length=None, return_dict_in_generate=True,
             output_logits=logits,
         )  # fmt: skip
+        if settings.pad_token_id is None and self._ends(False):
+            settings.pad_token_id = min(self._ends(False))  # what `generate` would take, but for a word about it
         if endless:
             settings.eos_token_id = None
         return settings
@@ -205,6 +237,10 @@ class Driver:
                 settings[name] = {key: None for key, each in value.items() if each is None}
             elif value is not None:
                 settings[name] = value
+        name = "input_ids" if self._prompt is None else "decoder_input_ids"
+        # Where a cache does not know its length, `generate` leaves nothing out.
+        tensors[name] = tensors[name][:, self._fed - self._due :]
+        self._fed, self._due = self._due, self._due + 1
         if self._number == 0 and self._prompt is not None:
             tensors["input_ids"] = self._prompt
         kept = {name: count for name, value in tensors.items() if (count := self._same(name, value)) is not None}
@@ -218,7 +254,7 @@ class Driver:
         )
         self._inputs = tensors
         self._number += 1
-        self._clock.advance(tensors["decoder_input_ids" if "decoder_input_ids" in tensors else "input_ids"].shape[1])
+        self._clock.advance(tensors[name].shape[1])
         return CausalLMOutput(logits=output["logits"])
 
     def _same(self, name: str, value: Tensor) -> int | None:
@@ -232,7 +268,15 @@ class Driver:
         return count
 
 
-def _warpers(temperature: float, top_k: int, top_p: float, seed: int | None) -> list[LogitsProcessor]:
+def given_mask(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """The attention mask among the inputs, or that of a prompt without padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(ids) if mask is None else mask
+
+
+def _warpers(
+    temperature: float, top_k: int, top_p: float, seed: int | torch.Generator | None
+) -> list[LogitsProcessor]:
     """As `generate(do_sample=True)` orders them; the draw at the end."""
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise InvalidInput(f"temperature {temperature}, top_p {top_p} or top_k {top_k} is out of range")
@@ -251,11 +295,11 @@ def _warpers(temperature: float, top_k: int, top_p: float, seed: int | None) -> 
 class _Draw(LogitsProcessor):
     """Draws from a generator of its own, and leaves only what was drawn: the process' own may serve others."""
 
-    def __init__(self, seed: int | None) -> None:
-        self._generator = torch.Generator()
+    def __init__(self, seed: int | torch.Generator | None) -> None:
+        self._generator = seed if isinstance(seed, torch.Generator) else torch.Generator()
         if seed is None:
             self._generator.seed()
-        else:
+        elif isinstance(seed, int):
             self._generator.manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
@@ -288,6 +332,10 @@ class _Watcher(StoppingCriteria):
             self.reasons[row] = "stop"
             del self._live[row]
         return torch.tensor([row not in self._live for row in range(len(last))], device=input_ids.device)
+
+    def mask(self, length: int) -> Tensor:
+        """Which of the `length` tokens after the prompt each sequence said, and which are padding."""
+        return torch.tensor([[1] * len(said) + [0] * (length - len(said)) for said in self.token_ids])
 
     def _stops(self, row: int) -> bool:
         if not self._stop:

@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from planner.errors import InvalidInput
 
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 _INPUT, _VALUE, _HEADER = "input/", "value/", "fairshard"
 
 
@@ -55,9 +60,9 @@ class Handoff:
                 continue
             seen[place] = name
             # In the order of memory, which is restored: a GPU's kernels round differently where it is another.
-            orders[name] = list(value.dim_order())
-            # A copy where need be: safetensors takes neither views of one storage nor holes.
-            tensors[name] = value.detach().permute(orders[name]).contiguous().clone()
+            orders[name] = list(range(value.ndim)) if value.is_contiguous() else list(value.dim_order())
+            # A copy where need be: safetensors has no holes.
+            tensors[name] = value.detach().permute(orders[name]).contiguous()
         head = {
             "plan_id": self.plan_id,
             "revision": self.revision,
@@ -68,7 +73,7 @@ class Handoff:
             "aliases": aliases,
             "orders": {name: order for name, order in orders.items() if order != sorted(order)},
         }
-        return save(tensors, metadata={_HEADER: json.dumps(head)})
+        return _safetensors(tensors, {_HEADER: json.dumps(head)})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, device: torch.device | str = "cpu") -> Handoff:
@@ -99,6 +104,25 @@ class Handoff:
             number=number,
             kept=kept,
         )
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """As `safetensors.torch.save` would have it, at a fifth of its time for a token's few small tensors."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    parts: list[Any] = []
+    end = 0
+    for name, tensor in tensors.items():
+        data = tensor.reshape(-1).view(torch.uint8).cpu().numpy().data
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + data.nbytes],
+        }
+        parts.append(data)
+        end += data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def _text(value: object) -> str | None:

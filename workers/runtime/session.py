@@ -26,7 +26,16 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from planner.errors import Conflict, InvalidInput
-from workers.runtime.caches import Clock, RealCache, bytes_at, cache_argument, cache_parts, layers_of, make_cache
+from workers.runtime.caches import (
+    Clock,
+    RealCache,
+    bytes_at,
+    cache_argument,
+    cache_parts,
+    check_generates,
+    layers_of,
+    make_cache,
+)
 from workers.runtime.payload import Handoff, whole_arguments
 from workers.runtime.stage import Stage
 from workers.runtime.visits import Flow
@@ -52,7 +61,7 @@ class Session:
     """A request's caches on this node, for up to `length` tokens of each of `batch` sequences.
 
     Raises:
-        InvalidInput: If the model takes no cache.
+        InvalidInput: If the model cannot generate in stages.
     """
 
     def __init__(self, stage: Stage, *, batch: int, length: int) -> None:
@@ -61,8 +70,7 @@ class Session:
         self.tokens = 0
         self._stage = stage
         self._argument = cache_argument(stage.model)
-        if self._argument is None:
-            raise InvalidInput(f"{stage.manifest.model_name} takes no cache, so it generates no text in stages")
+        check_generates(stage.model, stage.manifest.model_name)
         self._clock = Clock(stage.model)
         self._real: RealCache | None = None
         self._first: _First | None = None
@@ -127,6 +135,12 @@ class Session:
             self._end("it was closed")
 
     @property
+    def first_module(self) -> str:
+        """Path of the module that runs first in a pass; known once the prompt's shape was traced."""
+        assert self._flow is not None
+        return self._flow.trace.calls[0].path
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that its caches take on this node at `length` tokens; known once the prompt's shape was traced."""
         first = self._first or self._stage.bases.get((self.batch,))
@@ -135,15 +149,20 @@ class Session:
         layers, own = layers_of(first.cache), len(cache_parts(first.cache)[-1].layers)
         crossing = self._stage.model.config.is_encoder_decoder
         # What crosses over to the encoder does not grow.
-        return sum(
+        grown: int = sum(
             bytes_at(layers[place], first.tokens, first.tokens if crossing and place >= own else self.length)
             for place in self._held(first)
         )
+        trace = first.flow.trace
+        for (path, _), value in zip(trace.attributes, trace.states, strict=True):
+            grown += value.nbytes if self._stage.has(path) else 0
+        return grown
 
     @property
     def held_bytes(self) -> int:
         """Bytes that its caches take on this node now."""
-        return 0 if self._real is None else self._real.nbytes
+        states: int = sum(value.nbytes for value in self._states.values() if isinstance(value, Tensor))
+        return states + (0 if self._real is None else self._real.nbytes)
 
     def _end(self, reason: str) -> None:
         self._over = self._over or reason
@@ -190,6 +209,7 @@ class Session:
             self._states = {
                 place: self._stage.model.get_submodule(place[0]).__dict__.get(place[1])
                 for place in self._flow.trace.attributes
+                if self._stage.has(place[0])
             }
         else:
             self._flow = self._trace_next(step, inputs)

@@ -31,7 +31,7 @@ from workers.checkpoint.choice.modules import model_folder
 from workers.checkpoint.config import read_config
 from workers.checkpoint.folder import open_folder
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
-from workers.runtime.caches import RealCache
+from workers.runtime.caches import RealCache, check_generates
 from workers.runtime.dataflow import find_units, trace
 from workers.runtime.payload import Handoff, whole_arguments
 from workers.runtime.visits import Flow, Runner, Stop, Units
@@ -69,6 +69,10 @@ class Stage(nn.Module):
     def can(self, key: str) -> bool:
         """Whether this stage holds a unit's weights (by module path), or a single one (by `=` or `~` and name)."""
         return key[1:] in self._there if key[0] in "=~" else key in self.held
+
+    def has(self, path: str) -> bool:
+        """Whether the module of this path belongs to a unit that this stage holds."""
+        return any(path == unit or path.startswith(f"{unit}.") for unit in self.held)
 
     @torch.no_grad()
     def forward(self, step: Handoff) -> Any:
@@ -110,6 +114,9 @@ class Stage(nn.Module):
             InvalidInput: If the model cannot be divided for such inputs, or what was handed on is not a number.
         """
         self._check(step)
+        for key, value in step.values.items():
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise InvalidInput(f"{key}, which was handed on, has values that are no numbers (NaN)")
         todo = flow.visit(step.values)
         visit = todo.visit
         if visit.next_module is not None and not visit.compute:
@@ -184,7 +191,8 @@ class Stage(nn.Module):
                 for (attributes, name, _), value in zip(places, kept, strict=True):
                     attributes[name] = value
         if len(self._flows) >= _TRACES:
-            self._flows.clear()
+            for remembered in (self._flows, self.firsts, self.bases):
+                remembered.clear()
         self._flows[key] = Flow(found, self.can)
         return self._flows[key]
 
@@ -229,7 +237,11 @@ def _reason(error: Exception) -> str:
 
 
 def load_stage(
-    path: str | Path, *, device: torch.device | str = "cpu", attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    generates: bool = False,
 ) -> Stage:
     """The layers of the shard in `path`, ready to run; memory is that of their weights.
 
@@ -237,6 +249,7 @@ def load_stage(
         path: A finished shard, as `workers.splitter.split` writes it.
         device: Where the weights go.
         attn_implementation: As in `from_pretrained`; default that of transformers.
+        generates: Refuse a model that cannot generate text in stages, before its weights are loaded.
 
     Raises:
         NotFound: If there is no finished shard.
@@ -259,6 +272,8 @@ def load_stage(
         whole = build(config)
     except NotTraceable as error:
         raise InvalidInput(f"{manifest.model_name} cannot be run in stages: {error}") from error
+    if generates:
+        check_generates(whole, manifest.model_name)
     switch_caches_off(whole)
     with quiet(), silent_bars():
         model = skeleton(type(whole), config, manifest, attn_implementation)
