@@ -263,7 +263,7 @@ def test_sessions_take_turns_on_a_stage_and_their_memory_is_known_before(name: s
     for chain, known in zip(chains, planned, strict=True):
         for session, most in zip(chain.sessions, known, strict=True):
             assert session.held_bytes <= session.memory_bytes == most
-        assert sum(session.held_bytes for session in chain.sessions) > 0.6 * sum(known)
+        assert sum(session.held_bytes for session in chain.sessions) > 0.4 * sum(known)
 
 
 @pytest.mark.parametrize(
