@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from planner.cluster import Cluster
@@ -54,6 +55,23 @@ def payload_bytes(profile: ModelProfile, layer: Layer, *, phase: Phase) -> int:
     return layer.activation_bytes
 
 
+def runs_in_pass(layer: Layer) -> bool:
+    """Whether the profiled pass runs the layer: not what nobody uses, nor what takes other inputs."""
+    return layer.layer_type != UNUSED and layer.idle_in != "profile"
+
+
+def _shared_kv_bytes(profile: ModelProfile, layer: Layer, phase: Phase) -> int:
+    tokens = profile.batch_size * (1 if phase == "decode" else profile.sequence_length)
+    return tokens * layer.shared_kv_bytes_per_token
+
+
+def _text_chain(steps: Sequence[tuple[str, Sequence[Layer]]]) -> tuple[str, ...]:
+    """The nodes by which a request of text alone goes; empty where those are the chain's."""
+    left = [node_id for node_id, layers in steps if any(not layer.idle_in for layer in layers)]
+    chain = tuple(node_id for node_id, _ in groupby(left))
+    return () if chain == tuple(node_id for node_id, _ in steps) else chain
+
+
 def megaphone(
     profile: ModelProfile,
     cluster: Cluster,
@@ -74,7 +92,7 @@ def megaphone(
         compute_s: Seconds that each stage takes, one for each of `stages`.
     """
     steps = [
-        (stage, seconds, [layer for layer in profile.layers[stage.start : stage.end] if layer.layer_type != UNUSED])
+        (stage, seconds, [layer for layer in profile.layers[stage.start : stage.end] if runs_in_pass(layer)])
         for stage, seconds in zip(stages, compute_s, strict=True)
     ]
     steps = [step for step in steps if step[2]] or [
@@ -96,6 +114,7 @@ def megaphone(
                 layer_names=names,
                 next_nodes=(target,) if target else (),
                 payload_bytes=leaving,
+                shared_kv_bytes=_shared_kv_bytes(profile, layers[-1], phase) if target else 0,
                 transfer_s=link.transfer_s(leaving) if link else 0.0,
                 compute_s=seconds,
                 link=link,
@@ -113,6 +132,7 @@ def megaphone(
     return Megaphone(
         start_node=start,
         chain=tuple(chain),
+        text_chain=_text_chain([(stage.node_id, layers) for stage, _, layers in steps]),
         announcement=_announcement(profile, chain, [stage.node_id for stage in stages], plan_id=plan_id, phase=phase),
     )
 

@@ -110,6 +110,8 @@ class Hop:
     next_nodes: tuple[str, ...]
     #: Bytes handed on; the link they take, None at the end of the chain; seconds it needs for them.
     payload_bytes: int = 0
+    #: Of them: keys and values of layers that later ones share (Gemma 3n, Gemma 4).
+    shared_kv_bytes: int = 0
     link: Link | None = None
     transfer_s: float = 0
     compute_s: float = 0
@@ -123,6 +125,9 @@ class Megaphone:
 
     start_node: str
     chain: tuple[Hop, ...]
+    #: node_ids of the steps that a request of text alone takes, where it takes another way: images have layers of
+    #: their own. Empty: it takes the chain.
+    text_chain: tuple[str, ...] = ()
     #: What the start node tells everyone: {"to": [...], "plan_id": ..., "digest": ..., ...}.
     announcement: Mapping[str, Any] = field(default_factory=dict)
 

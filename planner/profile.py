@@ -153,7 +153,31 @@ class Layer:
     tied_bytes: int = 0
     #: Their names in `tied_to`'s tensors; empty where not known.
     tied_tensors: tuple[str, ...] = ()
+    #: Passes that do not run it: "text" (those without images), "profile" (the profiled one: it takes other inputs);
+    #: "": every pass does.
+    idle_in: str = ""
+    #: Of `activation_bytes`: bytes of one token's keys and values, which later layers share with earlier ones.
+    shared_kv_bytes_per_token: int = 0
+    #: Modules that hold its weights, where the tensors' names do not tell; see `module_paths`.
+    modules: tuple[str, ...] = ()
     tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """Paths of the modules that hold its weights, as the module tree names them ("": the model itself).
+
+        What lies deeper belongs to the layer that names it deeper.
+        """
+        if self.modules or not self.tensors:
+            return self.modules or (self.name,)
+        inside = any(tensor.name.startswith(f"{self.name}.") for tensor in self.tensors)
+        beside = [
+            tensor.name.rpartition(".")[0] or tensor.name
+            for tensor in self.tensors
+            if not tensor.name.startswith(f"{self.name}.") and tensor.name != self.name
+        ]
+        own = [self.name] if inside or self.tied_to or not beside else []
+        return tuple(dict.fromkeys([*own, *beside]))
 
     def at(self, *, batch_size: int, sequence_length: int, from_batch: int, from_sequence: int) -> Layer:
         """The same layer's costs at another batch size and sequence length.

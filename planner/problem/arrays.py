@@ -194,6 +194,8 @@ def build(profile: ModelProfile, cluster: Cluster, options: PlanOptions) -> Prob
     )
     memory = np.array([layer_memory_bytes(layer) for layer in layers], dtype=np.int64)
     payload = np.array([payload_bytes(layer, profile, phase=options.phase) for layer in layers], dtype=np.float64)
+    # Nothing is handed to layers that the pass does not run, which come last.
+    payload[[layer.index - 1 for layer in layers if layer.idle_in == "profile" and layer.index]] = 0
     at = {layer.name: position for position, layer in enumerate(layers)}
     tied_to = np.array([at.get(layer.tied_to, -1) if layer.tied_to else -1 for layer in layers], dtype=np.int64)
     tied_bytes = np.where(tied_to >= 0, np.array([layer.tied_bytes for layer in layers], dtype=np.int64), np.int64(0))

@@ -40,7 +40,7 @@ def layer_traffic_bytes(layer: Layer, profile: ModelProfile, *, phase: Phase = "
     Weights once a pass: of a mixture of experts the share that the tokens can reach at most (tokens * active
     share, until all experts are read); of an embedding only the rows looked up. Decode reads the KV cache as well.
     """
-    if layer.layer_type == UNUSED:
+    if layer.layer_type == UNUSED or layer.idle_in == "profile":
         return 0.0
     steps = profile.sequence_length if phase == "prefill" else 1
     weights = float(layer.weight_bytes + layer.tied_bytes)

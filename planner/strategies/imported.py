@@ -10,7 +10,8 @@ from typing import Any
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput, InvalidMetadata
 from planner.plan import Plan, PlanOptions
-from planner.profile import Layer, ModelProfile
+from planner.megaphone import UNUSED
+from planner.profile import ModelProfile
 from planner.wire.identity import plan_id
 from planner.wire.read import plan_from_json
 
@@ -73,7 +74,8 @@ def device_map(plan: Plan, profile: ModelProfile, devices: Mapping[str, int | st
         devices: node_id -> GPU index, "cpu" or "disk"; None: the nodes' GPUs counted from 0 in the chain's order.
 
     Returns:
-        Module path -> device.
+        Module path -> device; where one path lies below another, the deeper says more. `""` is the model itself (a
+        parameter of its own beside its modules).
 
     Raises:
         Conflict: If the plan is for another model or revision.
@@ -83,29 +85,15 @@ def device_map(plan: Plan, profile: ModelProfile, devices: Mapping[str, int | st
     if devices is None:
         order = dict.fromkeys([*(hop.node_id for hop in plan.megaphone.chain), *plan.allocation])
         devices = {node_id: rank for rank, node_id in enumerate(order)}
-    layers = {layer.name: layer for layer in profile.layers}
+    layers = {layer.name: layer for layer in profile.layers if layer.layer_type != UNUSED}
     result: dict[str, Any] = {}
     for stage in plan.stages:
         if stage.node_id not in devices:
             raise InvalidInput(f"no device is named for node {stage.node_id}", details={"node_id": stage.node_id})
         for name in stage.layer_names:
-            for module in _modules(layers[name]):
-                result[module] = devices[stage.node_id]
+            if name in layers:
+                result.update(dict.fromkeys(layers[name].module_paths, devices[stage.node_id]))
     return result
-
-
-def _modules(layer: Layer) -> list[str]:
-    """Paths of the modules that hold a layer's tensors: its own, and those beside it."""
-    if not layer.tensors:
-        return [layer.name]
-    inside = any(tensor.name.startswith(f"{layer.name}.") for tensor in layer.tensors)
-    beside = [
-        tensor.name.rpartition(".")[0] or tensor.name
-        for tensor in layer.tensors
-        if not tensor.name.startswith(f"{layer.name}.") and tensor.name != layer.name
-    ]
-    own = [layer.name] if inside or layer.tied_to or not beside else []
-    return list(dict.fromkeys([*own, *beside]))
 
 
 def _untouched(obj: object, profile: ModelProfile | None) -> Plan:

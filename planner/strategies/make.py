@@ -199,6 +199,15 @@ def _as_used(cluster: Cluster) -> Cluster:
     return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, device=None) for node in nodes))
 
 
+def _to_idle_s(problem: Problem) -> float:
+    """What hops to layers that the pass does not run count at most, to those who take all layers for a chain."""
+    idle = sum(layer.idle_in == "profile" for layer in problem.profile.layers)
+    if not idle or problem.options.objective == "throughput":
+        return 0.0
+    slowest = max(link.latency_s for link in (problem.cluster.default_link, *problem.cluster.links.values()))
+    return min(idle, len(problem.nodes) - 1) * slowest
+
+
 def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None) -> Plan:
     """Check an answer's invariants and state it as a plan, with its prediction, reports and chain."""
     profile, options, nodes = problem.profile, problem.options, answer.nodes
@@ -225,7 +234,7 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
     )
     latency = float(layer_s.sum()) + sum(hop.transfer_s for hop in chain.chain)
     objective = bottleneck if options.objective == "throughput" else latency
-    bound = float(min(answer.lower_bound_s, objective))
+    bound = float(min(answer.lower_bound_s - _to_idle_s(problem), objective))
     plan = Plan(
         plan_id="",
         model_name=profile.model_name,

@@ -109,6 +109,7 @@ class HopSchema(Lenient):
     layer_names = _names()
     next_nodes = fields.List(NodeId(), required=True)
     payload_bytes = Integer(load_default=0)
+    shared_kv_bytes = Integer(load_default=0)
     transfer_s = Number(load_default=0.0)
     compute_s = Number(load_default=0.0)
     link = fields.Nested(HopLinkSchema, load_default=None, allow_none=True)
@@ -121,6 +122,7 @@ class MegaphoneSchema(Lenient):
     value = Megaphone
     start_node = NodeId(required=True)
     chain = Many(HopSchema, shortest=1, longest=MAX_LAYERS, required=True)
+    text_chain = fields.List(NodeId(), load_default=list)
     announcement = Free(load_default=dict)
 
 

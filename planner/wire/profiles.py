@@ -101,6 +101,9 @@ class LayerSchema(Lenient):
     tied_to = Text(load_default=None, allow_none=True)
     tied_bytes = Integer(load_default=0)
     tied_tensors = fields.List(Text(), load_default=list)
+    idle_in = Text(choices=("text", "profile"), load_default="")
+    shared_kv_bytes_per_token = Integer(load_default=0)
+    modules = fields.List(fields.String(validate=validate.Length(max=512)), load_default=list)
     tensors = Many(TensorSchema, longest=10**6, load_default=list)
     # The williw form's: one tensor's.
     shape = fields.List(Integer(), validate=validate.Length(max=32), load_default=None, allow_none=True)
@@ -127,7 +130,8 @@ class LayerSchema(Lenient):
                 data[terms] = tuple(data[terms])
         for terms in ("part_terms", "once_part_terms"):
             data[terms] = {part: tuple(each) for part, each in data[terms].items()}
-        data["tied_tensors"] = tuple(data["tied_tensors"])
+        for names in ("tied_tensors", "modules"):
+            data[names] = tuple(data[names])
         data["layer_type"] = data["layer_type"] or "unknown"
         data["tensors"] = tuple(data["tensors"])
         return data

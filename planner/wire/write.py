@@ -14,6 +14,8 @@ from planner.profile import ModelProfile
 SCHEMA_VERSION = 1
 
 _DEFAULTS = PlanOptions()
+#: Left out of a layer and of a hop where they say nothing, as in most models.
+_WHERE_TRUE = {"idle_in", "shared_kv_bytes_per_token", "modules", "shared_kv_bytes"}
 #: What is JSON already, booleans included.
 _PLAIN = (str, int, type(None))
 
@@ -30,7 +32,7 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
         "batch_size": profile.batch_size,
         "sequence_length": profile.sequence_length,
         "unit": profile.unit,
-        "layers": _json(profile.layers),
+        "layers": [_short(layer) for layer in _json(profile.layers)],
         "total_compute": _number(profile.total_compute),
         "total_layers": len(profile.layers),
         "total_bytes": profile.total_bytes,
@@ -42,6 +44,10 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
         "generated_at": profile.generated_at,
         "node_id": profile.node_id,
     }
+
+
+def _short(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value or name not in _WHERE_TRUE}
 
 
 def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:
@@ -120,9 +126,11 @@ def cluster_to_json(cluster: Cluster) -> dict[str, Any]:
 
 
 def _megaphone_to_json(plan: Plan) -> dict[str, Any]:
+    text_chain = list(plan.megaphone.text_chain)
     return {
         "start_node": plan.megaphone.start_node,
-        "chain": [_json(hop) | {"check": _plain(hop.check)} for hop in plan.megaphone.chain],
+        "chain": [_short(_json(hop)) | {"check": _plain(hop.check)} for hop in plan.megaphone.chain],
+        **({"text_chain": text_chain} if text_chain else {}),
         "announcement": _plain(plan.megaphone.announcement),
     }
 

@@ -103,12 +103,15 @@ ShareOut = answer(
 HopOut = answer(
     "HopOut", "A step of the chain.",
     node_id=text(), step=whole(), layer_names=many(text()), next_nodes=many(text()),
-    payload_bytes=may(whole("Handed on to the next step.")), transfer_s=may(number()), compute_s=may(number()),
+    payload_bytes=may(whole("Handed on to the next step.")),
+    shared_kv_bytes=may(whole("Of them: keys and values that later layers share.")), transfer_s=may(number()), compute_s=may(number()),
     check=may(mapping(about="What the receiver checks before it runs.")),
 )
 MegaphoneOut = answer(
     "MegaphoneOut", "Who starts, whom it tells, and the order of execution.",
-    start_node=text(), chain=many(HopOut), announcement=may(mapping()),
+    start_node=text(), chain=many(HopOut),
+    text_chain=may(many(text("node_id."), "Steps of a request without images, where it takes another way.")),
+    announcement=may(mapping()),
 )
 StageOut = answer(
     "StageOut", "Contiguous layers [start, end) on one node.",

@@ -50,8 +50,20 @@ def plan_shown(plan: Plan) -> list[str | Table]:
         f"plan {plan.plan_id} of {plan.model_name} ({asked})",
         ", ".join(f"{name} {mark}{shown_seconds(value)}" for name, value in times) + f"; {proof}",
         *lacking(plan.missing_tensors),
-        f"chain: {chain(plan)}",
+        f"chain: {arrows([hop.node_id for hop in plan.megaphone.chain])}",
+        *([f"without images: {arrows(plan.megaphone.text_chain)}"] if plan.megaphone.text_chain else []),
+        *_shared_kv(plan),
     ]
+
+
+def _shared_kv(plan: Plan) -> list[str]:
+    """What hops between layers that share keys and values carry for it."""
+    carried = max((hop.shared_kv_bytes for hop in plan.megaphone.chain), default=0)
+    tokens = plan.batch_size * (plan.sequence_length if plan.phase == "prefill" else 1)
+    if not carried:
+        return []
+    hops = sum(hop.shared_kv_bytes > 0 for hop in plan.megaphone.chain)
+    return [f"keys and values that layers share: up to {shown_bytes(carried / tokens)} a token on {hops} hops"]
 
 
 def _first(plan: Plan, node_id: str) -> int:
@@ -68,9 +80,8 @@ def shortened(spans: Sequence[str], most: int = 6) -> str:
     return ",".join(spans[:most]) + (f",… ({len(spans)} runs)" if len(spans) > most else "")
 
 
-def chain(plan: Plan, most: int = 12) -> str:
+def arrows(steps: Sequence[str], most: int = 12) -> str:
     """The Megaphone's way: "a → b → c"."""
-    steps = [hop.node_id for hop in plan.megaphone.chain]
     return " → ".join(steps[:most]) + (f" → … ({len(steps)} steps)" if len(steps) > most else "")
 
 

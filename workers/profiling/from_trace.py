@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from planner.dtypes import bits, canonical
 from planner.errors import InvalidCheckpoint
@@ -42,9 +43,24 @@ def exact_layers(
         )
         for index, traced in enumerate(trace.layers)
     ]
+    layers = _with_modules(layers, trace)
     if members[-1]:
         layers.append(contents.unused_layer(members[-1], len(layers)))
     return layers
+
+
+def _with_modules(layers: list[Layer], trace: ModelTrace) -> list[Layer]:
+    """The layers with the modules that hold them, where the checkpoint's names do not tell (it has others)."""
+    found = {path: layer.index for layer in layers for path in layer.module_paths}
+
+    def layer_of(path: str) -> int | None:
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        return found.get(path)
+
+    if all(layer_of(path) == at for at, traced in enumerate(trace.layers) for path in traced.modules):
+        return layers
+    return [replace(layer, modules=traced.modules) for layer, traced in zip(layers, trace.layers, strict=True)]
 
 
 def _layer(
@@ -74,12 +90,14 @@ def _layer(
         name=traced.name,
         index=index,
         layer_type=traced.layer_type,
+        idle_in=traced.idle_in,
         num_params=num_params,
         active_params=round(active) + tied_values,
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
         overhead_bytes=overhead,
         kv_cache_bytes=kv_bytes,
         activation_bytes=round(batch * max(0, value(traced.activation, length))),
+        shared_kv_bytes_per_token=traced.shared_kv_per_token,
         peak_bytes=round(batch * max(0, value(traced.peak, length))),
         compute_required=flop,
         compute_min=flop - (traced.mask.hidden_flop(batch, length) if traced.mask else 0),

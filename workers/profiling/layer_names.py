@@ -168,10 +168,10 @@ def _group(
         kind = "embedding"
     else:
         kind = "projector" if any(_PROJECTOR.search(name) for name in members) else "norm"
-    return Group(name=_name(members, order, sizes, taken), layer_type=kind, stack=stack)
+    return Group(name=name_of(members, order, sizes, taken), layer_type=kind, stack=stack)
 
 
-def _name(members: list[str], order: Sequence[str], sizes: Mapping[str, int], taken: set[str]) -> str:
+def name_of(members: list[str], order: Sequence[str], sizes: Mapping[str, int], taken: set[str]) -> str:
     """The path that all members share, or that of the largest; never one that holds a stack or ends in a number."""
     paths = [_path(name) for name in members]
     shared = _common(paths)

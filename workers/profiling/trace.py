@@ -33,6 +33,10 @@ class LayerTrace:
     layer_type: str
     number: int | None = None
     stack: str = ""
+    #: As `planner.profile.Layer.idle_in`.
+    idle_in: str = ""
+    #: Modules that hold its weights, as the module tree names them.
+    modules: tuple[str, ...] = ()
     #: FLOP for each sequence of the batch.
     terms: Terms = ZERO
     #: FLOP that a pass executes once, whatever the batch (tables of positions).
@@ -53,8 +57,10 @@ class LayerTrace:
     kv_window: int | None = None
     #: Bytes of state of a fixed dtype for each sequence.
     state_bytes: int = 0
-    #: Bytes that cross to the next layer, for each sequence.
+    #: Bytes that cross to the next layer, for each sequence; those of each token that are keys and values which
+    #: later layers share.
     activation: Terms = ZERO
+    shared_kv_per_token: int = 0
     #: Largest bytes alive beside weights and KV cache, for each sequence.
     peak: Terms = ZERO
     #: Whether no formula describes it at all lengths: scans that pad to a chunk are exact at multiples of it only.

@@ -17,7 +17,7 @@ from workers.disk.durable import write_whole
 from workers.profiling.trace import ModelTrace, from_json, to_json
 
 #: Raised whenever a trace's meaning or form changes.
-_FORMAT = 7
+_FORMAT = 8
 #: What a config says that no trace depends on.
 _NOISE = {"_name_or_path", "transformers_version", "auto_map", *QUANTIZATION, "id2label", "label2id"}
 #: Dtypes that pack nothing: which one it is changes no trace.

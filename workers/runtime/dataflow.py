@@ -81,29 +81,6 @@ class Visit:
     next_module: str | None
 
 
-def find_units(model: nn.Module, layer_names: Collection[str]) -> tuple[str, ...]:
-    """Paths of the model's units, the same on every node of a plan.
-
-    Args:
-        model: The whole model, with or without weights.
-        layer_names: All layers of the plan: a module that holds one of them inside is divided further.
-    """
-    inner = {".".join(name.split(".")[:end]) for name in layer_names for end in range(1, name.count(".") + 1)}
-
-    def below(path: str, module: nn.Module) -> Iterator[str]:
-        for name, child in module.named_children():
-            here = f"{path}.{name}" if path else name
-            if next(child.parameters(), None) is None:
-                continue
-            divided = here in inner or any(isinstance(part, nn.ModuleList) for part in child.modules())
-            if isinstance(module, nn.ModuleList) or not divided:
-                yield here
-            else:
-                yield from below(here, child)
-
-    return tuple(below("", model))
-
-
 def trace(model: nn.Module, units: Collection[str], inputs: Mapping[str, Any], *, cache: Any = None) -> Trace:
     """Run `model` (on the meta device) on inputs of the given shapes and record the calls of its units.
 
@@ -217,10 +194,28 @@ def _refuse_side_effects(path: str, before: Any, after: Any, parts: list[Any]) -
             raise NotImplementedError(f"{path} writes to its arguments, which stages on other nodes would not see")
 
 
-def plan_visit(found: Trace, ready: Collection[Key], can: Callable[[str], bool]) -> Visit:
-    """What a stage does next, given the results it has (`ready`) and what it holds (`can`)."""
+def plan_visit(
+    found: Trace,
+    ready: Collection[Key],
+    can: Callable[[str], bool],
+    layer_of: Callable[[str], str | None] = lambda path: path,
+) -> Visit:
+    """What a stage does next, given the results it has (`ready`) and what it holds (`can`).
+
+    Layers have their turns in the order of their first calls, as in the plan: a stage does not run one ahead of others'
+    even if nothing stops it, or the request would go another way than its chain.
+
+    Args:
+        found: The pass.
+        ready: Results that are here.
+        can: Whether a unit's weights, or single ones, are here.
+        layer_of: The plan's layer that a unit is of; None: of none by name, it may run as soon as it can.
+    """
     by_key = {key: call for call in found.calls for key in call.keys}
     known = set(ready) | {key for key in _weights(found) if can(key)}
+    turns: dict[str, int] = {}
+    for at, call in enumerate(found.calls):
+        turns.setdefault(layer_of(call.path) or call.path, at)
 
     def remaining() -> list[Call]:
         needed, wanted = set(), [key for key in found.output_needs if key not in known]
@@ -232,8 +227,13 @@ def plan_visit(found: Trace, ready: Collection[Key], can: Callable[[str], bool])
         return [call for call in found.calls if id(call) in needed]
 
     compute = []
+    others = len(found.calls)
     for call in remaining():
-        if can(call.path) and all(key in known or key[0] == "~" for key in call.needs):
+        layer = layer_of(call.path)
+        turn = turns[layer or call.path]
+        if not can(call.path) or not all(key in known or key[0] == "~" for key in call.needs):
+            others = min(others, turn)
+        elif layer is None or turn < others:
             compute.append((call.path, call.number))
             known.update(call.keys)
     left = remaining()

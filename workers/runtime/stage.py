@@ -15,7 +15,7 @@ bit for bit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +30,10 @@ from planner.errors import Conflict, InvalidInput, NotFound
 from workers.checkpoint.choice.modules import model_folder
 from workers.checkpoint.config import read_config
 from workers.checkpoint.folder import open_folder
+from workers.profiling.tracing.module_tree import find_units
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
 from workers.runtime.caches import RealCache, check_generates
-from workers.runtime.dataflow import find_units, trace
+from workers.runtime.dataflow import trace
 from workers.runtime.payload import Handoff, whole_arguments
 from workers.runtime.visits import Flow, Runner, Stop, Units
 from workers.runtime.weights import load_weights, silent_bars, skeleton, switch_caches_off
@@ -52,12 +53,19 @@ class Stage(nn.Module):
         self.model = model
         #: The same model on the meta device; not a submodule, so that `parameters()` are this stage's.
         self._whole = (whole,)
-        self._units = find_units(whole, [name for names in manifest.nodes.values() for name in names])
+        layers = {name for names in manifest.nodes.values() for name in names}
+        self._units = find_units(whole, layers)
+        #: Unit -> the plan's layer that it is (part of); a final norm beside a head is of none by its name.
+        self._layer_of = {unit: _within(unit, layers) for unit in self._units}
         #: Names of the weights and buffers that this shard brought.
         self._there = there
         missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in there]
-        #: Paths of the units whose weights are all here.
-        self.held = frozenset(unit for unit in self._units if not any(n.startswith(f"{unit}.") for n in missing))
+        #: Paths of the units whose weights are all here, those aside that are another node's layers (tied weights).
+        self.held = frozenset(
+            unit
+            for unit, layer in self._layer_of.items()
+            if (layer is None or layer in manifest.layers) and not any(n.startswith(f"{unit}.") for n in missing)
+        )
         self._wrapped = Units(model, self._units)
         self._flows: dict[Any, Flow] = {}
         #: First passes of sessions as they were traced; the last one for each number of sequences. For `Session`.
@@ -193,7 +201,7 @@ class Stage(nn.Module):
         if len(self._flows) >= _TRACES:
             for remembered in (self._flows, self.firsts, self.bases):
                 remembered.clear()
-        self._flows[key] = Flow(found, self.can)
+        self._flows[key] = Flow(found, self.can, self._layer_of.get)
         return self._flows[key]
 
     def known(self, key: Any) -> Flow | None:

@@ -44,17 +44,17 @@ class Units:
 class Flow:
     """A trace, and what a stage does in each visit of such a pass; found once."""
 
-    def __init__(self, found: Trace, can: Callable[[str], bool]) -> None:
+    def __init__(self, found: Trace, can: Callable[[str], bool], layer_of: Callable[[str], str | None]) -> None:
         self.trace = found
         self.calls: Mapping[Place, Call] = {(call.path, call.number): call for call in found.calls}
-        self._can = can
+        self._can, self._layer_of = can, layer_of
         self._visits: dict[frozenset[str], Todo] = {}
 
     def visit(self, ready: Collection[str]) -> Todo:
         """What to do, given these results."""
         key = frozenset(ready)
         if key not in self._visits:
-            visit = plan_visit(self.trace, key, self._can)
+            visit = plan_visit(self.trace, key, self._can, self._layer_of)
             handed: dict[Place, list[tuple[int, str]]] = defaultdict(list)
             for place in visit.compute:
                 call = self.calls[place]

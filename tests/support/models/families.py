@@ -190,9 +190,11 @@ def _parent() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def folder_of(name: str) -> Path:
     """The folder of family `name`'s checkpoint, with random weights."""
-    if name in SAVED:
-        return checkpoints.checkpoint(name)
-    model_type, architecture, settings = FAMILIES[name]
+    return checkpoints.checkpoint(name) if name in SAVED else saved(name, *FAMILIES[name])
+
+
+def saved(name: str, model_type: str, architecture: str, settings: Mapping[str, Any]) -> Path:
+    """The folder of a new checkpoint with random weights."""
     folder = Path(_parent().name) / name
     torch.manual_seed(0)
     with quiet():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.runtime.dataflow import Trace, find_units, plan_visit, trace
+from workers.profiling.tracing.module_tree import find_units
+from workers.runtime.dataflow import Trace, plan_visit, trace
 
 
 class Model(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from workers.profiling.tracing.masks import Sight
-from workers.profiling.tracing.module_tree import Tree
+from workers.profiling.tracing.module_tree import Tree, find_units
 
 
 @dataclass(slots=True)
@@ -31,9 +31,11 @@ class Counts:
     flop: dict[tuple[int, str], int] = field(default_factory=lambda: defaultdict(int))
     #: Layer -> largest bytes alive beside its weights while it ran.
     peak_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    #: Layers in the order in which they first ran.
+    #: Layers in the order in which they first ran, and the units likewise.
     order: list[int] = field(default_factory=list)
-    #: Storages that weights had a part in: (layer that made it, last layer that read it, bytes read).
+    ran: dict[str, None] = field(default_factory=dict)
+    #: Storages that weights had a part in: (layer that made it, last layer that read it, bytes read, whether layers
+    #: share it in a mapping).
     flows: list[list[int]] = field(default_factory=list)
     #: Expert parameter's module path -> (rows gathered, rows there are).
     gathered: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -53,8 +55,9 @@ class Counts:
 class Subject:
     """A model and what every pass over it needs to know, found once."""
 
-    def __init__(self, tree: Tree, layer_of: Callable[[str], int | None]) -> None:
+    def __init__(self, tree: Tree, layer_of: Callable[[str], int | None], layer_names: Collection[str]) -> None:
         self.model = tree.model
+        self.units = frozenset(find_units(tree.model, layer_names))
         #: Module path -> layer, or None for containers of several.
         self.layer_of = layer_of
         self.paths = {id(module): path for path, module in tree.modules.items()}
@@ -172,8 +175,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._subject.weights:
             return
         size = storage.nbytes()
-        # [made by, last read by, bytes read, weighted, size]
-        self._storages[key] = [self._layer, self._layer, 0, weighted, size]
+        # [made by, last read by, bytes read, weighted, size, shared]
+        self._storages[key] = [self._layer, self._layer, 0, weighted, size, False]
         self.live += size
         self.high = max(self.high, self.live)
         self._watched[key] = weakref.ref(storage, lambda _: self._frees(key))
@@ -185,7 +188,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None:
             self.live -= known[4]
             if known[3] and known[1] > known[0]:
-                self.counts.flows.append(known[:3])
+                self.counts.flows.append([*known[:3], known[5]])
+
+    def shares(self, tensor: Tensor) -> None:
+        """Note that layers share `tensor` in a mapping (keys and values)."""
+        known = self._storages.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        if known is not None:
+            known[5] = True
 
     def _gathers(self, args: tuple[Any, ...], out: Tensor) -> bool:
         """Whether this copied expert weights for each token, as only `batched_mm` does: note, charge nothing."""
@@ -200,6 +209,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         path = self._subject.paths.get(id(module))
         if path is None:
             path = self._stack[-1] if self._stack else ""
+        elif path in self._subject.units:
+            self.counts.ran.setdefault(path)
         layer = self._subject.layer_of(path)
         if layer is not None and layer != self.layer:
             self._settle()
@@ -252,7 +263,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._settle()
         for known in self._storages.values():
             if known[3] and known[1] > known[0]:
-                self.counts.flows.append(known[:3])
+                self.counts.flows.append([*known[:3], known[5]])
         self._storages, self._watched = {}, {}
         made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         self.counts.output_bytes = sum(leaf.numel() * leaf.element_size() for leaf in made)

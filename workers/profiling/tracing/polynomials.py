@@ -66,6 +66,7 @@ def fit_layer(
         kv_window=kept.window,
         state_bytes=kept.state_bytes,
         activation=_fit(lengths, [_crossing(each.counts, order, at) for each in fits]),
+        shared_kv_per_token=round(_fit(lengths, [_crossing(each.counts, order, at, shared=True) for each in fits])[1]),
         peak=_fit(lengths, [each.counts.peak_bytes.get(at, 0) for each in fits]),
     )
 
@@ -131,8 +132,15 @@ def _add(*terms: Terms) -> Terms:
     return (c0, c1, c2)
 
 
-def _crossing(counts: Counts, order: Sequence[int], at: int) -> int:
-    """Bytes that are made up to layer `at` and read after it; the last layer's are the output's."""
+def _crossing(counts: Counts, order: Sequence[int], at: int, *, shared: bool = False) -> int:
+    """Bytes that are made up to layer `at` and read after it; the last layer's are the output's.
+
+    Args:
+        counts: Of a pass.
+        order: The layers'.
+        at: The layer.
+        shared: Only those that layers share in a mapping.
+    """
     executed = counts.order
     place = order.index(at)
     while place >= 0 and order[place] not in executed:
@@ -141,8 +149,8 @@ def _crossing(counts: Counts, order: Sequence[int], at: int) -> int:
         return 0
     now = executed.index(order[place])
     if now == len(executed) - 1:
-        return counts.output_bytes
-    return sum(size for made, read, size in counts.flows if made <= now < read)
+        return 0 if shared else counts.output_bytes
+    return sum(size for made, read, size, its in counts.flows if made <= now < read and its >= shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -153,6 +153,11 @@ class _Memo:
         kept_before = {id(each) for each in counter.kept_here()}
         counter.high = counter.live
         output = forward(*args, **kwargs)
+        for shared in (*args, *kwargs.values()):
+            if isinstance(shared, MutableMapping):
+                for tensor in pytree.tree_leaves(dict(shared)):
+                    if isinstance(tensor, Tensor):
+                        counter.shares(tensor)
         counts = counter.counts
         places = {id(tensor): at for at, tensor in enumerate(inputs)}
         self._recorded[key] = _Recorded(
@@ -244,7 +249,7 @@ def _signature(value: Any, inputs: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         inputs.append(value)
         return (tuple(value.shape), value.dtype, value.stride())
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         return tuple((name, _signature(each, inputs)) for name, each in value.items())
     if isinstance(value, (list, tuple)):
         return (type(value), *(_signature(each, inputs) for each in value))

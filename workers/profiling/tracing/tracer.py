@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from planner.profile import Tensor
 from workers.checkpoint.config import ModelConfig
 from workers.collector import uncollected
 from workers.profiling.layer_names import Grouping, group_names
+from workers.profiling.layer_order import in_running_order
 from workers.profiling.layer_parts import part_of
 from workers.profiling.trace import ZERO, LayerTrace, ModelTrace
-from workers.profiling.tracing.counter import Subject
+from workers.profiling.tracing.counter import Counts, Subject
 from workers.profiling.tracing.inputs import longest, make_inputs
 from workers.profiling.tracing.kv_cache import read_layer
 from workers.profiling.tracing.masks import EVERYTHING, Sight
@@ -90,11 +91,16 @@ class _Tracer:
         self.parameters = self.tree.parameters
         for each in self.parameters.values():
             each.requires_grad = False
-        self.grouping: Grouping = group_names({name: each.numel() for name, each in self.parameters.items()})
-        self.layer_of = _layer_of(self.grouping, self.tree)
+        self.sizes = {name: each.numel() for name, each in self.parameters.items()}
         self.images = True
+        self._group(group_names(self.sizes))
+
+    def _group(self, grouping: Grouping) -> None:
+        """Count by these layers from now on."""
+        self.grouping = grouping
+        self.layer_of = _layer_of(grouping, self.tree)
         self.parts: dict[tuple[int, str], str] = {}
-        self.subject = Subject(self.tree, self.layer_of)
+        self.subject = Subject(self.tree, self.layer_of, {group.name for group in grouping.groups})
 
     def place(self, tensors: Mapping[str, Tensor]) -> Places:
         """Where each tensor belongs, checked."""
@@ -106,8 +112,12 @@ class _Tracer:
     def run(self, places: Places, batch_size: int, sequence_length: int) -> ModelTrace:
         """Count, at several batch sizes and lengths."""
         limit = longest(self.model)
+        named = self.grouping
         fits, looping = self._fits(sequence_length, limit)
-        order = self._order(fits[0].counts.order)
+        if self.grouping is not named:
+            places = self.place({name: 0 for name in places})
+        idle = self._idle(fits[0].counts)
+        order = self._order(fits[0].counts.order, idle)
         # A polynomial says what it was made from at the lengths that it was made of: only others can confirm it.
         fitted = {each.sequence_length for each in fits}
         wanted = (_CHECK_LOOPING, _CHECKS[-1]) if looping else (_beyond_windows(fits[0]), *_CHECKS)
@@ -120,7 +130,7 @@ class _Tracer:
             layers |= {at: fit_layer(self.grouping.groups[at], at, order, fits, doubled) for at in wrong}
             wrong, _ = self._check(layers, wrong, lengths, limit, checks)
         reasons = [] if self.images else ["images are not counted: the image part cannot be run without weights"]
-        reasons += self._idle({at for each in (*fits, *checks) for at in each.counts.order})
+        reasons += self._uncounted({at for each in (*fits, *checks) for at in each.counts.order})
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
             reasons += self._chunked(layers, wrong, order, (batch_size, asked), limit)
@@ -128,7 +138,17 @@ class _Tracer:
             self._check_one_token(layers)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
-        layers = {at: replace(layer, mask=mask_terms(layer.parts, sights.get(at))) for at, layer in layers.items()}
+        idle_in = dict.fromkeys(self._beside_text(fits[0]), "text") | dict.fromkeys(idle, "profile")
+        modules = self._modules()
+        layers = {
+            at: replace(
+                layer,
+                mask=mask_terms(layer.parts, sights.get(at)),
+                idle_in=idle_in.get(at, ""),
+                modules=tuple(modules[at]),
+            )
+            for at, layer in layers.items()
+        }
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
@@ -167,7 +187,15 @@ class _Tracer:
         return fits, looping
 
     def _first(self, length: int) -> Pass:
-        """The first pass; it finds out whether images can be run."""
+        """The first pass; it finds out whether images can be run, and when each module runs."""
+        first = self._with_images(length)
+        grouping = in_running_order(self.grouping, list(first.counts.ran), self.sizes)
+        if grouping is self.grouping:
+            return first
+        self._group(grouping)
+        return self._with_images(length)
+
+    def _with_images(self, length: int) -> Pass:
         try:
             return self._pass(1, length, masks=True)
         except NotTraceable as error:
@@ -216,15 +244,54 @@ class _Tracer:
             found = self.parts[layer, path] = part_of(inside, group.layer_type)
         return found
 
-    def _order(self, executed: Sequence[int]) -> list[int]:
-        """Layers as they run; those that this pass does not run stay behind the one they follow by name."""
+    def _order(self, executed: Sequence[int], idle: Collection[int]) -> list[int]:
+        """Layers as they run; weights that no module runs stay behind what they follow by name, idle layers come last."""
         order = list(executed)
-        for at in range(len(self.grouping.groups)):
+        named = [at for at in range(len(self.grouping.groups)) if at not in idle]
+        for before, at in zip([None, *named], named, strict=False):
             if at not in order:
-                order.insert(order.index(at - 1) + 1 if at else 0, at)
-        return order
+                order.insert(0 if before is None else order.index(before) + 1, at)
+        return order + sorted(idle)
 
-    def _idle(self, executed: Container[int]) -> list[str]:
+    def _idle(self, counts: Counts) -> set[int]:
+        """Layers that a pass did not run although they have modules that could run, with weights of their own."""
+        ran = {*counts.order, *(self.layer_of(unit) for unit in counts.ran)}
+        theirs = {id(self.parameters[name]) for name, at in self.grouping.of.items() if at in ran}
+        own = {at for name, at in self.grouping.of.items() if id(self.parameters[name]) not in theirs}
+        return {at for unit in self.subject.units if (at := self.layer_of(unit)) is not None and at in own - ran}
+
+    def _beside_text(self, counted: Pass) -> set[int]:
+        """Layers that a pass of text alone does not run."""
+        given = make_inputs(self.model, 1, counted.sequence_length, images=self.images)
+        if not {"pixel_values", "input_ids"} <= given.keys():
+            return set()
+        self.images = False
+        try:
+            text = self._pass(1, counted.sequence_length)
+        except NotTraceable:  # two towers take both or nothing
+            return set()
+        finally:
+            self.images = True
+        return set(counted.counts.order) - set(text.counts.order)
+
+    def _modules(self) -> dict[int, list[str]]:
+        """The modules that hold each layer's weights; where one lies below another, the deeper says more."""
+        layers = {name: self.grouping.of[name] for name in self.parameters if name in self.grouping.of}
+        for name in self.tree.buffers:
+            path, _, leaf = name.rpartition(".")
+            module = self.tree.modules.get(path)
+            at = self.layer_of(path)
+            if module is not None and at is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001
+                layers[name] = at
+        found: dict[int, dict[str, None]] = {at: {} for at in range(len(self.grouping.groups))}
+        owner: dict[str, int] = {}
+        for name, at in layers.items():
+            group = self.grouping.groups[at]
+            path = group.name if name.startswith(f"{group.name}.") else name.rpartition(".")[0]
+            found[at].setdefault(path if owner.setdefault(path, at) == at else name)
+        return {at: list(paths) for at, paths in found.items()}
+
+    def _uncounted(self, executed: Container[int]) -> list[str]:
         """Say which numbered layers no pass ran, for want of what they read (sound beside text, a film)."""
         idle = [g for at, g in enumerate(self.grouping.groups) if g.number is not None and at not in executed]
         idle = [group for group in idle if self.images or group.layer_type != "vision"]
