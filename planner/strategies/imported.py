@@ -9,8 +9,8 @@ from typing import Any
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput, InvalidMetadata
-from planner.plan import Plan, PlanOptions
 from planner.megaphone import UNUSED
+from planner.plan import Plan, PlanOptions
 from planner.profile import ModelProfile
 from planner.wire.identity import plan_id
 from planner.wire.read import plan_from_json

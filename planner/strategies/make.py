@@ -234,7 +234,7 @@ def accept(problem: Problem, answer: Answer, *, generated_at: str | None = None)
     )
     latency = float(layer_s.sum()) + sum(hop.transfer_s for hop in chain.chain)
     objective = bottleneck if options.objective == "throughput" else latency
-    bound = float(min(answer.lower_bound_s - _to_idle_s(problem), objective))
+    bound = float(min(max(0.0, answer.lower_bound_s - _to_idle_s(problem)), objective))
     plan = Plan(
         plan_id="",
         model_name=profile.model_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from planner.cluster import Cluster, Link, Node
 from planner.errors import Conflict
 from planner.megaphone import check_arrival, digest, megaphone, runs
-from planner.plan import Megaphone
+from planner.plan import Megaphone, PlanOptions
 from planner.profile import Layer, ModelProfile
+from planner.strategies.make import plan_for
+from planner.wire import read as wire
 
 MODEL = ModelProfile(
     model_name="owner/name",
@@ -30,6 +33,10 @@ CLUSTER = Cluster(
     nodes=tuple(Node(node_id=name, flop_per_s=1, memory_bytes=1) for name in "abc"),
     default_link=Link(latency_s=0.5, bytes_per_s=1000),
     links={("a", "b"): Link(latency_s=0.25, bytes_per_s=None)},
+)
+ROOMY = Cluster(
+    nodes=tuple(Node(node_id=name, flop_per_s=1, memory_bytes=1) for name in "abcd"),
+    default_link=Link(latency_s=0.5, bytes_per_s=1024),
 )
 #: a holds two runs, and c the unused tensors alone.
 ALLOCATION = {"a": (0, 1, 4), "b": (2, 3, 5), "c": (6,)}
@@ -130,3 +137,28 @@ def test_one_node_is_a_chain_of_one_step() -> None:
     assert chain[0].layer_names == tuple(f"l{index}" for index in range(6))
     assert chain[0].payload_bytes == 0
     assert made(allocation={"b": tuple(range(7))}).announcement["to"] == []
+
+
+def test_what_a_pass_does_not_run_has_a_holder_and_no_step_and_text_takes_its_own_way() -> None:
+    kinds = {1: "text", 2: "text", 5: "profile"}
+    layers = tuple(replace(layer, idle_in=kinds.get(layer.index, "")) for layer in MODEL.layers[:6])
+    profile = replace(MODEL, layers=layers)
+
+    def chains(allocation: dict[str, tuple[int, ...]]) -> tuple[list[str], tuple[str, ...]]:
+        found = plan_for(profile, ROOMY, PlanOptions(objective="latency"), allocation)
+        assert found.predicted.latency_s == sum(hop.compute_s + hop.transfer_s for hop in found.megaphone.chain)
+        assert wire.plan_from_json(wire.plan_to_json(found)) == found
+        return [hop.node_id for hop in found.megaphone.chain], found.megaphone.text_chain
+
+    assert chains({"a": (0,), "b": (1, 2), "c": (3, 4), "d": (5,)}) == (["a", "b", "c"], ("a", "c"))
+    assert chains({"a": (0, 3, 4), "b": (1, 2, 5)}) == (["a", "b", "a"], ("a",))
+    assert chains({"a": (0, 1), "b": (2, 3, 4, 5)}) == (["a", "b"], ())
+
+
+def test_hops_say_what_shared_keys_and_values_cost() -> None:
+    layers = tuple(replace(layer, shared_kv_bytes_per_token=7 * (layer.index == 1)) for layer in MODEL.layers)
+    profile = replace(MODEL, layers=layers)
+    stages = runs(profile, {"a": (0, 1), "b": (2, 3, 4, 5, 6)})
+    for phase, tokens in (("prefill", 200), ("decode", 2)):
+        found = megaphone(profile, CLUSTER, stages, plan_id="p1", phase=phase, compute_s=[1, 1])  # type: ignore[arg-type]
+        assert [hop.shared_kv_bytes for hop in found.chain] == [7 * tokens, 0]

@@ -83,7 +83,7 @@ def tensors(output: Any) -> dict[str, Tensor]:
 
 def assert_equal(found: Any, expected: Any) -> None:
     ours, theirs = tensors(found), tensors(expected)
-    assert {"logits", "last_hidden_state"} & ours.keys()
+    assert {"logits", "logits_per_text", "last_hidden_state"} & ours.keys()
     for name, value in ours.items():
         assert not value.isnan().any(), name
         assert torch.equal(value, theirs[name]), name

@@ -104,7 +104,8 @@ HopOut = answer(
     "HopOut", "A step of the chain.",
     node_id=text(), step=whole(), layer_names=many(text()), next_nodes=many(text()),
     payload_bytes=may(whole("Handed on to the next step.")),
-    shared_kv_bytes=may(whole("Of them: keys and values that later layers share.")), transfer_s=may(number()), compute_s=may(number()),
+    shared_kv_bytes=may(whole("Of them: keys and values that later layers share.")),
+    transfer_s=may(number()), compute_s=may(number()),
     check=may(mapping(about="What the receiver checks before it runs.")),
 )
 MegaphoneOut = answer(

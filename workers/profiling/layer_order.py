@@ -7,7 +7,7 @@ belongs to the head that runs after it, a projection of the embeddings (Gemma 3n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -43,6 +43,23 @@ def in_running_order(grouping: Grouping, ran: Sequence[str], sizes: Mapping[str,
     return grouping if new == old else _renamed(groups, new, sizes)
 
 
+def idle_last(ran: Sequence[int], idle: Collection[int], count: int) -> list[int]:
+    """Layers as they run, those that a pass does not run last.
+
+    Args:
+        ran: Layers in the order in which they ran.
+        idle: Those that did not run.
+        count: How many layers there are. Others are weights that no module runs: they stay behind what they follow
+            by name.
+    """
+    order = list(ran)
+    named = [at for at in range(count) if at not in idle]
+    for before, at in zip([None, *named], named, strict=False):
+        if at not in order:
+            order.insert(0 if before is None else order.index(before) + 1, at)
+    return order + sorted(idle)
+
+
 def _members(names: Iterable[str], units: set[str]) -> dict[str, list[str]]:
     """Unit -> its parameters."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -58,7 +75,7 @@ def _members(names: Iterable[str], units: set[str]) -> dict[str, list[str]]:
 def _torn(
     units: Sequence[str], layer_of: Mapping[str, float], groups: Mapping[float, Group]
 ) -> tuple[float, list[str], float] | None:
-    """Units of a layer that run when the rest of it does not, and between which layers (0: none); None: no layer's do."""
+    """Units that run when the rest of their layer does not, and the layers before and after them (0: none there)."""
     blocks = [(layer, list(block)) for layer, block in groupby(units, key=lambda unit: layer_of[unit])]
     places: dict[float, list[int]] = defaultdict(list)
     for place, (layer, _) in enumerate(blocks):

@@ -202,8 +202,8 @@ def plan_visit(
 ) -> Visit:
     """What a stage does next, given the results it has (`ready`) and what it holds (`can`).
 
-    Layers have their turns in the order of their first calls, as in the plan: a stage does not run one ahead of others'
-    even if nothing stops it, or the request would go another way than its chain.
+    Layers have their turns in the order of their first calls, as in the plan: a stage runs none ahead of others' even
+    if nothing stops it, or the request would go another way than its chain.
 
     Args:
         found: The pass.

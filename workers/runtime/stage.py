@@ -233,6 +233,13 @@ def _shapes(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
     return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(inputs.items()))
 
 
+def _within(path: str, layers: Collection[str]) -> str | None:
+    """The layer that the module at `path` is or is in, the nearest first; None: it is in none."""
+    while path and path not in layers:
+        path = path.rpartition(".")[0]
+    return path or None
+
+
 def _reason(error: Exception) -> str:
     """Why a model could not be traced, in a line."""
     if isinstance(error, NotImplementedError) and "data-independent" in str(error):

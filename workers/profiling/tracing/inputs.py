@@ -119,3 +119,12 @@ def _positions(taken: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
         if "position_ids" in taken
         else {}
     )
+
+
+def positions(config: Any) -> int | None:
+    """How long the config's tables of positions are."""
+    for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from workers.profiling.layer_names import Grouping
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +52,43 @@ def find_units(model: nn.Module, layer_names: Collection[str]) -> tuple[str, ...
                 yield from below(here, child)
 
     return tuple(below("", model))
+
+
+def layers_of_modules(tree: Tree, grouping: Grouping) -> Callable[[str], int | None]:
+    """Module path -> layer: below a numbered layer, that one; else the one that all its parameters are of."""
+    owners: dict[str, set[int]] = defaultdict(set)
+    for name, layer in grouping.of.items():
+        path = name.rpartition(".")[0]
+        while path and layer not in owners[path]:  # else all above has it too
+            owners[path].add(layer)
+            path = path.rpartition(".")[0]
+    found: dict[str, int | None] = {}
+    for path in tree.modules:  # what is above comes first
+        layers = owners.get(path, ())
+        found[path] = next(iter(layers)) if len(layers) == 1 else found.get(path.rpartition(".")[0])
+    return found.get
+
+
+def modules_of_layers(
+    tree: Tree, grouping: Grouping, layer_of: Callable[[str], int | None]
+) -> dict[int, tuple[str, ...]]:
+    """The modules that hold each layer's weights; where one lies below another, the deeper says more.
+
+    Args:
+        tree: The model.
+        grouping: Its layers.
+        layer_of: As `layers_of_modules` gives it.
+    """
+    layers = {name: grouping.of[name] for name in tree.parameters if name in grouping.of}
+    for name in tree.buffers:
+        path, _, leaf = name.rpartition(".")
+        module, at = tree.modules.get(path), layer_of(path)
+        if module is not None and at is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001
+            layers[name] = at
+    found: dict[int, dict[str, None]] = {at: {} for at in range(len(grouping.groups))}
+    owner: dict[str, int] = {}
+    for name, at in layers.items():
+        group = grouping.groups[at]
+        path = group.name if name.startswith(f"{group.name}.") else name.rpartition(".")[0]
+        found[at].setdefault(path if owner.setdefault(path, at) == at else name)
+    return {at: tuple(paths) for at, paths in found.items()}

@@ -50,6 +50,7 @@ def fit_layer(
         once = once_parts[part] = _fit(lengths[:2], shared)
         parts[part] = _fit(lengths, [flop - value(once, s) for s, flop in zip(lengths, single, strict=True)])
     kept = _cache(lengths, [each.kept.get(at, ()) for each in fits])
+    shared = [_crossing(each.counts, order, at, shared=True) for each in fits]
     return LayerTrace(
         name=group.name,
         layer_type=group.layer_type,
@@ -66,7 +67,7 @@ def fit_layer(
         kv_window=kept.window,
         state_bytes=kept.state_bytes,
         activation=_fit(lengths, [_crossing(each.counts, order, at) for each in fits]),
-        shared_kv_per_token=round(_fit(lengths, [_crossing(each.counts, order, at, shared=True) for each in fits])[1]),
+        shared_kv_per_token=round(_fit(lengths, shared)[1]),
         peak=_fit(lengths, [each.counts.peak_bytes.get(at, 0) for each in fits]),
     )
 
@@ -188,3 +189,16 @@ def _cache(lengths: Sequence[int], kept: Sequence[Sequence[Kept]]) -> _Kept:
             per_token += growth
         later += growth
     return _Kept(fixed, per_token, later if window is not None else 0, value_bytes, window, state)
+
+
+def distinct_lengths(lengths: tuple[int, int, int], limit: int | None) -> tuple[int, int, int]:
+    """The lengths, or half as long and so on until the model takes the longest: three that it runs at."""
+    while limit is not None and lengths[2] > limit and lengths[0] > 1:
+        lengths = (lengths[0] // 2, lengths[1] // 2, lengths[2] // 2)
+    return lengths
+
+
+def beyond_windows(counted: Pass, step: int) -> int:
+    """A multiple of `step`, to check at, that no window of the KV cache reaches."""
+    windows = [each.window_tokens or 0 for kept in counted.kept.values() for each in kept]
+    return max([0, *windows]) // step * step + step

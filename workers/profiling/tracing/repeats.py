@@ -152,12 +152,12 @@ class _Memo:
         sights_before = set(counter.counts.sights)
         kept_before = {id(each) for each in counter.kept_here()}
         counter.high = counter.live
+        # Whether it reads all that others share with it or not: a stage hands on the whole mapping.
+        for tensor in _in_mappings(args, kwargs):
+            counter.reads(tensor)
         output = forward(*args, **kwargs)
-        for shared in (*args, *kwargs.values()):
-            if isinstance(shared, MutableMapping):
-                for tensor in pytree.tree_leaves(dict(shared)):
-                    if isinstance(tensor, Tensor):
-                        counter.shares(tensor)
+        for tensor in _in_mappings(args, kwargs):
+            counter.shares(tensor)
         counts = counter.counts
         places = {id(tensor): at for at, tensor in enumerate(inputs)}
         self._recorded[key] = _Recorded(
@@ -228,6 +228,12 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, _SCALARS) or (
         isinstance(value, (list, tuple)) and all(isinstance(each, _SCALARS) for each in value)
     )
+
+
+def _in_mappings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors in those arguments that children can put something into."""
+    mappings = [dict(each) for each in (*args, *kwargs.values()) if isinstance(each, MutableMapping)]
+    return [leaf for leaf in pytree.tree_leaves(mappings) if isinstance(leaf, Tensor)] if mappings else []
 
 
 @cache

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,17 +19,24 @@ from planner.profile import Tensor
 from workers.checkpoint.config import ModelConfig
 from workers.collector import uncollected
 from workers.profiling.layer_names import Grouping, group_names
-from workers.profiling.layer_order import in_running_order
+from workers.profiling.layer_order import idle_last, in_running_order
 from workers.profiling.layer_parts import part_of
 from workers.profiling.trace import ZERO, LayerTrace, ModelTrace
 from workers.profiling.tracing.counter import Counts, Subject
-from workers.profiling.tracing.inputs import longest, make_inputs
+from workers.profiling.tracing.inputs import longest, make_inputs, positions
 from workers.profiling.tracing.kv_cache import read_layer
 from workers.profiling.tracing.masks import EVERYTHING, Sight
-from workers.profiling.tracing.module_tree import Tree, look_through
+from workers.profiling.tracing.module_tree import layers_of_modules, look_through, modules_of_layers
 from workers.profiling.tracing.names import Renamer
 from workers.profiling.tracing.places import Places, check_stacks
-from workers.profiling.tracing.polynomials import Pass, agrees, fit_layer, mask_terms
+from workers.profiling.tracing.polynomials import (
+    Pass,
+    agrees,
+    beyond_windows,
+    distinct_lengths,
+    fit_layer,
+    mask_terms,
+)
 from workers.profiling.tracing.repeats import count
 from workers.profiling.tracing.skeleton import NotTraceable, build, first_line, quiet
 
@@ -98,12 +104,13 @@ class _Tracer:
     def _group(self, grouping: Grouping) -> None:
         """Count by these layers from now on."""
         self.grouping = grouping
-        self.layer_of = _layer_of(grouping, self.tree)
+        self.layer_of = layers_of_modules(self.tree, grouping)
         self.parts: dict[tuple[int, str], str] = {}
         self.subject = Subject(self.tree, self.layer_of, {group.name for group in grouping.groups})
 
     def place(self, tensors: Mapping[str, Tensor]) -> Places:
         """Where each tensor belongs, checked."""
+        self.given = tensors
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
         places = Places(self.tree, tensors, self.grouping, self.layer_of, rename)
         check_stacks(self.tree, tensors, places, self.grouping, rename)
@@ -115,12 +122,12 @@ class _Tracer:
         named = self.grouping
         fits, looping = self._fits(sequence_length, limit)
         if self.grouping is not named:
-            places = self.place({name: 0 for name in places})
+            places = self.place(self.given)
         idle = self._idle(fits[0].counts)
-        order = self._order(fits[0].counts.order, idle)
+        order = idle_last(fits[0].counts.order, idle, len(self.grouping.groups))
         # A polynomial says what it was made from at the lengths that it was made of: only others can confirm it.
         fitted = {each.sequence_length for each in fits}
-        wanted = (_CHECK_LOOPING, _CHECKS[-1]) if looping else (_beyond_windows(fits[0]), *_CHECKS)
+        wanted = (_CHECK_LOOPING, _CHECKS[-1]) if looping else (beyond_windows(fits[0], _CHECKS[0]), *_CHECKS)
         lengths = sorted({min(n, limit or n) for n in wanted} - fitted, reverse=True)
         layers = {at: fit_layer(self.grouping.groups[at], at, order, fits, ()) for at in order}
         wrong, checks = self._check(layers, list(layers), lengths, limit)
@@ -139,13 +146,13 @@ class _Tracer:
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
         idle_in = dict.fromkeys(self._beside_text(fits[0]), "text") | dict.fromkeys(idle, "profile")
-        modules = self._modules()
+        modules = modules_of_layers(self.tree, self.grouping, self.layer_of)
         layers = {
             at: replace(
                 layer,
                 mask=mask_terms(layer.parts, sights.get(at)),
                 idle_in=idle_in.get(at, ""),
-                modules=tuple(modules[at]),
+                modules=modules[at],
             )
             for at, layer in layers.items()
         }
@@ -164,7 +171,7 @@ class _Tracer:
 
         The longest is the length that is asked for, so that peaks, which no polynomial describes, are right there.
         """
-        shortest = min(limit or _FIT[2], _positions(self.model.config) or _FIT[2])
+        shortest = min(limit or _FIT[2], positions(self.model.config) or _FIT[2])
         try:
             return self._fits_at(_FIT if shortest >= _FIT[2] else _FIT_SHORT, sequence_length, limit)
         except NotTraceable:  # a table of positions that no known field tells
@@ -244,15 +251,6 @@ class _Tracer:
             found = self.parts[layer, path] = part_of(inside, group.layer_type)
         return found
 
-    def _order(self, executed: Sequence[int], idle: Collection[int]) -> list[int]:
-        """Layers as they run; weights that no module runs stay behind what they follow by name, idle layers come last."""
-        order = list(executed)
-        named = [at for at in range(len(self.grouping.groups)) if at not in idle]
-        for before, at in zip([None, *named], named, strict=False):
-            if at not in order:
-                order.insert(0 if before is None else order.index(before) + 1, at)
-        return order + sorted(idle)
-
     def _idle(self, counts: Counts) -> set[int]:
         """Layers that a pass did not run although they have modules that could run, with weights of their own."""
         ran = {*counts.order, *(self.layer_of(unit) for unit in counts.ran)}
@@ -273,23 +271,6 @@ class _Tracer:
         finally:
             self.images = True
         return set(counted.counts.order) - set(text.counts.order)
-
-    def _modules(self) -> dict[int, list[str]]:
-        """The modules that hold each layer's weights; where one lies below another, the deeper says more."""
-        layers = {name: self.grouping.of[name] for name in self.parameters if name in self.grouping.of}
-        for name in self.tree.buffers:
-            path, _, leaf = name.rpartition(".")
-            module = self.tree.modules.get(path)
-            at = self.layer_of(path)
-            if module is not None and at is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001
-                layers[name] = at
-        found: dict[int, dict[str, None]] = {at: {} for at in range(len(self.grouping.groups))}
-        owner: dict[str, int] = {}
-        for name, at in layers.items():
-            group = self.grouping.groups[at]
-            path = group.name if name.startswith(f"{group.name}.") else name.rpartition(".")[0]
-            found[at].setdefault(path if owner.setdefault(path, at) == at else name)
-        return {at: list(paths) for at, paths in found.items()}
 
     def _uncounted(self, executed: Container[int]) -> list[str]:
         """Say which numbered layers no pass ran, for want of what they read (sound beside text, a film)."""
@@ -325,7 +306,7 @@ class _Tracer:
                     # What failed at a longer length holds up to this one.
                     last = limit if longest_run is None else length
                     if longest_run is None and length != lengths[0]:
-                        last = _positions(self.model.config) or length
+                        last = positions(self.model.config) or length
                     if last is not None:
                         layers[at] = replace(layer, terms_range=(1, last))
             longest_run = longest_run or length
@@ -365,7 +346,7 @@ class _Tracer:
         """
         batch, length = at_asked
         try:
-            fits = [self._pass(1, each) for each in _distinct(_FIT_CHUNKED, limit)]
+            fits = [self._pass(1, each) for each in distinct_lengths(_FIT_CHUNKED, limit)]
             asked = self._pass(batch, length)
         except NotTraceable as error:
             return [
@@ -426,40 +407,3 @@ class _Tracer:
                 if name not in stored and mine is not None and its is not None and mine != its:
                     ties.update((position[mine], position[its], tensor) for tensor in stored[holder])
         return tuple(sorted(ties))
-
-
-def _beyond_windows(counted: Pass) -> int:
-    """A length to check at that no window of the KV cache reaches."""
-    windows = [each.window_tokens or 0 for kept in counted.kept.values() for each in kept]
-    return max([0, *windows]) // _CHECKS[0] * _CHECKS[0] + _CHECKS[0]
-
-
-def _distinct(lengths: tuple[int, int, int], limit: int | None) -> tuple[int, int, int]:
-    """The lengths, or half as long and so on until the model takes the longest: three that it runs at."""
-    while limit is not None and lengths[2] > limit and lengths[0] > 1:
-        lengths = (lengths[0] // 2, lengths[1] // 2, lengths[2] // 2)
-    return lengths
-
-
-def _positions(config: Any) -> int | None:
-    """How long the config's tables of positions are."""
-    for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"):
-        found = getattr(config, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
-    return None
-
-
-def _layer_of(grouping: Grouping, tree: Tree) -> Callable[[str], int | None]:
-    """Module path -> layer: below a numbered layer, that one; else the one that all its parameters are of."""
-    owners: dict[str, set[int]] = defaultdict(set)
-    for name, layer in grouping.of.items():
-        path = name.rpartition(".")[0]
-        while path and layer not in owners[path]:  # else all above has it too
-            owners[path].add(layer)
-            path = path.rpartition(".")[0]
-    found: dict[str, int | None] = {}
-    for path in tree.modules:  # what is above comes first
-        layers = owners.get(path, ())
-        found[path] = next(iter(layers)) if len(layers) == 1 else found.get(path.rpartition(".")[0])
-    return found.get
