@@ -92,3 +92,25 @@ def modules_of_layers(
         path = group.name if name.startswith(f"{group.name}.") else name.rpartition(".")[0]
         found[at].setdefault(path if owner.setdefault(path, at) == at else name)
     return {at: tuple(paths) for at, paths in found.items()}
+
+
+def idle_layers(
+    tree: Tree,
+    grouping: Grouping,
+    layer_of: Callable[[str], int | None],
+    units: Collection[str],
+    ran: Collection[str],
+) -> set[int]:
+    """Layers that a pass did not run although they have modules that could run, with weights of their own.
+
+    Args:
+        tree: The model.
+        grouping: Its layers.
+        layer_of: As `layers_of_modules` gives it.
+        units: As `find_units` gives them.
+        ran: Those of them that the pass ran.
+    """
+    running = {layer_of(unit) for unit in ran}
+    theirs = {id(tree.parameters[name]) for name, at in grouping.of.items() if at in running}
+    own = {at for name, at in grouping.of.items() if id(tree.parameters[name]) not in theirs}
+    return {at for unit in units if (at := layer_of(unit)) is not None and at in own - running}

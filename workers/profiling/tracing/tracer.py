@@ -22,11 +22,11 @@ from workers.profiling.layer_names import Grouping, group_names
 from workers.profiling.layer_order import idle_last, in_running_order
 from workers.profiling.layer_parts import part_of
 from workers.profiling.trace import ZERO, LayerTrace, ModelTrace
-from workers.profiling.tracing.counter import Counts, Subject
+from workers.profiling.tracing.counter import Subject
 from workers.profiling.tracing.inputs import longest, make_inputs, positions
 from workers.profiling.tracing.kv_cache import read_layer
 from workers.profiling.tracing.masks import EVERYTHING, Sight
-from workers.profiling.tracing.module_tree import layers_of_modules, look_through, modules_of_layers
+from workers.profiling.tracing.module_tree import idle_layers, layers_of_modules, look_through, modules_of_layers
 from workers.profiling.tracing.names import Renamer
 from workers.profiling.tracing.places import Places, check_stacks
 from workers.profiling.tracing.polynomials import (
@@ -123,8 +123,9 @@ class _Tracer:
         fits, looping = self._fits(sequence_length, limit)
         if self.grouping is not named:
             places = self.place(self.given)
-        idle = self._idle(fits[0].counts)
-        order = idle_last(fits[0].counts.order, idle, len(self.grouping.groups))
+        counts = fits[0].counts
+        idle = idle_layers(self.tree, self.grouping, self.layer_of, self.subject.units, counts.ran) - {*counts.order}
+        order = idle_last(counts.order, idle, len(self.grouping.groups))
         # A polynomial says what it was made from at the lengths that it was made of: only others can confirm it.
         fitted = {each.sequence_length for each in fits}
         wanted = (_CHECK_LOOPING, _CHECKS[-1]) if looping else (beyond_windows(fits[0], _CHECKS[0]), *_CHECKS)
@@ -141,21 +142,16 @@ class _Tracer:
         if wrong:
             asked = min(sequence_length, limit or sequence_length)
             reasons += self._chunked(layers, wrong, order, (batch_size, asked), limit)
-        if looping or fits[0].counts.einsum or any(layer.state_bytes for layer in layers.values()):
+        if looping or counts.einsum or any(layer.state_bytes for layer in layers.values()):
             self._check_one_token(layers)
         # A mask that hides nothing in a short sequence is not even made: the longest one tells.
         sights = {at: sight for each in (fits[0], *checks) for at, sight in each.sights.items()}
         idle_in = dict.fromkeys(self._beside_text(fits[0]), "text") | dict.fromkeys(idle, "profile")
         modules = modules_of_layers(self.tree, self.grouping, self.layer_of)
         layers = {
-            at: replace(
-                layer,
-                mask=mask_terms(layer.parts, sights.get(at)),
-                idle_in=idle_in.get(at, ""),
-                modules=modules[at],
-            )
-            for at, layer in layers.items()
+            at: replace(layer, idle_in=idle_in.get(at, ""), modules=modules[at]) for at, layer in layers.items()
         }
+        layers = {at: replace(layer, mask=mask_terms(layer.parts, sights.get(at))) for at, layer in layers.items()}
         position = {at: place for place, at in enumerate(order)}
         return ModelTrace(
             layers=tuple(layers[at] for at in order),
@@ -250,13 +246,6 @@ class _Tracer:
             inside = path[len(group.name) + 1 :] if path.startswith(f"{group.name}.") else path
             found = self.parts[layer, path] = part_of(inside, group.layer_type)
         return found
-
-    def _idle(self, counts: Counts) -> set[int]:
-        """Layers that a pass did not run although they have modules that could run, with weights of their own."""
-        ran = {*counts.order, *(self.layer_of(unit) for unit in counts.ran)}
-        theirs = {id(self.parameters[name]) for name, at in self.grouping.of.items() if at in ran}
-        own = {at for name, at in self.grouping.of.items() if id(self.parameters[name]) not in theirs}
-        return {at for unit in self.subject.units if (at := self.layer_of(unit)) is not None and at in own - ran}
 
     def _beside_text(self, counted: Pass) -> set[int]:
         """Layers that a pass of text alone does not run."""
