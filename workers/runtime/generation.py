@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,8 @@ class Driver:
             return self._forward(arguments)
 
         self._model.__dict__["forward"] = forward
+        # Sessions do that to their models: this one is never run.
+        self._model.__dict__["_optimize_model_for_decode"] = nullcontext
         #: All tokens so far, those of the prompts too.
         self.token_ids: Tensor | None = None
 

@@ -16,7 +16,7 @@ be used from any thread: a stage runs one visit at a time. After an error a sess
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +101,7 @@ class Session:
                 arguments = self._arrive(step)
                 assert self._real is not None
                 assert self._flow is not None
-                with self._own_states():
+                with self._own_states(), self._as_generate():
                     answer = self._stage.visit(self._flow, step, arguments, (self._real, self._clock.cache))
             except Exception as error:
                 self._end(f"it failed in pass {step.number}: {error}")
@@ -273,6 +273,12 @@ class Session:
         like = self._first.flow.trace.output["encoder_last_hidden_state"]
         hollow = torch.full((), filler(like.dtype), dtype=like.dtype, device=device).expand(like.shape)
         return BaseModelOutput(last_hidden_state=hollow)
+
+    def _as_generate(self) -> AbstractContextManager[None]:
+        """What `generate` does to a model while it decodes: experts run in another way on a GPU."""
+        model: Any = self._stage.model
+        decodes = self._number > 0 and self._news == 1
+        return model._optimize_model_for_decode() if decodes else nullcontext()  # noqa: SLF001
 
     @contextmanager
     def _own_states(self) -> Iterator[None]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import checkpoint
 from support.stage_cases import assert_equal, chain, contiguous, cut, example, whole
+from torch import Tensor
 
 from planner.devices import variants
 from workers.nodes import probe as node
+from workers.runtime.generation import generate
+from workers.runtime.payload import Handoff
+from workers.runtime.session import Session
 from workers.splitter import load_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -34,3 +39,31 @@ def test_a_chain_of_stages_on_a_card_is_the_whole_model_bit_for_bit(name: str, t
     output, _ = chain(stages, inputs, device="cuda")
     with torch.no_grad():
         assert_equal(output, model(**inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma2", "mamba2", "t5"])
+def test_a_chain_on_a_card_says_what_the_whole_model_says(name: str, tmp_path: Path) -> None:
+    stages = [load_stage(shard, device="cuda") for shard in cut(checkpoint(name), tmp_path, contiguous, 3)]
+    sessions = [Session(stage, batch=2, length=13) for stage in stages]
+    ids = torch.randint(3, 90, (2, 7), device="cuda", generator=torch.Generator("cuda").manual_seed(5))
+
+    def send(step: Handoff) -> Mapping[str, Tensor]:
+        at = 0
+        while True:
+            answer = sessions[at].step(step)
+            if not isinstance(answer, Handoff):
+                output: Mapping[str, Tensor] = answer
+                return output
+            step = Handoff.from_bytes(answer.to_bytes(), device="cuda")
+            at = next(number for number, stage in enumerate(stages) if step.next_module in stage.held)
+
+    made = generate(stages[0], send, {"input_ids": ids}, max_new_tokens=6, logits=True)
+    theirs = (
+        whole(checkpoint(name))
+        .cuda()
+        .generate(
+            ids, max_new_tokens=6, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True
+        )
+    )
+    assert made.logits is not None
+    assert torch.equal(made.logits, torch.stack(theirs.logits, dim=1))

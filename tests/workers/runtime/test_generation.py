@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from support.depth import some
 from support.models.families import NAMES, folder_of
 from support.stage_cases import contiguous, cut, scattered, whole
@@ -283,3 +286,55 @@ def test_what_cannot_generate_is_refused_before_its_weights_are_loaded(
         Session(stage, batch=1, length=5)
     with pytest.raises(InvalidInput, match=reason):
         Driver(stage, lambda _: {})
+
+
+_THERE: dict[str, Any] = {}
+
+
+def _open(shard: Path, length: int) -> tuple[list[str], str]:
+    """In another process: load a stage and open a session; what it holds, and what runs first."""
+    torch.set_num_threads(1)
+    stage = load_stage(shard, generates=True)
+    first = prepare(stage, batch=2, length=7, padded=True)
+    _THERE["session"] = Session(stage, batch=2, length=length)
+    return sorted(stage.held), first
+
+
+def _step(wire: bytes) -> tuple[str | None, bytes]:
+    """In another process: a visit; where to go next, and the handoff or the logits."""
+    answer = _THERE["session"].step(Handoff.from_bytes(wire))
+    if isinstance(answer, Handoff):
+        return answer.next_module, answer.to_bytes()
+    return None, save({"logits": answer["logits"]})
+
+
+@pytest.fixture(scope="module")
+def others() -> Iterator[list[ProcessPoolExecutor]]:
+    """Three processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        yield [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("case", some((f"{name} {how}" for name in FAMILIES for how in DEALT), shallow=()))
+def test_processes_of_their_own_say_what_the_whole_model_says(
+    case: str, others: list[ProcessPoolExecutor], tmp_path: Path
+) -> None:
+    name, how = case.split()
+    shards = cut(folder_of(name), tmp_path, DEALT[how], 3)
+    opened = [process.submit(_open, shard, 13) for process, shard in zip(others, shards, strict=True)]
+    held = [each.result()[0] for each in opened]
+
+    def send(step: Handoff) -> Mapping[str, Tensor]:
+        following: str | None = opened[0].result()[1]
+        wire = step.to_bytes()
+        while following is not None:
+            at = next(number for number, names in enumerate(held) if following in names)
+            following, wire = others[at].submit(_step, wire).result()
+        return load(wire)
+
+    stage = load_stage(shards[0])
+    made = generate(stage, send, prompt(), max_new_tokens=6, logits=True)
+    _, logits = expected(whole(folder_of(name)), prompt(), 6)
+    assert made.logits is not None
+    assert torch.equal(made.logits, logits)
