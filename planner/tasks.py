@@ -23,6 +23,7 @@ from workers.queue.claims import Claim, HandedBack
 from workers.queue.messages import PLANNER, node_queue
 from workers.queue.process import current
 from workers.queue.step_task import step_task
+from workers.runner.runs import Runs
 from workers.service.services import Services
 from workers.settings import HubSettings
 
@@ -47,7 +48,8 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     before = claim.result("plan")
     where = before.get("profile") or _profile_source(claim, asked)
     profile = services.plan_profile(where, token=token)
-    alive = {info["node_id"]: info for info in services.registry.alive()}
+    used = Runs(services).deployed_bytes()
+    alive = {info["node_id"]: _less(info, used) for info in services.registry.alive()}
     lost = claim.claimed.lost_nodes
     cluster = _cluster(asked, alive, lost, dtype=profile.dtype, splits=bool(before.get("split")))
     claim.check()
@@ -131,6 +133,11 @@ def _cluster(
             "no compute node is alive: start one with 'fairshard node' (GET /api/nodes shows those that are)"
         )
     return replace(base, nodes=nodes)
+
+
+def _less(info: dict[str, Any], used: Mapping[str, int]) -> dict[str, Any]:
+    """What a node offers beside the plans that it keeps loaded."""
+    return info | {"memory_bytes": max(0, int(info["memory_bytes"]) - used.get(info["node_id"], 0))}
 
 
 def _wants_split(asked: Mapping[str, Any], chosen: list[str], alive: Mapping[str, Any]) -> bool:

@@ -230,6 +230,7 @@ NodeOut = answer(
     disk_free_bytes=may(null(whole())), versions=may(mapping()), host=maybe(), started_at=maybe(), seen_at=maybe(),
     queue_length=may(whole()), running=may(many(fields.Dict())),
     wedged=may(flag("Alive, its queue not empty, and nothing claimed.")), shards=may(many(text())),
+    deployed_bytes=may(whole("What it keeps loaded; plans count on the rest of its memory.")),
 )
 NodesOut = answer("NodesOut", "The nodes that are alive.", nodes=many(NodeOut), total=whole())
 InvitationOut = answer(

@@ -174,6 +174,7 @@ class Jobs:
             )
         for job_id in using:
             self.cancel(job_id)
+        self.runs.undeploy(plan_id)
         return self._submit(kinds.delete(plan, alive=self._services.registry.alive_ids()), submitter=submitter)
 
     def _submit(self, new: NewJob, **more: Any) -> JobView:
@@ -278,7 +279,8 @@ class Jobs:
         """Nodes alive, by id; with `limit` that many, after the first `offset`.
 
         `{node_id, device, flop_per_s, memory_bytes, memory_bytes_per_s, load, disk_free_bytes, versions: {name:
-        version}, host, started_at, seen_at, queue_length, running: [{job_id, step}], wedged, shards: [plan_id]}`.
+        version}, host, started_at, seen_at, queue_length, running: [{job_id, step}], wedged, shards: [plan_id],
+        deployed_bytes}`.
         """
         services = self._services
         infos = services.registry.alive(limit=limit, offset=offset)
@@ -286,11 +288,13 @@ class Jobs:
         for job_id, step, worker in services.ledger.running():
             running.setdefault(worker.partition("@")[0], []).append({"job_id": job_id, "step": step})
         lengths = self._queue_lengths([f"node.{info['node_id']}" for info in infos])
+        deployed = self.runs.deployed_bytes()
         views = []
         for info, length in zip(infos, lengths, strict=True):
             now = running.get(info["node_id"], [])
             # Alive, work waiting and nothing claimed: its consumer hangs. (For a moment it is so between two steps.)
-            views.append({**info, "queue_length": length, "running": now, "wedged": bool(length and not now)})
+            more = {"queue_length": length, "running": now, "wedged": bool(length and not now)}
+            views.append({**info, **more, "deployed_bytes": deployed.get(info["node_id"], 0)})
         return views
 
     def node_count(self) -> int:

@@ -137,6 +137,7 @@ class Run:
             self._runs.deploy(run["plan_id"], taken)
             return {"timings": {"load_s": load_s}, "nodes": taken}
         self._patience_s = self._settings.silence_s
+        self._runs.beat(self.run_id, for_s=self._patience_s)  # the last one was for longer
         self._runs.state(self.run_id, "running")
         made = self._generate(inputs, more, request, text) if more else self._once(inputs, request)
         return {**made, "timings": {"load_s": load_s, **self._timings()}, "checks": self._checks()}

@@ -6,6 +6,7 @@ run:<id>:alive      as long as the start node works on it        runner:<node>  
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -96,9 +97,10 @@ class Runs:
         """
         name = self.services.canonical(model_name)
         for plan_id in self.deployed():
-            plan = self.services.plans.get(plan_id)
-            if plan["model_name"] == name:
-                return plan
+            with contextlib.suppress(NotFound):
+                plan = self.services.plans.get(plan_id)
+                if plan["model_name"] == name:
+                    return plan
         return self.services.plans.latest(name)
 
     def tell(self, node_id: str, message: Mapping[str, Any]) -> None:
@@ -208,6 +210,14 @@ class Runs:
         with reachable():
             found = self._redis.hgetall(f"{self._prefix}deployed")
         return {plan_id: json.loads(text) for plan_id, text in found.items()}
+
+    def deployed_bytes(self) -> dict[str, int]:
+        """Node -> bytes of the plans that it keeps loaded."""
+        found: dict[str, int] = {}
+        for taken in self.deployed().values():
+            for node_id, size_bytes in taken.items():
+                found[node_id] = found.get(node_id, 0) + size_bytes
+        return found
 
     # -- the start node --------------------------------------------------------------------------------------------
     def taken(self, run_id: str) -> None:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _PATH = re.compile(r"/sessions/([0-9a-f]{8,64})(/lease)?")
 #: Largest body that opens a session: who holds which of a model's parts.
 _LARGEST_JSON = 16 << 20
+#: Frames that are worked on at once.
+_MOST_VISITS = 10_000
 #: Bytes of a refused body that are taken and forgotten.
 _MOST_UNREAD = 64 << 20
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -95,7 +97,8 @@ class _Server(ThreadingHTTPServer):
         self.sessions, self.settings = sessions, settings
         self.authorization = f"Bearer {token}".encode()
         self.beat_s = settings.silence_s / 4
-        self.pool = ThreadPoolExecutor(2 * settings.max_sessions, "frames")
+        # A pass that visits this node many times holds a thread for each visit until the chain behind it is done.
+        self.pool = ThreadPoolExecutor(_MOST_VISITS, "frames")
         super().__init__(address, _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:

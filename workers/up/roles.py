@@ -64,6 +64,7 @@ class Roles:
             "FAIRSHARD_JOIN_TOKEN": self.authority.token(node.node_id),
             # One address can't be that of all nodes here.
             "FAIRSHARD_PEER_URL": "",
+            "FAIRSHARD_RUN_URL": "",
         }
         if node.memory_bytes_per_s is not None:
             env["FAIRSHARD_MEMORY_BYTES_PER_S"] = repr(node.memory_bytes_per_s)

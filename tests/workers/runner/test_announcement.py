@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.running import RedisProcess
+from support.running import RedisProcess, until
 
 from planner.errors import Conflict, NotFound
 from workers.nodes.joining import Authority
 from workers.runner import announcement
 from workers.runner.announcement import announce, answer, check_announcement, next_answer
+from workers.runner.herald import Herald
 from workers.runner.runs import Runs
 from workers.service.services import Services
 from workers.settings import QueueSettings, Settings
@@ -115,6 +118,29 @@ def test_a_run_whose_leader_goes_silent_has_failed(nodes: dict[str, Runs], redis
     assert [event["event"] for event in events] == ["running", "tokens", "ended"]
     with pytest.raises(NotFound):
         runs.view("f" * 16)
+
+
+def test_a_runner_that_dies_says_so_through_its_worker_and_one_without_work_ends(
+    nodes: dict[str, Runs], redis: RedisProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    alive(nodes)
+    for name, value in {"REDIS_URL": redis.url, "FAIRSHARD_DATA": str(tmp_path), "NODE_ID": "a"}.items():
+        monkeypatch.setenv(name, value)
+    with Herald(nodes["a"].services) as herald:
+        run_id = nodes["c"].submit(PLAN, {"prompt": "x"})
+        until(lambda: herald._runner is not None, what="the runner starts", timeout_s=10)
+        assert herald._runner is not None
+        herald._runner.kill()
+        view = nodes["c"].wait(run_id, timeout_s=10)
+        assert view["error"]["message"] == "the runner of node a died (status -9)"
+    monkeypatch.setenv("FAIRSHARD_RUNNER_IDLE_S", "0.1")
+    with subprocess.Popen([sys.executable, "-m", "workers.runner"], stdin=subprocess.PIPE) as idle:
+        assert idle.wait(timeout=30) == 0
+    monkeypatch.delenv("FAIRSHARD_RUNNER_IDLE_S")
+    with subprocess.Popen([sys.executable, "-m", "workers.runner"], stdin=subprocess.PIPE) as orphan:
+        assert orphan.stdin is not None
+        orphan.stdin.close()
+        assert orphan.wait(timeout=30) == 0, "its worker is gone"
 
 
 def test_a_run_is_cancelled_and_a_plan_deployed(nodes: dict[str, Runs]) -> None:

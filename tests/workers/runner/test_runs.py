@@ -275,6 +275,12 @@ def test_the_command_line_runs_talks_deploys(running: Running, whole: Callable[.
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["nodes"]) == {"big", "mid", "small"}
     assert set(running.service.jobs().runs.deployed()) == {running.plans["chat"]}
+    used = {node["node_id"]: node["deployed_bytes"] for node in running.service.jobs().nodes()}
+    assert min(used.values()) > 0
+    later_plan = running.service.jobs().plan(running.process("bert", batch_size=2))
+    assert {node["node_id"]: node["memory_bytes"] for node in later_plan["cluster"]["nodes"]} == {
+        node_id: memory - used[node_id] for node_id, (_, memory) in running.service.nodes.items()
+    }, "what is deployed is not planned with"
     assert running.cli("undeploy", "tiny/chat").returncode == 0
     assert running.cli("undeploy", "tiny/chat").returncode == 1
     assert running.cli("run", "no/such", "--prompt", "x").returncode == 1
