@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +44,8 @@ class Runner:
         self.token = _token(self.services.settings)
         self._made = threading.Lock()
         self._parts: tuple[Any, Any] | None = None
+        #: Runs that ended before they began, the last of them: one may still be loading here.
+        self._over: deque[str] = deque(maxlen=1000)
         #: Orders that are being obeyed.
         self.busy = 0
         self.used_at = time.monotonic()
@@ -76,8 +79,12 @@ class Runner:
         try:
             if message["what"] == "run":
                 self._lead(message["run_id"])
-            else:
+            elif message["what"] == "announcement":
                 self._join(message)
+            else:
+                self._over.append(message["run_id"])
+                if self._parts is not None:
+                    self._parts[0].end(message["run_id"])
         except Exception:
             logger.exception("an order was not obeyed")
         finally:
@@ -110,6 +117,9 @@ class Runner:
                 asked = {name: body[name] for name in ("batch", "prompt", "more", "padded")}
                 part = sessions.make(run_id, body["plan_id"], start=body["from"], **asked)
                 said = described(part.loaded, url)
+            if run_id in self._over:
+                sessions.end(run_id)
+                return
             answer(self.runs, run_id, state="ready", **said)
         except Exception as error:
             if not isinstance(error, FairshardError):

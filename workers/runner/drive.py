@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,6 +51,8 @@ class Run:
         self._stop: FairshardError | None = None
         self._ended = threading.Event()
         self._part: Part | None = None
+        #: The other nodes to which the run was announced.
+        self._told: list[str] = []
         #: How long this node may be silent before it is taken for dead.
         self._patience_s = LOADING_S
         #: Of each pass: seconds, and what the nodes say of it.
@@ -124,10 +126,11 @@ class Run:
             "to": others,
             **asked,
         }
+        self._told = others
         announce(self._runs, body)
         with ThreadPoolExecutor(1) as pool:
             mine = pool.submit(self._sessions.make, self.run_id, plan["plan_id"], start=self._me, **asked)
-            nodes = self._collect(others)
+            nodes = self._collect(others, mine)
             self._part = mine.result()
         nodes[self._me] = described(self._part.loaded, self._url)
         self._open(nodes)
@@ -158,11 +161,11 @@ class Run:
             )
         return inputs, int(more)
 
-    def _collect(self, others: Sequence[str]) -> dict[str, Any]:
+    def _collect(self, others: Sequence[str], mine: Future[Part]) -> dict[str, Any]:
         """What each of the other nodes answers.
 
         Raises:
-            FairshardError: The first refusal.
+            FairshardError: The first refusal, of this node's own (`mine`) too.
             Unavailable: If a node says nothing.
         """
         ready: dict[str, Any] = {}
@@ -170,6 +173,8 @@ class Run:
         deadline = time.monotonic() + self._settings.load_s
         while len(ready) < len(others):
             self._check()
+            if mine.done():
+                mine.result()
             said = next_answer(self._runs, self.run_id, timeout_s=0.5)
             now = time.monotonic()
             if said is not None and said["node_id"] in heard:
@@ -205,11 +210,13 @@ class Run:
             peer.call("POST", f"/sessions/{self.run_id}", {"nodes": told}, deadline_s=self._settings.deadline_s)
 
     def _forget(self) -> None:
-        part = self._part
-        if part is not None:
-            for peer in part.peers.values():
-                with contextlib.suppress(FairshardError):
-                    peer.call("DELETE", f"/sessions/{self.run_id}", deadline_s=LEASE_S)
+        peers = {} if self._part is None else self._part.peers
+        for node_id in self._told:
+            with contextlib.suppress(FairshardError):
+                if node_id in peers:
+                    peers[node_id].call("DELETE", f"/sessions/{self.run_id}", deadline_s=LEASE_S)
+                else:  # the run was refused before their addresses were known to all
+                    self._runs.tell(node_id, {"what": "end", "run_id": self.run_id})
         self._sessions.end(self.run_id)
 
     # -- passes ----------------------------------------------------------------------------------------------------

@@ -76,8 +76,10 @@ class Herald:
     def _take(self, message: dict[str, Any]) -> None:
         if message["what"] == "announcement":
             answer(self._runs, message["run_id"], state="taken")
-        else:
+        elif message["what"] == "run":
             self._runs.taken(message["run_id"])
+        elif self._runner is None or self._runner.poll() is not None:
+            return  # nothing is left to end
         line = json.dumps(message) + "\n"
         for _ in range(2):
             runner = self._living()
@@ -104,7 +106,7 @@ class Herald:
         for what, run_id in given:
             if what == "run":
                 self._runs.end(run_id, "failed", error=died)
-            else:
+            elif what == "announcement":
                 answer(self._runs, run_id, state="refused", error=died)
 
     def _living(self) -> subprocess.Popen[str]:

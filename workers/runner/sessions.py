@@ -370,6 +370,7 @@ class Sessions:
             part = self._parts.pop(run_id, None)
         if part is not None:
             part.close()
+            logger.info("run %s has ended here", run_id)
         self.stages.release(run_id)
         return {"node_id": self._node_id}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import torch
 from support.checkpoints import copy_of
-from support.running import Service, Web, until
+from support.running import Service, Web, Worker, until
 
 from workers.ledger.steps import ENDED
 
@@ -284,6 +285,26 @@ def test_the_command_line_runs_talks_deploys(running: Running, whole: Callable[.
     assert running.cli("undeploy", "tiny/chat").returncode == 0
     assert running.cli("undeploy", "tiny/chat").returncode == 1
     assert running.cli("run", "no/such", "--prompt", "x").returncode == 1
+
+
+def said(worker: Worker, text: str) -> bool:
+    return text in worker.log
+
+
+def test_a_damaged_shard_refuses_the_run_as_a_whole(running: Running) -> None:
+    plan_id = running.plans["spoiled"] = running.process("chat", options={"exclude": ["mid"]})
+    start = running.service.jobs().plan(plan_id)["megaphone_plan"]["start_node"]
+    other = running.service.workers[{"big": "small", "small": "big"}[start]]
+    config = running.service.shards(start, plan_id) / "config.json"
+    text = config.read_text()
+    config.write_text(text + " ")
+    status, answer = running.run("spoiled", prompt="w5", max_new_tokens=1)
+    assert (status, answer["code"]) == (502, "integrity_error")
+    assert answer["error"].startswith(f"the shard of plan {plan_id} is damaged: config.json"), answer
+    ended = f"run {answer['details']['run_id']} has ended here"
+    until(functools.partial(said, other, ended), what=f"{other.name} keeps no session", timeout_s=10)
+    config.write_text(text)
+    assert running.run("spoiled", prompt="w5", max_new_tokens=1)[0] == 200
 
 
 def failing(running: Running, model: str, act: Callable[[], object]) -> tuple[dict[str, Any], float]:
