@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 
@@ -54,14 +55,18 @@ class _Source:
     near: list[Tensor] = field(default_factory=list)
 
     @property
+    def stored(self) -> list[Tensor]:
+        """Its tensors."""
+        return self.near if self.exact is None else [self.exact, *self.near]
+
+    @property
     def plain(self) -> bool:
         """Whether it is stored unpacked, as far as its dtypes tell."""
         return self.exact is not None and self.exact.dtype in _PLAIN
 
     def packed_form(self, count: int) -> Tensor | None:
         """The tensor that packs `count` values: what has the parameter's name, else the largest that can; or None."""
-        stored = [*([self.exact] if self.exact else []), *self.near]
-        integers = any(each.dtype not in _PLAIN for each in stored)
+        integers = any(each.dtype not in _PLAIN for each in self.stored)
         # A codebook may be larger than a small layer's codes, and is floating.
         by_size = sorted(self.near, key=lambda each: (-each.size_bytes * (1 + (each.dtype not in _PLAIN)), each.name))
         for each in [self.exact] if self.exact else by_size:
@@ -96,10 +101,6 @@ class Places:
         self.filled: set[str] = set()
         self._absentees: list[str] = []
         self._gather(tensors)
-        #: Target's template -> those of the names that its conversions were made of, anywhere in the model.
-        self._kinds: dict[Template, set[Template]] = defaultdict(set)
-        for target, sources in self._sources.items():
-            self._kinds[split(target)[0]].update(split(s.name)[0] for s in sources.values() if s.pattern is not None)
         for target, sources in self._sources.items():
             self._fill(target, sources)
 
@@ -164,7 +165,8 @@ class Places:
         whole = sum(self._tree.parameters[each].numel() for each in made)
         values = {s.name: prod(s.exact.shape) for s in converted if s.exact is not None and s.plain}
         packed = [source for source in converted if source.name not in values]
-        absent = self._absent(target, converted)
+        complete = not packed and sum(values.values()) >= whole
+        absent = [] if complete else self._absent(target, converted)
         self._absentees += absent
         if packed:
             left = whole * len(converted) // (len(converted) + len(absent)) - sum(values.values())
@@ -173,11 +175,10 @@ class Places:
                     for end in accumulate(each.size_bytes for each in forms)]  # fmt: skip
             for source, form, begin, end in zip(packed, forms, [0, *ends], ends, strict=False):
                 self._place(target, source, form, max(0, end - begin))
-        elif sum(values.values()) < whole and not absent:
+        elif not complete and not absent:
             self._absentees.append(target)
-        for source in converted:
-            if source.name in values:
-                self._place(target, source, source.exact, values[source.name])
+        for name, count in values.items():
+            self._place(target, sources[name], sources[name].exact, count)
 
     def _alone(self, target: str, source: _Source) -> None:
         """Place what becomes one parameter as it is: that, its packed form, or neither."""
@@ -197,7 +198,7 @@ class Places:
 
     def _place(self, target: str, source: _Source, form: Tensor | None, values: int) -> None:
         layer = self._grouping.of[target]
-        for tensor in (*((source.exact,) if source.exact else ()), *source.near):
+        for tensor in source.near if form is source.exact else source.stored:
             self.of[tensor.name] = Place(layer, target, beside=True)
         if form is not None:
             self.of[form.name] = Place(layer, target, values)
@@ -218,6 +219,14 @@ class Places:
         wanted = [*tree.parameters, *_persistent(tree.modules)]
         lacking = [n for n in wanted if n not in there and not any(each.search(n) for each in patterns)]
         return tuple(sorted({*lacking, *self._absentees}))
+
+    @cached_property
+    def _kinds(self) -> Mapping[Template, set[Template]]:
+        """Template of a parameter -> those of the names that it is converted from, anywhere in the model."""
+        kinds: dict[Template, set[Template]] = defaultdict(set)
+        for target, sources in self._sources.items():
+            kinds[split(target)[0]].update(split(s.name)[0] for s in sources.values() if s.pattern is not None)
+        return kinds
 
     def _absent(self, target: str, sources: Sequence[_Source]) -> list[str]:
         """Names that an unquantised checkpoint has for the same parameter beside those that are there."""
