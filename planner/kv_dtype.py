@@ -1,4 +1,4 @@
-"""The KV cache at another dtype than the profile's."""
+"""The KV cache at another dtype than the profile's, or as the user states it where the profile does not know it."""
 
 from __future__ import annotations
 
@@ -53,3 +53,38 @@ def with_kv_dtype(profile: ModelProfile, kv_dtype: str) -> ModelProfile:
         return replace(layer, kv_terms=terms, kv_cache_bytes=at)
 
     return replace(profile, layers=tuple(scaled(layer) for layer in profile.layers))
+
+
+def with_kv_bytes(profile: ModelProfile, bytes_per_token: int) -> ModelProfile:
+    """The profile with the KV cache that a user states for the layers in which it is not known.
+
+    Args:
+        profile: One with such layers.
+        bytes_per_token: Of all of them together, for each token of each sequence.
+
+    Raises:
+        InvalidInput: If the profile knows its whole KV cache, or the bytes are impossible.
+    """
+    unknown = [layer.name for layer in profile.layers if not layer.kv_known]
+    if not unknown:
+        raise InvalidInput(
+            f"the KV cache of {profile.model_name} is known in all layers; leave kv_bytes_per_token out",
+            details={"field": "kv_bytes_per_token"},
+        )
+    if isinstance(bytes_per_token, bool) or not isinstance(bytes_per_token, int) or not 0 <= bytes_per_token < 2**40:
+        raise InvalidInput(
+            f"kv_bytes_per_token must be a whole number of bytes from 0, got {bytes_per_token!r:.40}",
+            details={"field": "kv_bytes_per_token"},
+        )
+    each, rest = divmod(bytes_per_token, len(unknown))
+
+    def stated(layer: Layer) -> Layer:
+        if layer.kv_known:
+            return layer
+        terms = KvTerms(bytes_per_token=each + (unknown.index(layer.name) < rest))
+        size = terms.bytes_at(profile.batch_size, profile.sequence_length)
+        return replace(layer, kv_terms=terms, kv_cache_bytes=size, kv_known=True)
+
+    notes = tuple(note for note in profile.approximate if not note.startswith("KV cache not known"))
+    note = f"KV cache of {len(unknown)} layers as stated: {bytes_per_token:,} bytes a token"
+    return replace(profile, layers=tuple(map(stated, profile.layers)), approximate=(*notes, note))

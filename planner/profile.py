@@ -120,6 +120,8 @@ class Layer:
     overhead_bytes: int = 0
     #: At the profile's batch size and sequence length.
     kv_cache_bytes: int = 0
+    #: Whether these are all of it; False: what the layer keeps is not known, and no figure is given.
+    kv_known: bool = True
     #: Bytes that cross to the next layer, at the profile's batch size and sequence length.
     activation_bytes: int = 0
     #: Largest working set while the layer runs, beyond weights and KV cache; 0 where not known.

@@ -11,6 +11,7 @@ from celery import shared_task
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, FairshardError, IntegrityError, InvalidInput, Unavailable
+from planner.kv_dtype import with_kv_bytes
 from planner.names import check_model_name, split_revision
 from planner.plan import Plan
 from planner.profile import ModelProfile
@@ -48,6 +49,8 @@ def plan(services: Services, claim: Claim) -> dict[str, Any]:
     before = claim.result("plan")
     where = before.get("profile") or _profile_source(claim, asked)
     profile = services.plan_profile(where, token=token)
+    if asked.get("kv_bytes_per_token") is not None:
+        profile = with_kv_bytes(profile, asked["kv_bytes_per_token"])
     used = Runs(services).deployed_bytes()
     alive = {info["node_id"]: _less(info, used) for info in services.registry.alive()}
     lost = claim.claimed.lost_nodes

@@ -98,6 +98,14 @@ def check_layers(profile: ModelProfile) -> None:
         raise InvalidInput(
             f"batch_size and sequence_length must be at least 1, got {profile.batch_size}, {profile.sequence_length}"
         )
+    unknown = [layer.name for layer in profile.layers if not layer.kv_known]
+    if unknown:
+        raise InvalidInput(
+            f"the KV cache of {profile.model_name} is not known in {len(unknown)} layers, such as {unknown[0]}: say "
+            "how many bytes a token takes in all of these together, --kv-bytes-per-token N (over HTTP "
+            "kv_bytes_per_token), or profile the model with compute",
+            details={"field": "kv_bytes_per_token", "layers": unknown[:50]},
+        )
     seen: set[str] = set()
     for layer in profile.layers:
         if layer.name in seen:

@@ -82,7 +82,8 @@ class LayerSchema(Lenient):
     active_params = Integer(load_default=None, allow_none=True)
     weight_bytes = Integer(load_default=None, allow_none=True)
     overhead_bytes = Integer(load_default=0)
-    kv_cache_bytes = Integer(load_default=0)
+    # null: not known.
+    kv_cache_bytes = Integer(load_default=0, allow_none=True)
     activation_bytes = Integer(load_default=0)
     peak_bytes = Integer(load_default=0)
     compute_min = Number(load_default=None, allow_none=True)
@@ -130,6 +131,8 @@ class LayerSchema(Lenient):
                 data[terms] = tuple(data[terms])
         for terms in ("part_terms", "once_part_terms"):
             data[terms] = {part: tuple(each) for part, each in data[terms].items()}
+        data["kv_known"] = data["kv_cache_bytes"] is not None
+        data["kv_cache_bytes"] = data["kv_cache_bytes"] or 0
         for names in ("tied_tensors", "modules"):
             data[names] = tuple(data[names])
         data["layer_type"] = data["layer_type"] or "unknown"

@@ -47,7 +47,11 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value or name not in _WHERE_TRUE}
+    """A layer's fields; its cache is null where it is not known."""
+    found = {name: value for name, value in fields.items() if value or name not in _WHERE_TRUE}
+    if not found.pop("kv_known"):
+        found["kv_cache_bytes"] = None
+    return found
 
 
 def plan_to_json(plan: Plan, *, model_url: str | None = None) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def kv_dtype() -> Text:
     return Text(choices=KV_DTYPES, metadata={"description": "Type of the KV cache; default: the model's."})
 
 
+def kv_bytes_per_token() -> Integer:
+    """A field of what a user knows of a KV cache."""
+    about = "Bytes a token takes in all layers together whose KV cache is not known (null in the metadata)."
+    return Integer(high=2**40 - 1, metadata={"description": about})
+
+
 def subfolder() -> Subfolder:
     """A field of where in the repository the model lies."""
     return Subfolder(allow_none=True, metadata={"description": "Folder of the repository that holds the model."})
@@ -187,6 +193,7 @@ class ProcessOptions(PlanFields):
 
     batch_size = batch_size()
     sequence_length = sequence_length()
+    kv_bytes_per_token = kv_bytes_per_token()
     split = Flag(
         metadata={"description": "Cut the shards as well. Default: true, if every planned node is registered."}
     )
@@ -264,6 +271,7 @@ class PreviewIn(PlanFields):
     batch_size = batch_size()
     sequence_length = sequence_length()
     kv_dtype = kv_dtype()
+    kv_bytes_per_token = kv_bytes_per_token()
     compare = Flag(metadata={"description": "What every strategy would give."})
     max_context = Flag(metadata={"description": "The longest sequence for which there is a plan as well."})
     replicas = Replicas(
@@ -329,6 +337,7 @@ def process_arguments(given: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"options": plan_options(given)}
     for name in (
         "batch_size", "sequence_length", "available_nodes", "links", "split", "on_node_loss", "paranoid",
+        "kv_bytes_per_token",
     ):  # fmt: skip
         if name in given:
             result[name] = given[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.cluster import Cluster
 from planner.errors import Conflict, InvalidInput
-from planner.kv_dtype import with_kv_dtype
+from planner.kv_dtype import with_kv_bytes, with_kv_dtype
 from planner.names import join_revision
 from planner.plan import Plan
 from planner.profile import ModelProfile
@@ -77,6 +77,8 @@ def _profile(given: dict[str, Any]) -> ModelProfile:
         profile = profile_from_json(services().jobs.profile(given["model_name"], revision=revision))
     if "kv_dtype" in given:
         profile = with_kv_dtype(profile, given["kv_dtype"])
+    if "kv_bytes_per_token" in given:
+        profile = with_kv_bytes(profile, given["kv_bytes_per_token"])
     return profile.at(
         batch_size=given.get("batch_size", profile.batch_size),
         sequence_length=given.get("sequence_length", profile.sequence_length),

@@ -150,7 +150,7 @@ def _profile_shown(made: ModelProfile) -> list[str | Table]:
             layer.layer_type,
             "not known" if layer.num_params is None else f"{layer.num_params:,}",
             shown_bytes(layer.weight_bytes),
-            shown_memory(layer.kv_cache_bytes),
+            shown_memory(layer.kv_cache_bytes) if layer.kv_known else "not known",
             shown_flop(layer.compute_required),
         )
         for layer in made.layers

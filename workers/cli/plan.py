@@ -52,6 +52,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add_sizes(command, batch=None, sequence=None)
     command.add_argument("--kv-dtype", metavar="DTYPE", help="dtype of the KV cache (default: the model's)")
+    command.add_argument(
+        "--kv-bytes-per-token", type=size, metavar="SIZE",
+        help="what a token takes in all layers together whose KV cache is not known",
+    )  # fmt: skip
 
     how = command.add_argument_group(
         "how", "With --from-plan or --import, what you do not give here is taken from that plan."
@@ -139,6 +143,14 @@ def _as_planned(args: argparse.Namespace, before: object) -> argparse.Namespace:
 
 
 def _profile(args: argparse.Namespace) -> ModelProfile:
+    from planner.kv_dtype import with_kv_bytes
+
+    profile = _profiled(args)
+    stated = args.kv_bytes_per_token
+    return profile if stated is None else with_kv_bytes(profile, stated)
+
+
+def _profiled(args: argparse.Namespace) -> ModelProfile:
     if args.metadata is None:
         return profile_of(checkpoint_of(args), args, compute=not args.no_compute)
     from planner.kv_dtype import with_kv_dtype

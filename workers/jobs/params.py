@@ -12,7 +12,7 @@ from planner.names import check_model_name, check_revision, join_revision
 _FIELDS = frozenset(
     {
         "options", "batch_size", "sequence_length", "available_nodes", "links", "metadata_repo", "revision", "split",
-        "on_node_loss", "paranoid",
+        "on_node_loss", "paranoid", "kv_bytes_per_token",
     }
 )  # fmt: skip
 #: Which part of the repository: kept in the revision.

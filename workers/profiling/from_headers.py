@@ -11,6 +11,7 @@ from planner.errors import InvalidCheckpoint
 from planner.profile import Layer, Tensor, summed
 from workers.checkpoint.config import ModelConfig
 from workers.profiling import rules
+from workers.profiling.cache_rule import LayerTensors, NotKnown, cache_terms
 from workers.profiling.contents import NOTHING, Contents
 from workers.profiling.layer_names import Group, Grouping, group_names
 
@@ -51,16 +52,18 @@ def general_layers(
         members[grouping.of.get(tensor.name, len(grouping.groups))].append(tensor)
     cache_dtype = canonical(kv_dtype) if kv_dtype else contents.float_dtype
     assert cache_dtype is not None
-    layers = [
-        _general_layer(group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known)
-        for index, group in enumerate(grouping.groups)
-    ]
+    unknown: list[str] = []
+    layers = []
+    for index, group in enumerate(grouping.groups):
+        layer, why = _general_layer(
+            group, tuple(members[index]), contents, index=index, kv_dtype=cache_dtype, known=known
+        )
+        layers.append(layer)
+        unknown += [why] if why else []
     layers = _with_tied_head(layers, contents, known)
+    reasons = [_what_was_done(contents.headers.tensors, config), *_unknown_caches(unknown)]
     if members.get(len(grouping.groups)):
         layers.append(contents.unused_layer(members[len(grouping.groups)], len(layers)))
-    reasons = [
-        "FLOP, KV cache and activations by the general rule: 2 × active parameters × tokens + attention scores"
-    ]
     unsure = [tensor for layer in layers for tensor in layer.tensors if contents.parameters(tensor, known) is None]
     if unsure:
         reasons.append(
@@ -68,6 +71,24 @@ def general_layers(
             f"({unsure[0].name}, ...); FLOP as if a packed value took the bits that config.json states, or 4"
         )
     return layers, reasons
+
+
+def _what_was_done(tensors: Sequence[Tensor], config: ModelConfig) -> str:
+    """The note on what the general rule counted."""
+    text = "FLOP and activations by the general rule: 2 × active parameters × tokens + attention scores"
+    if not any(rules.is_expert(tensor.name) for tensor in tensors):
+        return text
+    counts = rules.expert_counts(config)
+    if counts is None:
+        return f"{text}, all routed experts counted as active: the config does not say how many a token takes"
+    return f"{text}, {counts[0]} of {counts[1]} routed experts for each token"
+
+
+def _unknown_caches(unknown: Sequence[str]) -> list[str]:
+    """The note on layers whose cache is not known, if there are any."""
+    if not unknown:
+        return []
+    return [f"KV cache not known in {len(unknown)} layers: {unknown[0]}"]
 
 
 def check_depth(grouping: Grouping, config: ModelConfig) -> None:
@@ -109,18 +130,25 @@ def _general_layer(
     index: int,
     kv_dtype: str,
     known: Mapping[str, int],
-) -> Layer:
+) -> tuple[Layer, str]:
+    """The layer, and why its cache is not known, if it is not."""
     config, dtype = contents.config, contents.float_dtype
     num_params = summed(contents.parameters(tensor, known) for tensor in tensors)
     values = [contents.about(tensor, known) for tensor in tensors]
-    terms = rules.layer_terms(group.layer_type, tensors, values, config, tied_values=0)
     share = rules.expert_share(config)
     beside = [tensor.size_bytes for tensor in tensors if contents.counts[tensor.name] == 0]
     shares = [share if rules.is_expert(tensor.name) else 1.0 for tensor in tensors]
     active = sum(count * each for count, each in zip(values, shares, strict=True))
-    kv = None
+    kv, why, attentions = None, "", 1
     if group.number is not None and rules.keeps_cache(group.layer_type, config):
-        kv = rules.kv_terms(group.number, config, kv_dtype)
+        inner = {tensor.name.removeprefix(f"{group.name}."): tensor for tensor in tensors}
+        layer = LayerTensors(number=group.number, tensors=inner)
+        attentions = max(1, layer.attentions())
+        try:
+            kv = cache_terms(layer, config, dtype=dtype, kv_dtype=kv_dtype)
+        except NotKnown as error:
+            why = str(error)
+    terms = rules.layer_terms(group.layer_type, tensors, values, config, attentions=attentions)
     return Layer(
         name=group.name,
         index=index,
@@ -130,12 +158,13 @@ def _general_layer(
         weight_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
         overhead_bytes=0 if num_params is None else sum(beside),
         kv_cache_bytes=kv.bytes_at(1, 1) if kv else 0,
+        kv_known=not why,
         activation_bytes=rules.hidden_bytes(config, dtype),
         compute_required=sum(terms),
         compute_terms=terms,
         kv_terms=kv,
         tensors=tensors,
-    )
+    ), why
 
 
 def _with_tied_head(layers: Sequence[Layer], contents: Contents, known: Mapping[str, int]) -> list[Layer]:

@@ -9,9 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.dtypes import size_bytes
-from planner.profile import KvTerms, Tensor
+from planner.profile import Tensor
 from workers.checkpoint.config import ModelConfig
 
+#: What configs call the same: names that transformers' own config classes map (`attribute_map`), and others.
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "encoder_attention_heads")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "hidden_dim", "embed_dim", "emb_dim")
+EXPERTS = (
+    "num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts",
+    "num_routed_experts",
+)  # fmt: skip
+CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
+    "experts_per_token", "num_selected_experts",
+)  # fmt: skip
 _EXPERTS = (".experts.", ".mlp.experts_", ".expert.")
 #: Architectures whose layers keep no KV cache although nothing in their names says encoder.
 _ENCODER_ONLY = ("MaskedLM", "PreTraining", "Classification", "QuestionAnswering", "ForTokenClassification")
@@ -30,15 +41,20 @@ def keeps_cache(layer_type: str, config: ModelConfig) -> bool:
     return "Causal" in architecture or not any(word in (config.model_type or "") for word in _ENCODER_TYPES)
 
 
+def expert_counts(config: ModelConfig) -> tuple[int, int] | None:
+    """How many routed experts a token passes through, and how many there are; None where the config does not say.
+
+    Those that hand their input on (LongCat-Flash's) are chosen from as well.
+    """
+    experts, chosen = config.number(*EXPERTS), config.number(*CHOSEN)
+    experts = experts and experts + (config.number("zero_expert_num") or 0)
+    return (chosen, experts) if experts and chosen and chosen <= experts else None
+
+
 def expert_share(config: ModelConfig) -> float:
-    """The part of its expert parameters that one token passes through."""
-    experts = config.number(
-        "num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts"
-    )
-    chosen = config.number("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
-    if not experts or not chosen or chosen > experts:
-        return 1.0
-    return chosen / experts
+    """The part of its expert parameters that one token passes through; all where that is not known."""
+    counts = expert_counts(config)
+    return counts[0] / counts[1] if counts else 1.0
 
 
 def is_expert(name: str) -> bool:
@@ -47,7 +63,7 @@ def is_expert(name: str) -> bool:
 
 
 def layer_terms(
-    layer_type: str, tensors: Sequence[Tensor], values: Sequence[int], config: ModelConfig, *, tied_values: int
+    layer_type: str, tensors: Sequence[Tensor], values: Sequence[int], config: ModelConfig, *, attentions: int = 1
 ) -> Terms:
     """FLOP of a layer as [c0, c1, c2]: 2 × active matrix parameters × tokens, and the attention scores.
 
@@ -56,7 +72,7 @@ def layer_terms(
         tensors: The layer's.
         values: Parameters that each of them holds.
         config: The checkpoint's.
-        tied_values: Parameters of a head that are stored elsewhere.
+        attentions: How many of them a layer of a stack has.
     """
     if layer_type in {"embedding", "unused"}:
         return (0.0, 0.0, 0.0)
@@ -68,52 +84,22 @@ def layer_terms(
     )
     scores = 0.0
     if layer_type not in {"head", "norm", "projector"}:
-        heads = config.number("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads") or 0
-        scores = 4.0 * heads * _head_dim(config, heads)
-    return (0.0, 2.0 * (active + tied_values), scores)
+        heads = config.number(*HEADS) or 0
+        scores = 4.0 * heads * head_dim(config, heads) * attentions
+    return (0.0, 2.0 * active, scores)
 
 
-def _head_dim(config: ModelConfig, heads: int) -> float:
+def head_dim(config: ModelConfig, heads: int) -> float:
+    """The size of an attention head; 0 where the config does not say."""
     given = config.number("head_dim", "v_head_dim")
     if given:
         rope, nope = config.number("qk_rope_head_dim"), config.number("qk_nope_head_dim")
         return (given + rope + nope) / 2 if rope and nope and config.number("v_head_dim") else float(given)
-    hidden = config.number("hidden_size", "n_embd", "d_model", "dim")
+    hidden = config.number(*HIDDEN)
     return hidden / heads if hidden and heads else 0.0
-
-
-def kv_terms(number: int, config: ModelConfig, dtype: str) -> KvTerms | None:
-    """KV cache of one decoder layer by the usual fields; None where they are missing.
-
-    Args:
-        number: The layer's number in its stack.
-        config: The checkpoint's.
-        dtype: Of the cached values.
-    """
-    heads = config.number("num_attention_heads", "n_head", "num_heads", "n_heads")
-    if not heads:
-        return None
-    latent, rope = config.number("kv_lora_rank"), config.number("qk_rope_head_dim")
-    if latent and rope:
-        per_token = latent + rope
-    else:
-        groups = config.number("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
-        if config.flag("multi_query"):
-            groups = 1
-        per_token = round(2 * groups * _head_dim(config, heads))
-    kinds = config.text.get("layer_types")
-    kind = kinds[number] if isinstance(kinds, list) and number < len(kinds) else None
-    if kind is not None and "attention" in str(kind) and "linear" in str(kind):
-        return None
-    window = config.number("sliding_window")
-    slides = kind == "sliding_attention" if kind is not None else config.flag("use_sliding_window") is not False
-    return KvTerms(
-        bytes_per_token=size_bytes((per_token,), dtype) or per_token * 2,
-        window_tokens=window if window and slides else None,
-    )
 
 
 def hidden_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of one token's hidden state, 0 where the config does not say."""
-    hidden = config.number("hidden_size", "n_embd", "d_model", "dim") or 0
+    hidden = config.number(*HIDDEN) or 0
     return size_bytes((hidden,), dtype) or hidden * 2

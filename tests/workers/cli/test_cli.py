@@ -291,7 +291,7 @@ def test_a_plan_is_shown_explained_written_and_imported_again(fairshard: Shell) 
     assert "proven" not in done.stdout
     assert "the best, as far as an approximate profile can tell" in done.stdout
     assert all(row.count("≈") == 4 for row in done.stdout.splitlines() if row.startswith(("fast ", "slow ")))
-    assert "approximate: FLOP, KV cache and activations by the general rule" in done.stdout
+    assert "approximate: FLOP and activations by the general rule" in done.stdout
     assert done.stderr == "wrote plan.yaml\n"
     answer = fairshard.json("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--explain")
     assert answer["success"] is True
