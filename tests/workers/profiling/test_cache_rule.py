@@ -81,7 +81,7 @@ def _compared(folder: Path) -> set[int | None]:
     return wrong
 
 
-@pytest.mark.parametrize("name", families(slow=("jamba", "deepseek_v4", "recurrent_gemma", "minimax")))
+@pytest.mark.parametrize("name", families())
 def test_the_rule_states_what_a_trace_finds_or_nothing(name: str) -> None:
     assert _compared(folder_of(name)) == set()
 
