@@ -47,9 +47,9 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's fields; its cache is null where it is not known."""
+    """Fields by name, without those that are seldom true; a layer's cache is null where it is not known."""
     found = {name: value for name, value in fields.items() if value or name not in _WHERE_TRUE}
-    if not found.pop("kv_known"):
+    if not found.pop("kv_known", True):
         found["kv_cache_bytes"] = None
     return found
 
