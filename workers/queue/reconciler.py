@@ -1,12 +1,13 @@
 """The reconciler: sends again what was lost, takes back what vanished workers held, gives up dead nodes.
 
-One of the service's workers does it at a time, behind a lock in Redis; any other takes over within `LOCK_S`.
+One of the service's workers does it at a time, behind a lock in Redis; within `LOCK_S` and a second another takes it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import socket
 import threading
@@ -32,10 +33,12 @@ LOOK_S = 5.0
 #: Seconds that a node is missed before its steps are given up, beyond its own expiry.
 GRACE_S = 2.0
 
-# Extend the lock only if it is still ours.
+# Extend the lock only if it is still ours. Answers 0 if it is, else for how many milliseconds it is another's.
 _HOLD = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
-return redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 0 end
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return math.max(1, redis.call('PTTL', KEYS[1])) end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 0
 """
 
 
@@ -57,12 +60,18 @@ class Reconciler:
         #: How many keys Redis had evicted when all jobs were last seen to be whole.
         self._evicted = 0
         self._hold: Any = ledger.redis.register_script(_HOLD)
+        #: Seconds until the next pass is due: thousands of workers without the lock need not ask for it each second.
+        self.next_in_s = PASS_S
 
     def holds_lock(self) -> bool:
         """Take or keep the lock; whether it is ours."""
+        self.next_in_s = PASS_S
         with reachable():
             key = f"{self._ledger.prefix}reconciler"
-            return bool(self._hold(keys=[key], args=[self._name, round(LOCK_S * 1000)]))
+            another_s = self._hold(keys=[key], args=[self._name, round(LOCK_S * 1000)]) / 1000
+        # A holder that lives has renewed it by then; after one that died they come one after another.
+        self.next_in_s = another_s + random.random() * PASS_S if another_s else PASS_S  # noqa: S311  (no secret)
+        return not another_s
 
     def once(self) -> int:
         """One pass, if the lock is ours.
@@ -120,7 +129,7 @@ class Reconciler:
 
 
 class ReconcilerThread(threading.Thread):
-    """Passes, once a second, until `stop`."""
+    """Passes, once a second or when the lock may be free, until `stop`."""
 
     def __init__(self, reconciler: Reconciler) -> None:
         super().__init__(name="fairshard-reconciler", daemon=True)
@@ -133,7 +142,7 @@ class ReconcilerThread(threading.Thread):
 
     def run(self) -> None:
         """Pass after pass; whatever goes wrong, the next pass comes."""
-        while not self._stopped.wait(PASS_S):
+        while not self._stopped.wait(self._reconciler.next_in_s):
             try:
                 self._reconciler.once()
             except Unavailable as error:

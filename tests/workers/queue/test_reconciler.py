@@ -56,6 +56,8 @@ def test_one_of_two_reconcilers_works_and_the_other_takes_over(clocked: Clocked)
     assert one.holds_lock()
     assert not two.holds_lock()
     assert one.holds_lock()
+    assert one.next_in_s == 1.0
+    assert 4 < two.next_in_s <= 6, "it asks when the lock may be free, not each second"
     assert 0 < clocked.client.pttl("fairshard:reconciler") <= 5000
     clocked.client.delete("fairshard:reconciler")  # as its expiry does when `one` has died
     assert two.holds_lock()
