@@ -25,7 +25,7 @@ class Text:
         self._why = ""
         self.tokenizer: Any = None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615
         except Exception as error:  # noqa: BLE001  (its libraries raise whatever; a model without one is run by ids)
             self._why = f"{type(error).__name__}: {error}"[:300]
 

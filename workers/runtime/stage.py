@@ -294,6 +294,6 @@ def load_stage(
         model = skeleton(type(whole), config, manifest, attn_implementation)
         held = load_weights(model, manifest, folder, torch.device(device))
         if model.can_generate() and (folder / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # nosec B615
     model.eval()
     return Stage(manifest, model, whole, held)
