@@ -544,6 +544,34 @@ def test_parameters_that_are_not_certain_are_said_to_be_not_known(fairshard: She
     fairshard("plan", "mlx", "--no-compute", "--nodes", "nodes.yaml")
 
 
+def test_a_variant_is_named_once_and_kept_by_its_plan_and_shards(fairshard: Shell) -> None:
+    cases.make("layout-two-variants", fairshard.folder / "two")
+    assert "(bf16, fp16): name one with --variant" in fairshard("profile", "two", "--no-compute", rc=1).stderr
+    which = ("--variant", "bf16", "--no-compute")
+    assert fairshard.json("profile", "two", *which)["revision"].endswith("~variant=bf16")
+    plan = fairshard.json("plan", "two", *which, "--nodes", "nodes.yaml", "--output", "plan.json")
+    folders = []
+    for node in plan["split_plan"]:
+        cut = ("--no-compute", "--plan", "plan.json", "--node", node, "--output", "shards")
+        folders.append(fairshard.json("split", "two", *cut)["directory"])
+    assert fairshard.json("verify", *folders, "--source", "two")["complete"] is True
+    fairshard("verify", *folders, "--source", "two", "--variant", "fp16", rc=1)
+    fairshard("merge", *folders, "whole")
+    original = fairshard.folder / "two" / "model.bf16.safetensors"
+    assert (fairshard.folder / "whole" / "model.safetensors").read_bytes() == original.read_bytes()
+
+
+def test_a_cache_that_is_not_known_is_asked_for(fairshard: Shell) -> None:
+    copy_of("t5", fairshard.folder / "t5")
+    assert "not known" in fairshard("profile", "t5", "--no-compute").stdout
+    plan = ("plan", "t5", "--no-compute", "--nodes", "nodes.yaml")
+    assert "--kv-bytes-per-token N" in fairshard(*plan, rc=2).stderr
+    assert "as stated: 1,024 bytes a token" in fairshard(*plan, "--kv-bytes-per-token", "1KiB").stdout
+    fairshard("profile", "t5", "--no-compute", "--output", "t5.json")
+    told = ("--metadata", "t5.json", "--nodes", "nodes.yaml", "--kv-bytes-per-token", "1KiB")
+    assert fairshard.json("plan", *told)["approximate"]
+
+
 def test_a_plan_is_only_for_its_own_model_revision_and_nodes(fairshard: Shell) -> None:
     fairshard("plan", "m", "--no-compute", "--nodes", "nodes.yaml", "--output", "plan.json")
     arguments = ("split", "m", "--no-compute", "--plan", "plan.json", "--output", "s")
