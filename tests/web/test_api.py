@@ -364,6 +364,32 @@ def test_a_preview_takes_the_dtype_of_the_cache_and_finds_the_longest_context(cl
     assert "with max_context plans at most 20,000" in error_of(client.post("/api/plans/preview", json=body))["error"]
 
 
+def test_a_preview_asks_for_a_cache_that_is_not_known(client: FlaskClient) -> None:
+    known: Any = WILLIW_METADATA["layers"]
+    layers = [layer | {"kv_cache_bytes": None} for layer in known]
+    body: dict[str, Any] = {"metadata": WILLIW_METADATA | {"layers": layers}, "available_nodes": NODES}
+    assert "kv_bytes_per_token" in error_of(client.post("/api/plans/preview", json=body))["error"]
+    told = client.post("/api/plans/preview", json=body | {"kv_bytes_per_token": 600})
+    assert told.status_code == 200
+    assert any("as stated: 600 bytes a token" in note for note in told.get_json()["approximate"])
+
+
+def test_a_part_of_a_repository_is_a_job_of_its_own(client: FlaskClient) -> None:
+    def asked(**which: str) -> str:
+        answer = client.post("/api/request", json={"model_name": "own/parts", **which})
+        assert answer.status_code == 202, answer.get_json()
+        return str(answer.get_json()["job_id"])
+
+    whole, part = asked(), asked(variant="bf16", subfolder="text_encoder")
+    assert len({whole, part, asked(variant="fp16")}) == 3
+    assert asked(revision="~subfolder=text_encoder~variant=bf16") == part
+    for wrong in ({"variant": "../x"}, {"subfolder": "../x"}, {"subfolder": ""}, {"revision": "a~b"}):
+        assert client.post("/api/request", json={"model_name": "own/parts", **wrong}).status_code == 422
+    answer = client.post("/api/process", json={"model_name": "own/parts", "variant": "int8"})
+    assert answer.status_code == 409
+    assert "~variant=int8" in error_of(answer)["error"]
+
+
 def test_a_preview_of_a_checkpoint_that_lacks_tensors_needs_leave(client: FlaskClient) -> None:
     body = with_a_cache()
     body["metadata"]["missing_tensors"] = ["layers.2.up.weight"]
