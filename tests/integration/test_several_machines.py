@@ -63,7 +63,7 @@ class Cluster:
         elif text.startswith("fairshard join http"):
             assert text.strip() == re.sub(r"fsi_\S+", "fsi_...", self.line)
             # Where machines are addresses of one machine, their ports must differ.
-            more = "" if machine.namespace else f" --peer-port {8080 + int(machine.address[-1])}"
+            more = "" if machine.namespace else f" --peer-port {8080 + 2 * int(machine.address[-1])}"
             machine.start("join", self.line + more)
         else:
             if "fairshard nodes" in text:
@@ -124,6 +124,16 @@ def printed(cluster: Cluster, command: str) -> str:
     """What the guide's block with `command` printed."""
     (found,) = [text for block, text in cluster.printed if command in block]
     return found
+
+
+def test_the_model_speaks_though_no_machine_holds_it(cluster: Cluster) -> None:
+    import torch
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama_deep"))
+    ids = torch.zeros(1, 4, dtype=torch.long)  # the small tokenizer knows none of the guide's words
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)[0, 4:].tolist()
+    assert printed(cluster, "fairshard run").strip() == " ".join(f"w{token}" for token in made if token > 2)
 
 
 def test_every_block_of_the_guide_says_where_it_runs() -> None:

@@ -54,6 +54,7 @@ class Runner:
         """The sessions, and the address where other nodes reach them."""
         with self._made:
             if self._parts is None:
+                from workers.runner import drive  # noqa: F401  (loads what the first run needs)
                 from workers.runner.server import RunnerServer
                 from workers.runner.sessions import Sessions
                 from workers.runner.stages import Stages
@@ -81,6 +82,8 @@ class Runner:
                 self._lead(message["run_id"])
             elif message["what"] == "announcement":
                 self._join(message)
+            elif message["what"] == "wake":
+                self._sessions()
             else:
                 self._over.append(message["run_id"])
                 if self._parts is not None:

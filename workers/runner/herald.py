@@ -78,7 +78,7 @@ class Herald:
             answer(self._runs, message["run_id"], state="taken")
         elif message["what"] == "run":
             self._runs.taken(message["run_id"])
-        elif self._runner is None or self._runner.poll() is not None:
+        elif message["what"] == "end" and (self._runner is None or self._runner.poll() is not None):
             return  # nothing is left to end
         line = json.dumps(message) + "\n"
         for _ in range(2):

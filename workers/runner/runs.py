@@ -87,6 +87,9 @@ class Runs:
             pipeline.set(self._key(run_id, "alive"), "", px=_TAKEN_MS)
             pipeline.execute()
         self.tell(chain["start_node"], {"what": "run", "run_id": run_id})
+        # Their runners start with the first's, not after it; what is to be done the announcement says.
+        for node_id in needed - {chain["start_node"]}:
+            self.tell(node_id, {"what": "wake", "run_id": run_id})
         return run_id
 
     def plan_of(self, model_name: str) -> dict[str, Any]:
