@@ -134,8 +134,7 @@ class Stage(nn.Module):
                 details={"next_module": visit.next_module, "held": sorted(self.held)},
             )
         run = Runner(flow, todo, step.values, self.model.device, caches)
-        with self._lent(step.values):
-            self._wrapped.runner = run
+        with self._lent(step.values), self._wrapped.running(run):
             try:
                 output = self.model(**arguments)
             except Stop:
@@ -147,8 +146,6 @@ class Stage(nn.Module):
                     f"{self.manifest.model_name} cannot be run in stages: its code writes into weights that "
                     f"other nodes hold (as RWKV does to rescale its layers)"
                 ) from error
-            finally:
-                self._wrapped.runner = None
         if visit.next_module is None:
             return output
         own = {k: self.model.get_parameter_or_buffer(k[1:]) for k in visit.hand_on if k[0] in "=~" and self.can(k)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +26,31 @@ class Stop(Exception):
 
 
 class Units:
-    """A model's units, whose forwards go through the visit that runs now, if one does."""
+    """A model's units, whose forwards go through a visit while it runs."""
 
     def __init__(self, model: nn.Module, paths: Collection[str]) -> None:
-        self.runner: Runner | None = None
+        self._runner: Runner
+        self._through: dict[int, tuple[dict[str, Any], Run]] = {}
         for path in paths:
             unit = model.get_submodule(path)
-            if "forward" not in unit.__dict__:  # else one module under two paths
-                unit.__dict__["forward"] = self._through(path, unit.forward)
+            self._through.setdefault(
+                id(unit), (unit.__dict__, self._call(path, unit.forward))
+            )  # maybe under two paths
 
-    def _through(self, path: str, run: Run) -> Run:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs) if self.runner is None else self.runner(path, run, args, kwargs)
+    def _call(self, path: str, run: Run) -> Run:
+        return lambda *args, **kwargs: self._runner(path, run, args, kwargs)
 
-        return call
+    @contextmanager
+    def running(self, runner: Runner) -> Iterator[None]:
+        """Within, each call of a unit is the runner's."""
+        self._runner = runner
+        for attributes, call in self._through.values():
+            attributes["forward"] = call
+        try:
+            yield
+        finally:
+            for attributes, _ in self._through.values():
+                del attributes["forward"]
 
 
 class Flow:
