@@ -51,7 +51,8 @@ def runs(profile: ModelProfile, allocation: Allocation) -> tuple[Stage, ...]:
 def payload_bytes(profile: ModelProfile, layer: Layer, *, phase: Phase) -> int:
     """Bytes that `layer` hands to the next: for the whole prompt, or for one token of each sequence."""
     if phase == "decode":
-        return -(-layer.activation_bytes // profile.sequence_length)
+        shared = _shared_kv_bytes(profile, layer)
+        return -(-(layer.activation_bytes - shared) // profile.sequence_length) + shared
     return layer.activation_bytes
 
 
@@ -60,9 +61,10 @@ def runs_in_pass(layer: Layer) -> bool:
     return layer.layer_type != UNUSED and layer.idle_in != "profile"
 
 
-def _shared_kv_bytes(profile: ModelProfile, layer: Layer, phase: Phase) -> int:
-    tokens = profile.batch_size * (1 if phase == "decode" else profile.sequence_length)
-    return tokens * layer.shared_kv_bytes_per_token
+def _shared_kv_bytes(profile: ModelProfile, layer: Layer) -> int:
+    """Those of the whole context, in each pass: a generated token's layers read all of them."""
+    tokens = profile.batch_size * min(profile.sequence_length, profile.longest_sequence or profile.sequence_length)
+    return min(layer.activation_bytes, tokens * layer.shared_kv_bytes_per_token)
 
 
 def _text_chain(steps: Sequence[tuple[str, Sequence[Layer]]]) -> tuple[str, ...]:
@@ -114,7 +116,7 @@ def megaphone(
                 layer_names=names,
                 next_nodes=(target,) if target else (),
                 payload_bytes=leaving,
-                shared_kv_bytes=_shared_kv_bytes(profile, layers[-1], phase) if target else 0,
+                shared_kv_bytes=_shared_kv_bytes(profile, layers[-1]) if target else 0,
                 transfer_s=link.transfer_s(leaving) if link else 0.0,
                 compute_s=seconds,
                 link=link,

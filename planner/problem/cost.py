@@ -85,4 +85,9 @@ def roofline_s(flop: float, traffic_bytes: float, node: Node) -> float:
 
 def payload_bytes(layer: Layer, profile: ModelProfile, *, phase: Phase = "prefill") -> float:
     """Bytes that cross a link after `layer`: its output for the whole prompt, or for one token a sequence."""
-    return layer.activation_bytes if phase == "prefill" else layer.activation_bytes / profile.sequence_length
+    if phase == "prefill":
+        return layer.activation_bytes
+    # Keys and values that later layers share are those of the whole context, in each pass.
+    tokens = profile.batch_size * min(profile.sequence_length, profile.longest_sequence or profile.sequence_length)
+    shared = min(layer.activation_bytes, tokens * layer.shared_kv_bytes_per_token)
+    return (layer.activation_bytes - shared) / profile.sequence_length + shared

@@ -156,9 +156,12 @@ def test_what_a_pass_does_not_run_has_a_holder_and_no_step_and_text_takes_its_ow
 
 
 def test_hops_say_what_shared_keys_and_values_cost() -> None:
-    layers = tuple(replace(layer, shared_kv_bytes_per_token=7 * (layer.index == 1)) for layer in MODEL.layers)
+    shares = {"shared_kv_bytes_per_token": 7, "activation_bytes": 9001}
+    layers = tuple(replace(layer, **(shares if layer.index == 1 else {})) for layer in MODEL.layers)  # type: ignore[arg-type]
     profile = replace(MODEL, layers=layers)
     stages = runs(profile, {"a": (0, 1), "b": (2, 3, 4, 5, 6)})
-    for phase, tokens in (("prefill", 200), ("decode", 2)):
+    for phase in ("prefill", "decode"):
         found = megaphone(profile, CLUSTER, stages, plan_id="p1", phase=phase, compute_s=[1, 1])  # type: ignore[arg-type]
-        assert [hop.shared_kv_bytes for hop in found.chain] == [7 * tokens, 0]
+        # A generated token's layers read those of the whole context.
+        assert [hop.shared_kv_bytes for hop in found.chain] == [7 * 200, 0]
+        assert found.chain[0].payload_bytes == (9001 if phase == "prefill" else 1400 + -(-(9001 - 1400) // 100))

@@ -59,11 +59,10 @@ def plan_shown(plan: Plan) -> list[str | Table]:
 def _shared_kv(plan: Plan) -> list[str]:
     """What hops between layers that share keys and values carry for it."""
     carried = max((hop.shared_kv_bytes for hop in plan.megaphone.chain), default=0)
-    tokens = plan.batch_size * (plan.sequence_length if plan.phase == "prefill" else 1)
     if not carried:
         return []
     hops = sum(hop.shared_kv_bytes > 0 for hop in plan.megaphone.chain)
-    return [f"keys and values that layers share: up to {shown_bytes(carried / tokens)} a token on {hops} hops"]
+    return [f"keys and values that layers share: up to {shown_bytes(carried)} of the payload on {hops} hops"]
 
 
 def _first(plan: Plan, node_id: str) -> int:

@@ -83,8 +83,9 @@ def modules_of_layers(
     for name in tree.buffers:
         path, _, leaf = name.rpartition(".")
         module, at = tree.modules.get(path), layer_of(path)
-        if module is not None and at is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001
-            layers[name] = at
+        if module is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001
+            # A buffer of the model itself (a bias of the logits) goes with what comes last.
+            layers[name] = len(grouping.groups) - 1 if at is None else at
     found: dict[int, dict[str, None]] = {at: {} for at in range(len(grouping.groups))}
     owner: dict[str, int] = {}
     for name, at in layers.items():
