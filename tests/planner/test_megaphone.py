@@ -161,7 +161,7 @@ def test_hops_say_what_shared_keys_and_values_cost() -> None:
     profile = replace(MODEL, layers=layers)
     stages = runs(profile, {"a": (0, 1), "b": (2, 3, 4, 5, 6)})
     for phase in ("prefill", "decode"):
-        found = megaphone(profile, CLUSTER, stages, plan_id="p1", phase=phase, compute_s=[1, 1])  # type: ignore[arg-type]
+        found = megaphone(profile, CLUSTER, stages, plan_id="p1", phase=phase, compute_s=[1, 1])
         # A generated token's layers read those of the whole context.
         assert [hop.shared_kv_bytes for hop in found.chain] == [7 * 200, 0]
         assert found.chain[0].payload_bytes == (9001 if phase == "prefill" else 1400 + -(-(9001 - 1400) // 100))
