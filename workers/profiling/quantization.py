@@ -53,7 +53,7 @@ def stored_counts(tensors: Iterable[Tensor], quantization: Mapping[str, Any]) ->
     width = _width_stated(quantization)
     counts = {name: _count(tensor, found, states, width, method) for name, tensor in found.items()}
     # Beside a packed weight, what is not known to be no weight makes the whole module unsure.
-    packed = {_module(name) for name, tensor in found.items() if tensor.dtype in _WORDS}
+    packed = {_module(name) for name, tensor in found.items() if tensor.dtype in _WORDS | _SMALL}
     strange = {name for name, tensor in found.items() if not _plain(name) and (tensor.dtype in _FLOATS or not told)}
     unsure = {_module(name) for name, count in counts.items()
               if count is None or (count and name in strange and (not told or _module(name) in packed))}  # fmt: skip
@@ -74,7 +74,7 @@ def _module(name: str) -> str:
 
 
 def _plain(name: str) -> bool:
-    return name.endswith((".weight", ".bias"))
+    return name.endswith((".weight", ".bias", "_bias"))
 
 
 def _width_stated(quantization: Mapping[str, Any]) -> int | None:
