@@ -141,7 +141,9 @@ def _general_layer(
     active = sum(count * each for count, each in zip(values, shares, strict=True))
     kv, why, attentions = None, "", 1
     if group.number is not None and rules.keeps_cache(group.layer_type, config):
-        inner = {tensor.name.removeprefix(f"{group.name}."): tensor for tensor in tensors}
+        # Experts keep nothing, and are nearly all of 100,000 tensors.
+        kept = (tensor for tensor in tensors if not rules.is_expert(tensor.name))
+        inner = {tensor.name.removeprefix(f"{group.name}."): tensor for tensor in kept}
         layer = LayerTensors(number=group.number, tensors=inner)
         attentions = max(1, layer.attentions())
         try:
