@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def cut(source: Path, target: Path, allocation: Any, parts: int, *, exact: bool 
     """The shards of a plan that gives each node its layers, of the exact profile or of the general one."""
     found = resolve(source)
     profile = generate(found, compute=exact)
+    # Who holds what is given: how large T5's cache is, which the general rule does not know, does not matter.
+    profile = replace(profile, layers=tuple(replace(layer, kv_known=True) for layer in profile.layers))
     nodes = tuple(Node(node_id=f"n{at}", flop_per_s=1e12, memory_bytes=2**40) for at in range(parts))
     plan = plan_for(profile, Cluster(nodes=nodes), PlanOptions(), allocation(profile, parts))
     for node in plan.allocation:
