@@ -120,7 +120,8 @@ def _trace(
     from workers.profiling.trace_cache import TraceCache
 
     tensors = {tensor.name: tensor for tensor in contents.headers.tensors}
-    cache = TraceCache(cache_dir, contents.config, tensors)
+    twins = {tensor.name: tensor for tensor in contents.headers.twins}
+    cache = TraceCache(cache_dir, contents.config, tensors | twins)
     cached = cache.read()
     if cached is not None and cached.covers(batch_size, sequence_length):
         return cached, [], {}, cached.missing
@@ -136,7 +137,9 @@ def _trace(
     except ImportError as error:
         return None, [f"the installed torch and transformers cannot be used: {error}"[:300]], {}, None
     try:
-        made = trace(contents.config, tensors, batch_size=batch_size, sequence_length=sequence_length)
+        made = trace(
+            contents.config, tensors, twins=tuple(twins), batch_size=batch_size, sequence_length=sequence_length
+        )
     except NotTraceable as error:
         return None, [str(error)], error.known, error.missing
     return cache.write(made, cached), [], {}, made.missing

@@ -57,13 +57,19 @@ _LOCK = threading.Lock()
 
 
 def trace(
-    config: ModelConfig, tensors: Mapping[str, Tensor], *, batch_size: int = 1, sequence_length: int = 512
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    twins: Sequence[str] = (),
+    batch_size: int = 1,
+    sequence_length: int = 512,
 ) -> ModelTrace:
     """Trace the model of `config`.
 
     Args:
         config: The checkpoint's.
         tensors: The checkpoint's, by name.
+        twins: Further names of their bytes.
         batch_size: Where layers that no polynomial describes are counted.
         sequence_length: Likewise.
 
@@ -73,12 +79,14 @@ def trace(
     """
     with _LOCK, quiet(), uncollected():
         # The model ends with this call, before Python's collector would look through it.
-        return _trace(config, tensors, batch_size, sequence_length)
+        return _trace(config, tensors, twins, batch_size, sequence_length)
 
 
-def _trace(config: ModelConfig, tensors: Mapping[str, Tensor], batch_size: int, sequence_length: int) -> ModelTrace:
+def _trace(
+    config: ModelConfig, tensors: Mapping[str, Tensor], twins: Sequence[str], batch_size: int, sequence_length: int
+) -> ModelTrace:
     tracer = _Tracer(config)
-    places = tracer.place(tensors)
+    places = tracer.place(tensors, twins)
     try:
         return tracer.run(places, batch_size, sequence_length)
     except NotTraceable as error:
@@ -108,11 +116,12 @@ class _Tracer:
         self.parts: dict[tuple[int, str], str] = {}
         self.subject = Subject(self.tree, self.layer_of, {group.name for group in grouping.groups})
 
-    def place(self, tensors: Mapping[str, Tensor]) -> Places:
+    def place(self, tensors: Mapping[str, Tensor], twins: Sequence[str] = ()) -> Places:
         """Where each tensor belongs, checked."""
         self.given = tensors
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
         places = Places(self.tree, tensors, self.grouping, self.layer_of, rename)
+        places.filled.update(rename(name)[0] for name in twins)
         check_stacks(self.tree, tensors, places, self.grouping, rename)
         return places
 
