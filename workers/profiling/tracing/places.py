@@ -208,6 +208,14 @@ class Places:
         """The parameters that one conversion makes."""
         return [name for name in self._rename.made(target, pattern) if name in self._tree.parameters]
 
+    def by_parameter(self) -> Mapping[str, list[str]]:
+        """Parameter -> the tensors that are stored for it."""
+        stored: dict[str, list[str]] = defaultdict(list)
+        for name, place in self.of.items():
+            if place.parameter is not None:
+                stored[place.parameter].append(name)
+        return stored
+
     def missing(self) -> tuple[str, ...]:
         """What transformers' loader would call missing: it is in no file, tied to nothing, and not ignored."""
         tree = self._tree

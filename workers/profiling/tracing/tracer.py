@@ -79,27 +79,21 @@ def trace(
     """
     with _LOCK, quiet(), uncollected():
         # The model ends with this call, before Python's collector would look through it.
-        return _trace(config, tensors, twins, batch_size, sequence_length)
-
-
-def _trace(
-    config: ModelConfig, tensors: Mapping[str, Tensor], twins: Sequence[str], batch_size: int, sequence_length: int
-) -> ModelTrace:
-    tracer = _Tracer(config)
-    places = tracer.place(tensors, twins)
-    try:
-        return tracer.run(places, batch_size, sequence_length)
-    except NotTraceable as error:
-        error.known = {name: each.values for name, each in places.of.items() if each.layer >= 0}
-        error.missing = places.missing()
-        raise
+        tracer = _Tracer(config, twins)
+        places = tracer.place(tensors)
+        try:
+            return tracer.run(places, batch_size, sequence_length)
+        except NotTraceable as error:
+            error.known = {name: each.values for name, each in places.of.items() if each.layer >= 0}
+            error.missing = places.missing()
+            raise
 
 
 class _Tracer:
     """The model of one config and its passes."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, twins: Sequence[str] = ()) -> None:
+        self.config, self.twins = config, twins
         self.model: PreTrainedModel = build(config)
         self.tree = look_through(self.model)
         self.parameters = self.tree.parameters
@@ -116,12 +110,12 @@ class _Tracer:
         self.parts: dict[tuple[int, str], str] = {}
         self.subject = Subject(self.tree, self.layer_of, {group.name for group in grouping.groups})
 
-    def place(self, tensors: Mapping[str, Tensor], twins: Sequence[str] = ()) -> Places:
+    def place(self, tensors: Mapping[str, Tensor]) -> Places:
         """Where each tensor belongs, checked."""
         self.given = tensors
         rename = Renamer(self.model, {*self.parameters, *self.tree.buffers})
         places = Places(self.tree, tensors, self.grouping, self.layer_of, rename)
-        places.filled.update(rename(name)[0] for name in twins)
+        places.filled.update(rename(name)[0] for name in self.twins)
         check_stacks(self.tree, tensors, places, self.grouping, rename)
         return places
 
@@ -389,10 +383,7 @@ class _Tracer:
         return found
 
     def _ties(self, places: Places, position: Mapping[int, int]) -> tuple[tuple[int, int, str], ...]:
-        stored: dict[str, list[str]] = defaultdict(list)
-        for name, place in places.of.items():
-            if place.parameter is not None:
-                stored[place.parameter].append(name)
+        stored = places.by_parameter()
         by_identity: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.parameters.items():
             by_identity[id(parameter)].append(name)
