@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from workers.cli.arguments import adder
-from workers.cli.console import Table, emit, say, shown_bytes
+from workers.cli.console import Table, emit, harmless, say, shown_bytes
 from workers.cli.machine import needs
 from workers.cli.plan_tables import plan_shown
 from workers.cli.service import finished, followed
@@ -21,7 +22,8 @@ examples:
   fairshard demo --model owner/name       another; a folder, too
 
 Starts the service on a free port, submits the model, shows the plan and each node's shard, proves the shards against
-the checkpoint, and ends the service. The shards stay where they are.
+the checkpoint, runs the plan over the nodes beside the whole model in one process, and ends the service. The shards
+stay where they are.
 """
 
 
@@ -45,6 +47,7 @@ def demo(args: argparse.Namespace) -> int:
     from workers.shards.manifest import read_manifest
     from workers.shards.verify import verify
     from workers.up.demo_model import choose, needs_package
+    from workers.up.demo_run import run_and_compare
     from workers.up.service import running
 
     hub = HubSettings.from_env()
@@ -78,6 +81,9 @@ def demo(args: argparse.Namespace) -> int:
         ]
         checkpoint = resolve(name, revision=plan["revision"], models_dir=data / "models")
         report = verify(folders, checkpoint=checkpoint)
+        say(args, "Running the plan over its nodes, and the whole model beside it ...")
+        size_bytes = sum(file.size_bytes for manifest in map(read_manifest, folders) for file in manifest.files)
+        ran = run_and_compare(service.client, plan["plan_id"], folders, size_bytes=size_bytes, pause=pause)
         shards = Table(("node", "file", "bytes", "digest"), rows, right=("bytes",))
         shown = [
             *plan_shown(plan_from_json(plan)),
@@ -87,8 +93,20 @@ def demo(args: argparse.Namespace) -> int:
             "",
             *map(str, folders),
         ]
-        emit(args, {"job": job, "plan": plan, "report": report.to_json()}, [*shown, "", *report_lines(report)])
+        whole = {"job": job, "plan": plan, "report": report.to_json(), "run": ran}
+        emit(args, whole, [*shown, "", *report_lines(report), *_run_lines(ran)])
         say(args, f"\nWhile it ran:  page and API {service.at.api}   docs {service.at.docs}")
         say(args, f"               Flower {service.at.flower}   (fairshard up leaves it running)")
     say(args, f"Done in {time.monotonic() - began:.1f} s.")
-    return 0 if report.complete else 1
+    return 0 if report.complete and not ran.get("largest_difference") else 1
+
+
+def _run_lines(ran: Mapping[str, Any]) -> list[str]:
+    if "reason" in ran:
+        return ["", f"The plan was not run: {ran['reason']}"]
+    chain = " → ".join(stage["node_id"] for stage in ran["timings"]["stages"])
+    lines = ["", *([f"it says: {harmless(ran['text'])!r}"] if "text" in ran else [])]
+    return [
+        *lines,
+        f"{ran['what']} over {chain}: largest difference to the whole model {ran['largest_difference']:g}",
+    ]
