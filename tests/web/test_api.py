@@ -92,7 +92,8 @@ def test_a_query_parameter_that_no_route_knows_is_refused(client: FlaskClient) -
         path = re.sub("<[^>]*>", "abcdef01", rule.rule)
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             answer = client.open(f"{path}?colour=blue", method=method, json={} if method == "POST" else None)
-            assert answer.status_code == 422, (method, path)
+            # OpenAI's clients know a request that is wrong by 400.
+            assert answer.status_code == (400 if path.startswith("/v1/") else 422), (method, path)
             assert error_of(answer)["error"].startswith("query: colour is not a known field"), path
             looked += 1
     assert looked >= 20

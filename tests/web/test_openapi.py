@@ -85,7 +85,7 @@ def test_what_the_api_takes_for_options_the_planner_takes_too() -> None:
     given = {
         "strategy": "pipeline", "objective": "latency", "phase": "decode", "time_budget_s": 1.5, "pins": {"x": "a"},
         "exclude": ["b"], "max_memory_share": {"a": 0.5}, "max_compute_share": {"a": 1}, "reserve_bytes": 7,
-        "count_activations": True, "use_compute_min": True,
+        "count_activations": True, "use_compute_min": True, "allow_missing": True,
     }  # fmt: skip
     assert set(given) == set(schemas.PlanFields.OPTIONS)
     options = options_from_json(schemas.plan_options(schemas.PlanFields().load(given)))
