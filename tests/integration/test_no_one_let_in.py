@@ -18,7 +18,7 @@ import psutil
 import pytest
 from cryptography.fernet import Fernet
 from hub.server import TestHub
-from support.checkpoints import checkpoint
+from support.checkpoints import checkpoint, copy_of
 from support.running import Service, Worker, free_port, until
 from support.web_cases import Server
 
@@ -166,8 +166,12 @@ def test_a_step_that_takes_too_long_ends_with_its_limit(hub: TestHub, joined: Se
     assert ended(joined, jobs.submit_process("tester/slow")["job_id"])["state"] == "done"
 
 
-def test_a_step_that_takes_too_much_memory_ends_with_its_limit(hub: TestHub, joined: Service) -> None:
-    hub.add_repo("tester/heavy", checkpoint("gemma2"))  # no other test here has it: it must be traced
+def test_a_step_that_takes_too_much_memory_ends_with_its_limit(hub: TestHub, joined: Service, tmp_path: Path) -> None:
+    folder = copy_of("gemma2", tmp_path / "heavy")
+    config = json.loads((folder / "config.json").read_text())
+    # A setting that no other test has, or its trace may be cached: it must be traced.
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4321}))
+    hub.add_repo("tester/heavy", folder)
     workers = list(joined.workers.values())
     for worker in workers:
         worker.stop()

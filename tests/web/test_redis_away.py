@@ -115,7 +115,7 @@ def test_a_full_redis_is_not_ready_and_says_so(own: Settings, redis: RedisProces
     client = create_app(own, background=False).test_client()
     assert client.post("/api/request", json={"model_name": "a/b"}).status_code == 202
     with redis.client() as full:
-        full.config_set("maxmemory", "1mb")  # less than it takes already
+        full.config_set("maxmemory", "1")  # a byte: less than it takes already
         answer = client.post("/api/request", json={"model_name": "a/c"})
         assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
         health = client.get("/api/health")

@@ -26,6 +26,7 @@ class Peer:
         self._headers = {"Authorization": f"Bearer {token}"}
         self._lock = threading.Lock()
         self._idle: list[http.client.HTTPConnection] = []
+        self._closed = False
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, deadline_s: float) -> Any:
         """What the node answers to JSON; errors as `send`."""
@@ -69,8 +70,9 @@ class Peer:
                 self._keep(connection)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle now, and what is in use once it is done."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
@@ -83,9 +85,11 @@ class Peer:
         return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=self._silence_s), False
 
     def _keep(self, connection: http.client.HTTPConnection) -> None:
-        if connection.sock is not None:
-            with self._lock:
+        with self._lock:
+            if not self._closed and connection.sock is not None:
                 self._idle.append(connection)
+                return
+        connection.close()
 
     def _begin(
         self, connection: http.client.HTTPConnection, method: str, path: str, pieces: Sequence[bytes], kind: str

@@ -84,7 +84,7 @@ def _compared(client: Client, plan_id: str, model: Any, ids: list[int], pause: C
         with torch.no_grad():
             output = model(input_ids=given, attention_mask=torch.ones_like(given))
         pairs = {name: (found, output[name]) for name, found in ran["outputs"].items()}
-        what = ", ".join(pairs)
+        what = ", ".join(sorted(pairs))
     differences = [float((torch.tensor(ours) - whole.float()).abs().max()) for ours, whole in pairs.values()]
     return {
         "what": what,
