@@ -60,7 +60,7 @@ def _whole(folder: Path) -> tuple[Any, Any]:
     with quiet(), silent_bars():
         model = getattr(transformers, architecture).from_pretrained(folder).eval()
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615
         except Exception:  # noqa: BLE001  (without one, any ids do)
             tokenizer = None
     return model, tokenizer
