@@ -79,13 +79,13 @@ class Machine:
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         return [*inside, "bash", "-euc", command]
 
-    def run(self, command: str, *, timeout_s: float = 60) -> str:
+    def run(self, command: str, *, timeout_s: float = 180) -> str:
         """Run a shell's command to its end; its stdout. AssertionError if it fails."""
         done = self.attempt(command, timeout_s=timeout_s)
         assert done.returncode == 0, f"{self.name}$ {command}\n{done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
-    def attempt(self, command: str, *, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def attempt(self, command: str, *, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
         """The same, whatever comes of it."""
         return subprocess.run(
             self._argv(command),
