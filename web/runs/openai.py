@@ -20,7 +20,7 @@ from web.audit import changed
 from web.errors import Refused
 from web.runs.waiting import ended, failed, streamed
 from web.services import services
-from workers.runner.runs import ENDED
+from workers.ledger.steps import ENDED
 
 blp = Blueprint("openai", __name__, url_prefix="/v1")
 

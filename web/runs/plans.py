@@ -19,7 +19,7 @@ from web.schemas.openapi import LOCATION, Blueprint, header
 from web.services import services
 from web.views.prefer import waiting
 from web.views.process import DEFAULT_WAIT_S
-from workers.runner.runs import ENDED
+from workers.ledger.steps import ENDED
 
 blp = Blueprint(
     "runs", __name__, url_prefix="/api", description="Run a plan: text or tokens in, text and tokens out."

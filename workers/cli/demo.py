@@ -74,15 +74,16 @@ def demo(args: argparse.Namespace) -> int:
             return finished(args, job)
         plan = service.client.call("GET", f"/api/plans/{job['result']['plan_id']}")
         folders = [data / "nodes" / node_id / "shards" / plan["plan_id"] for node_id in plan["split_plan"]]
+        manifests = [read_manifest(folder) for folder in folders]
         rows = [
             (manifest.node_id, file.name, shown_bytes(file.size_bytes), file.digest or "(linked; verify reads it)")
-            for manifest in map(read_manifest, folders)
+            for manifest in manifests
             for file in manifest.files
         ]
         checkpoint = resolve(name, revision=plan["revision"], models_dir=data / "models")
         report = verify(folders, checkpoint=checkpoint)
         say(args, "Running the plan over its nodes, and the whole model beside it ...")
-        size_bytes = sum(file.size_bytes for manifest in map(read_manifest, folders) for file in manifest.files)
+        size_bytes = sum(file.size_bytes for manifest in manifests for file in manifest.files)
         ran = run_and_compare(service.client, plan["plan_id"], folders, size_bytes=size_bytes, pause=pause)
         shards = Table(("node", "file", "bytes", "digest"), rows, right=("bytes",))
         shown = [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import FairshardError, Infeasible, InvalidInput, NodeFailure, NotFound, Unavailable, from_code
+from planner.errors import FairshardError, Infeasible, InvalidInput, NotFound, Unavailable
 from workers.cli.arguments import adder, assignment
 from workers.cli.console import Table, emit, far, harmless, say, shown_bytes
 from workers.cli.models import add_part
@@ -321,6 +321,8 @@ def _streamed(
     args: argparse.Namespace, client: Client, path: str, body: Mapping[str, Any], *, quiet: bool = False
 ) -> dict[str, Any]:
     """Show what a run says as it comes; how it ended."""
+    from workers.network.api_client import run_done
+
     for name, said in client.events("POST", path, {**body, "stream": True}):
         if name == "loading":
             say(args, "the nodes load the model ...")
@@ -328,15 +330,8 @@ def _streamed(
             print(harmless("".join(said["text"])), end="", flush=True)
         elif name == "ended":
             print(end="" if quiet else "\n")
-            return _well_ended(said)
+            return run_done(said)
     raise Unavailable("the service hung up before the run ended")
-
-
-def _well_ended(said: Mapping[str, Any]) -> dict[str, Any]:
-    if said["state"] == "done":
-        return dict(said)
-    error = said.get("error") or {"code": "cancelled", "message": f"the run is {said['state']}"}
-    raise from_code(error["code"], error["message"], details=error.get("details")) or NodeFailure(error["message"])
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -363,13 +358,15 @@ def chat(args: argparse.Namespace) -> int:
 
 def deploy(args: argparse.Namespace) -> int:
     """Fairshard deploy."""
+    from workers.network.api_client import run_done
+
     client = _client(timeout_s=_RUN_S)
     plan_id = _plan_id(client, args.plan)
     answer = client.call("POST", f"/api/plans/{plan_id}/deployment", headers={"Prefer": "wait=120"})
     while answer["state"] not in _ENDED:
         time.sleep(0.5)
         answer = client.call("GET", f"/api/runs/{answer['run_id']}")
-    rows = [(node_id, shown_bytes(taken)) for node_id, taken in _well_ended(answer)["nodes"].items()]
+    rows = [(node_id, shown_bytes(taken)) for node_id, taken in run_done(answer)["nodes"].items()]
     emit(args, answer, [f"plan {plan_id} is loaded", Table(("node", "weights"), rows, right=("weights",))])
     return 0
 

@@ -52,6 +52,17 @@ def connect(url: str, *, timeout_s: float = 5.0) -> Redis:
     return cast("Redis", sentinels(servers, sentinel_kwargs=asked, **options).master_for(at.master))
 
 
+def clock(redis: Any) -> float:
+    """Redis' seconds: the machines' own clocks may differ.
+
+    Raises:
+        Unavailable: If Redis cannot be reached.
+    """
+    with reachable():
+        seconds, micros = redis.time()
+    return float(seconds + micros / 1e6)
+
+
 def for_celery(url: str) -> dict[str, Any]:
     """Celery's settings of a broker and a result backend in the Redis at `url`.
 

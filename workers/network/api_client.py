@@ -11,11 +11,23 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from planner.errors import FairshardError, InvalidInput, Unavailable, from_code
+from planner.errors import FairshardError, InvalidInput, NodeFailure, Unavailable, from_code
 from workers.settings import ClientSettings
 
 #: Bytes of an answer that are read; a plan of 10,000 layers takes 2 MB.
 _MAX_ANSWER_BYTES = 256 * 2**20
+
+
+def run_done(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A run that ended as it should.
+
+    Raises:
+        FairshardError: What it failed of, or that it was cancelled.
+    """
+    if said["state"] == "done":
+        return dict(said)
+    error = said.get("error") or {"code": "cancelled", "message": f"the run is {said['state']}"}
+    raise from_code(error["code"], error["message"], details=error.get("details")) or NodeFailure(error["message"])
 
 
 class Client:

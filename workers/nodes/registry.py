@@ -13,7 +13,7 @@ from redis import Redis
 from planner.cluster import Node
 from planner.errors import Conflict
 from planner.names import check_node_id
-from workers.ledger.connection import reachable
+from workers.ledger.connection import clock, reachable
 from workers.nodes.joining import Joining
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class Registry:
         now = datetime.now(tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         with reachable():
             known = self._redis.get(key)
-            clock = self._clock()
+            now_s = clock(self._redis)
             if known:
-                other = self._read(node_id, known, clock)
+                other = self._read(node_id, known, now_s)
                 if other is not None and other.get("instance") != info.get("instance"):
                     raise Conflict(
                         f"node {node_id!r} is alive already (on {other.get('host')}, process {other.get('pid')}); "
@@ -57,7 +57,7 @@ class Registry:
                         f"{self.ttl_s:.0f} seconds",
                         details={"node_id": node_id, "host": other.get("host")},
                     )
-            said: dict[str, Any] = {**info, "seen_at": now, "signed_at": clock}
+            said: dict[str, Any] = {**info, "seen_at": now, "signed_at": now_s}
             said["proof"] = self._joining.prove(node_id, "alive", said)
             self._redis.set(key, json.dumps(said), px=round(self.ttl_s * 1000))
             self._redis.sadd(f"{self._prefix}nodes", node_id)
@@ -86,9 +86,9 @@ class Registry:
             gone = [node_id for node_id, text in zip(node_ids, said, strict=True) if text is None]
             if gone:
                 self._redis.srem(f"{self._prefix}nodes", *gone)
-            clock = self._clock()
+            now_s = clock(self._redis)
         pairs = zip(node_ids, said, strict=True)
-        found = [self._read(node_id, text, clock) for node_id, text in pairs if text is not None]
+        found = [self._read(node_id, text, now_s) for node_id, text in pairs if text is not None]
         return [info for info in found if info is not None]
 
     def count(self) -> int:
@@ -96,12 +96,7 @@ class Registry:
         with reachable():
             return int(self._redis.scard(f"{self._prefix}nodes"))
 
-    def _clock(self) -> float:
-        """Redis' seconds: the machines' own clocks may differ."""
-        seconds, micros = self._redis.time()
-        return float(seconds + micros / 1e6)
-
-    def _read(self, node_id: str, text: str, clock: float) -> dict[str, Any] | None:
+    def _read(self, node_id: str, text: str, now_s: float) -> dict[str, Any] | None:
         """What a node said; None if it was not that node, or is said again by someone else later."""
         info = json.loads(text)
         proof, signed_at = info.pop("proof", None), info.get("signed_at")
@@ -109,7 +104,7 @@ class Registry:
             info.get("node_id") == node_id and self._joining.holds(node_id, "alive", info, proof)
         )
         fresh = self._joining.authority is None or (
-            isinstance(signed_at, float) and abs(clock - signed_at) <= self.ttl_s
+            isinstance(signed_at, float) and abs(now_s - signed_at) <= self.ttl_s
         )
         if believed and fresh:
             self._believed[node_id] = text

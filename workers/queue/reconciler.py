@@ -70,7 +70,8 @@ class Reconciler:
             key = f"{self._ledger.prefix}reconciler"
             another_s = self._hold(keys=[key], args=[self._name, round(LOCK_S * 1000)]) / 1000
         # A holder that lives has renewed it by then; after one that died they come one after another.
-        self.next_in_s = another_s + random.random() * PASS_S if another_s else PASS_S  # noqa: S311  (no secret)
+        if another_s:
+            self.next_in_s = another_s + random.random() * PASS_S  # noqa: S311  (no secret)
         return not another_s
 
     def once(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import Conflict
-from workers.ledger.connection import reachable
+from workers.ledger.connection import clock, reachable
 from workers.runner.runs import MESSAGE_S, Runs
 
 #: Where it is said, for the signature.
@@ -20,17 +20,9 @@ _ANNOUNCED, _ANSWERED = "run announced", "run answered"
 _KEPT_S = 3600
 
 
-def clock(runs: Runs) -> float:
-    """Redis' seconds: the machines' own clocks may differ."""
-    redis: Any = runs.services.redis
-    with reachable():
-        seconds, micros = redis.time()
-    return float(seconds + micros / 1e6)
-
-
 def announce(runs: Runs, body: Mapping[str, Any]) -> None:
     """Tell the nodes in `body["to"]`; `body["from"]` is this one."""
-    said = {**body, "signed_at": clock(runs)}
+    said = {**body, "signed_at": clock(runs.services.redis)}
     proof = runs.services.joining.prove(body["from"], _ANNOUNCED, said)
     for node_id in body["to"]:
         runs.tell(node_id, {"what": "announcement", "run_id": body["run_id"], "body": said, "proof": proof})
@@ -49,7 +41,7 @@ def check_announcement(runs: Runs, message: Mapping[str, Any], *, start_node: st
             f"only the plan's start node, {start_node!r}, may",
             details={"run_id": body["run_id"], "from": body["from"], "start_node": start_node},
         )
-    age_s = clock(runs) - body["signed_at"]
+    age_s = clock(runs.services.redis) - body["signed_at"]
     if abs(age_s) > MESSAGE_S:
         raise Conflict(f"a run was announced {age_s:.0f} s ago; after {MESSAGE_S} s that is void")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from planner.errors import Conflict, NotFound, Unavailable
 from workers.ledger.connection import reachable
+from workers.ledger.steps import ENDED
 from workers.service.services import Services
 
-ENDED = frozenset({"done", "failed", "cancelled"})
 #: Seconds that a run is kept after its end, and at most before it.
 _KEPT_S, _LONGEST_S = 3600, 86400
 #: Until the start node has taken the run, and until its runner has begun, in milliseconds: silence is its death.

@@ -12,19 +12,17 @@ FAIRSHARD_HOP_SILENCE_S that this node lives; the last line is JSON.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import logging
 import re
 import socket
-import threading
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, Self
 
 from planner.errors import FairshardError, InvalidInput, LimitExceeded, NotFound
+from workers.network.node_server import NodeHandler, NodeServer
 from workers.runner.frame import Frame, read_frame
 from workers.runner.runs import error_json
 from workers.settings import RunSettings
@@ -81,51 +79,35 @@ class RunnerServer:
         self.url = f"http://{shown}:{self._server.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="runner-server").start()
+        self._server.start("runner-server")
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.stop()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
+class _Server(NodeServer):
     def __init__(self, address: tuple[str, int], sessions: Sessions, token: str, settings: RunSettings) -> None:
         self.sessions, self.settings = sessions, settings
-        self.authorization = f"Bearer {token}".encode()
         self.beat_s = settings.silence_s / 4
         # A pass that visits this node many times holds a thread for each visit until the chain behind it is done.
         self.pool = ThreadPoolExecutor(_MOST_VISITS, "frames")
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A node that hangs up in the middle is no event."""
+        super().__init__(address, _Handler, token=token)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "fairshard"
-    sys_version = ""
-    disable_nagle_algorithm = True
+class _Handler(NodeHandler):
     #: Of a connection that is idle, in seconds; its owner makes another.
     timeout = 120
     server: _Server
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing; the nodes that call know what they got."""
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802  (http.server's name)
         self._serve("POST")
 
-    def do_DELETE(self) -> None:
+    def do_DELETE(self) -> None:  # noqa: N802  (http.server's name)
         self._serve("DELETE")
 
     def _serve(self, method: str) -> None:
-        given = (self.headers.get("Authorization") or "").encode()
-        if not hmac.compare_digest(given, self.server.authorization):
+        if not self.admitted():
             self._whole(401, {"error": "the token is missing or wrong", "code": "access_denied"})
             return
         try:
@@ -213,14 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(data)
 
     def _whole(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode() + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer(status, json.dumps(answer).encode() + b"\n")
 
 
 def _refusal(error: BaseException) -> dict[str, Any]:

@@ -11,19 +11,17 @@ link that leads out of the shards' folder is followed.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import os
 import re
-import threading
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
 
 from planner.errors import FairshardError, InvalidInput
+from workers.network.node_server import NodeHandler, NodeServer
 from workers.shards.manifest import MANIFEST, read_manifest
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost"})
@@ -43,7 +41,7 @@ class PeerServer:
         if not token:
             raise InvalidInput("FAIRSHARD_PEER_URL needs FAIRSHARD_PEER_TOKEN, the same on every node")
         try:
-            self._server = _Server((host, port), shards_dir, f"Bearer {token}")
+            self._server = _Server((host, port), shards_dir, token)
         except OSError as error:
             raise InvalidInput(
                 f"port {port} of FAIRSHARD_PEER_URL cannot be opened here: {error.strerror}; name a free one",
@@ -66,12 +64,11 @@ class PeerServer:
         return cls(shards_dir, token=token, host=host, port=port)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="peer-server").start()
+        self._server.start("peer-server")
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.stop()
 
 
 def _served(folder: Path) -> _Served:
@@ -102,16 +99,12 @@ class _Served:
     digests: Mapping[str, str | None]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, address: tuple[str, int], shards_dir: Path, authorization: str) -> None:
+class _Server(NodeServer):
+    def __init__(self, address: tuple[str, int], shards_dir: Path, token: str) -> None:
         self.shards_dir = shards_dir
-        self.authorization = authorization.encode()
         #: Folder -> (which manifest it was, what it said): a large one takes longer to read than a range to send.
         self._known: dict[Path, tuple[tuple[int, int], _Served]] = {}
-        super().__init__(address, _Handler)
+        super().__init__(address, _Handler, token=token)
 
     def served(self) -> dict[Path, _Served]:
         """The finished shards by folder, each manifest read once."""
@@ -125,48 +118,37 @@ class _Server(ThreadingHTTPServer):
         self._known = known
         return {folder: found for folder, (_, found) in known.items()}
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A node that hangs up in the middle is no event."""
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "fairshard"
-    sys_version = ""
-    disable_nagle_algorithm = True
+class _Handler(NodeHandler):
     timeout = 60
     server: _Server
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing; the nodes that ask know what they got."""
-
-    def do_GET(self) -> None:
-        given = (self.headers.get("Authorization") or "").encode()
-        if not hmac.compare_digest(given, self.server.authorization):
-            self._answer(401, b'{"error": "the token is missing or wrong"}')
+    def do_GET(self) -> None:  # noqa: N802  (http.server's name)
+        if not self.admitted():
+            self.answer(401, b'{"error": "the token is missing or wrong"}')
             return
         shards = self.server.served()
         path = urllib.parse.unquote(self.path.partition("?")[0]).strip("/")
         if not path:
-            self._answer(200, json.dumps({"shards": [dict(shard.entry) for shard in shards.values()]}).encode())
+            self.answer(200, json.dumps({"shards": [dict(shard.entry) for shard in shards.values()]}).encode())
             return
         name, _, file = path.partition("/")
         folder = self.server.shards_dir / name
         known = folder in shards and (file == MANIFEST or file in shards[folder].digests)
         if known and _lies_in(self.server.shards_dir, folder / file):
             if file == MANIFEST:
-                self._answer(200, (folder / MANIFEST).read_bytes())
+                self.answer(200, (folder / MANIFEST).read_bytes())
             else:
                 self._send_range(folder / file, shards[folder].digests[file])
             return
-        self._answer(404, b'{"error": "there is no such shard or file"}')
+        self.answer(404, b'{"error": "there is no such shard or file"}')
 
     def _send_range(self, path: Path, digest: str | None) -> None:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             wanted = _RANGE.fullmatch(self.headers.get("Range") or f"bytes=0-{max(0, size - 1)}")
             if wanted is None or int(wanted[1]) > int(wanted[2]) or int(wanted[1]) >= max(1, size):
-                self._answer(416, b"")
+                self.answer(416, b"")
                 return
             begin, end = int(wanted[1]), min(int(wanted[2]) + 1, size)
             self.send_response(206)
@@ -178,10 +160,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if end > begin:
                 self.connection.sendfile(file, begin, end - begin)
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.errors import FairshardError, NodeFailure, from_code
-from workers.network.api_client import Client
-from workers.runner.runs import ENDED
+from planner.errors import FairshardError
+from workers.ledger.steps import ENDED
+from workers.network.api_client import Client, run_done
 from workers.shards.merge import merge
 
 #: What the model is given.
@@ -99,7 +99,4 @@ def _run(client: Client, plan_id: str, asked: Mapping[str, Any], pause: Callable
     while answer["state"] not in ENDED:
         pause()
         answer = client.call("GET", f"/api/runs/{answer['run_id']}")
-    if answer["state"] != "done":
-        error = answer.get("error") or {"code": "cancelled", "message": f"the run is {answer['state']}"}
-        raise from_code(error["code"], error["message"]) or NodeFailure(error["message"])
-    return dict(answer)
+    return run_done(answer)
